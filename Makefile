@@ -1,0 +1,137 @@
+# Every command a developer or CI runs. Needs bash, make and a python3 (3.11 or newer) with venv; the rest is installed
+# into two virtual environments of the repository:
+#   .venv        the project and, once a target needs them, the developer's tools
+#   .venv-proto  code generation, kept apart (docs/adr/0004-generated-code-is-committed.md)
+# What is in them is written once, in pyproject.toml. Stamp files remember what has been installed, so that `make demo`
+# on a fresh clone fetches only what the demo runs on and `make test` adds the rest.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# Further arguments for pytest: make test ARGS='-m "not slow" tests/proto'
+ARGS ?=
+IMAGE ?= optwire
+# A stand-in for the official base image, such as an internal mirror's: make image BASE_IMAGE=...
+BASE_IMAGE ?=
+# What `make proto-breaking` compares the schema with.
+AGAINST ?= origin/main
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip -qq --disable-pip-version-check
+# Prints one dependency group of pyproject.toml as a requirements file (pip itself reads groups from 25.1 on).
+GROUP := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]], sep="\n")
+
+PROTOS = $(sort $(wildcard proto/optwire_proto/v1/*.proto))
+PROTOC = PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python -m grpc_tools.protoc -Iproto
+# mypy-protobuf types messages and stubs, so that its importers pass mypy --strict.
+GENERATE = $(PROTOC) --python_out=$(1) --mypy_out=quiet:$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# -- environments ----------------------------------------------------------------------------------------------------
+
+.venv/bin/python .venv-proto/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"optwire needs Python 3.11 or newer; \
+	{sys.executable} is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(@D:/bin=) || { rm -rf $(@D:/bin=); exit 1; }
+
+.venv/.demo: pyproject.toml | .venv/bin/python
+	@echo "installing optwire with its server into .venv"
+	@$(PIP) install -e '.[server,demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml .venv/.demo
+	@echo "installing the developer's tools into .venv"
+	@$(PY) -c '$(GROUP)' dev > .venv/dev.txt
+	@$(PIP) install -r .venv/dev.txt
+	@touch $@
+
+.venv-proto/.ready: pyproject.toml | .venv-proto/bin/python
+	@echo "installing the code generator into .venv-proto"
+	@.venv-proto/bin/python -c '$(GROUP)' proto > .venv-proto/proto.txt
+	@.venv-proto/bin/python -m pip -qq --disable-pip-version-check install -r .venv-proto/proto.txt
+	@touch $@
+
+.PHONY: setup
+setup: .venv/.dev .venv-proto/.ready ## install all a developer needs, and the pre-commit hook
+	@if [ -z "$${CI:-}" ] && git rev-parse --git-dir >/dev/null 2>&1; then .venv/bin/pre-commit install; fi
+
+# -- run -------------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: .venv/.demo ## train a small model against a server on this machine
+	@$(PY) examples/demo.py
+
+.PHONY: examples
+examples: .venv/.demo ## run every numbered example
+	@for example in examples/[0-9]*.py; do \
+	    [ -e "$$example" ] || { echo "no examples yet"; break; }; \
+	    echo "-- $$example"; $(PY) "$$example"; \
+	done
+
+.PHONY: bench
+bench: .venv/.demo ## measure a remote step against a local one
+	@$(PY) benchmarks/step.py
+
+.PHONY: image
+image: ## build the container image
+	docker build -t $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
+
+# -- check -----------------------------------------------------------------------------------------------------------
+
+.PHONY: check
+check: static test ## the gate: everything a change must pass
+
+.PHONY: test
+test: .venv/.dev ## run the tests (ARGS='-m "not slow"' leaves the slow ones out)
+	@$(PY) -m pytest $(ARGS)
+
+.PHONY: static
+static: lint types imports proto-check ## the gate without the tests
+
+.PHONY: lint
+lint: .venv/.dev ## formatting, lint rules, spelling
+	@.venv/bin/ruff format --check --diff --quiet
+	@.venv/bin/ruff check --quiet
+	@.venv/bin/codespell
+
+.PHONY: types
+types: .venv/.dev ## mypy, strict
+	@.venv/bin/mypy
+
+.PHONY: imports
+imports: .venv/.dev ## the architecture's import contracts
+	@.venv/bin/lint-imports
+
+.PHONY: fmt
+fmt: .venv/.dev ## format the code and fix what a tool can fix
+	@.venv/bin/ruff check --fix --quiet || true
+	@.venv/bin/ruff format --quiet
+
+# -- protocol --------------------------------------------------------------------------------------------------------
+
+.PHONY: proto
+proto: .venv-proto/.ready ## regenerate the code of proto/optwire_proto/v1
+	@.venv-proto/bin/buf format -w proto
+	@$(call GENERATE,proto)
+
+.PHONY: proto-check
+proto-check: .venv-proto/.ready ## is the schema sound, and the committed code what it generates?
+	@.venv-proto/bin/buf lint proto
+	@.venv-proto/bin/buf format -d --exit-code proto
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call GENERATE,"$$fresh") && \
+	diff -ru -x '*.proto' -x __init__.py -x __pycache__ proto/optwire_proto/v1 "$$fresh/optwire_proto/v1" || \
+	{ echo "the committed code is stale: run 'make proto'" >&2; exit 1; }
+
+.PHONY: proto-breaking
+proto-breaking: .venv-proto/.ready ## does the schema break clients of AGAINST (origin/main)?
+	@.venv-proto/bin/buf breaking proto --against '.git#ref=$(AGAINST),subdir=proto'
+
+.PHONY: clean
+clean: ## remove the environments and every cache
+	rm -rf .venv .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,159 @@
+"""Client: a connection to a server, and the sessions on it."""
+
+from __future__ import annotations
+
+import uuid
+from types import TracebackType
+from typing import Any, Self
+
+from optwire import _deadlines, _options, _payload, _rpc, _session
+from optwire_proto import errors, sessions, specs, trees
+
+
+def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> Client:
+    """Makes a client of the server at ``target``. The connection itself is made by the first call.
+
+    Example:
+      >>> client = optwire.connect("localhost:50051")  # doctest: +SKIP
+
+    Args:
+      target: a gRPC target: "host:port" or "unix:/path".
+      timeout: deadline of every call, retries included, in seconds. A call that carries parameters or gradients gets
+        one second more for every 4 MiB, in each direction.
+      transport: how pushes travel. "stream": in chunks on one long-lived stream a session. "unary": in one message
+        each way, at most 2 MiB. "auto": unary up to 64 KiB, otherwise the stream.
+
+    Raises:
+      InvalidArgumentError: an argument has a value it cannot take.
+    """
+    return Client(_options.Options(target=target, timeout_s=timeout, transport=_options.transport(transport)))
+
+
+class Client:
+    """A connection to one server; made by ``connect``. Safe to use from several threads; a context manager.
+
+    Every method raises ``DeadlineError`` or ``UnavailableError`` when no answer came in time, and ``DetachedError``
+    after ``close``.
+    """
+
+    def __init__(self, options: _options.Options) -> None:
+        self._options = options
+        self._channel = _rpc.Channel(options)
+
+    def create_session(self, params: Any, spec: specs.Spec, *, name: str | None = None) -> _session.Session:
+        """Creates a session from initial parameters and an optimizer.
+
+        Args:
+          params: any nest of dict, OrderedDict, list, tuple, named tuple and None with arrays at its leaves, or one
+            array. Its structure, shapes and element types are the session's for good.
+          spec: the optimizer, from ``optwire.optimizers``.
+          name: 1 to 128 characters of ``A-Z a-z 0-9 . _ -``, not starting with a dot; None: the server makes one.
+
+        Returns:
+          A handle at step 0.
+
+        Raises:
+          TreeError: something in ``params`` cannot be served.
+          SpecError: the server does not know the optimizer, or an argument has a value it cannot take.
+          SessionExistsError: the name is taken.
+          LimitError: the server has no room.
+        """
+        if not isinstance(spec, specs.Spec):
+            raise errors.SpecError(
+                f"spec: {type(spec).__name__}, expected an optimizer of optwire.optimizers",
+                subject="spec",
+                expected="optwire.optimizers.Spec",
+                got=type(spec).__name__,
+            )
+        flat = trees.flatten(params)
+        payload = _payload.Outgoing(flat.arrays)
+        deadline = self._deadline(payload.length)
+        checked_name = "" if name is None else sessions.check_name(name)
+        create_key = uuid.uuid4().hex
+        info = _deadlines.retried(
+            lambda _: self._channel.create_session(
+                deadline, name=checked_name, tree=flat.spec, spec=spec, create_key=create_key, params=payload
+            ),
+            deadline,
+            f"create_session {checked_name!r}",
+            "the session may or may not have been created",
+        )
+        return _session.Session(
+            self._channel, self._options, info, flat.spec, flat.types, worker=uuid.uuid4().hex, seq=0
+        )
+
+    def attach(self, name: str) -> _session.Session:
+        """A new handle, and with it a new worker, on a session that exists.
+
+        Parameters come in the structure the creating client gave; its named tuples as types that look the same.
+
+        Raises:
+          SessionNotFoundError: no session has this name.
+        """
+        sessions.check_name(name)
+        worker = uuid.uuid4().hex
+        deadline = self._deadline()
+        info, seq = _deadlines.retried(
+            lambda _: self._channel.get_session(deadline, name=name, worker=worker), deadline, f"attach {name!r}"
+        )
+        if info.tree is None:
+            raise errors.InternalError(f"attach {name!r}: the server answered without the session's tree")
+        return _session.Session(self._channel, self._options, info, info.tree, (), worker=worker, seq=seq)
+
+    def list_sessions(self) -> list[sessions.SessionInfo]:
+        """All sessions of the server, ordered by name, without their trees; asks page by page."""
+        found: list[sessions.SessionInfo] = []
+        deadline = self._deadline()
+        token = ""
+        while True:
+            page, token = _deadlines.retried(
+                lambda _, token=token: self._channel.list_sessions(deadline, token),  # type: ignore[misc]
+                deadline,
+                "list_sessions",
+            )
+            found += page
+            if not token:
+                return found
+
+    def delete_session(self, name: str) -> None:
+        """Ends a session and frees its state on the server, for all who are attached.
+
+        Raises:
+          SessionNotFoundError: no session has this name.
+        """
+        sessions.check_name(name)
+        deadline = self._deadline()
+
+        def attempt(tries: int) -> None:
+            try:
+                self._channel.delete_session(deadline, name=name)
+            except errors.SessionNotFoundError:
+                if tries == 1:
+                    raise  # otherwise an earlier try did it, and only its answer was lost
+
+        _deadlines.retried(
+            attempt, deadline, f"delete_session {name!r}", "the session may or may not have been deleted"
+        )
+
+    def server_info(self) -> sessions.ServerInfo:
+        """What the server is: versions, devices, limits, catalogue."""
+        deadline = self._deadline()
+        return _deadlines.retried(lambda _: self._channel.server_info(deadline), deadline, "server_info")
+
+    def close(self) -> None:
+        """Ends every call under way and the connection; handles are of no further use, sessions live on. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<optwire.Client {self._options.target!r}>"
+
+    def _deadline(self, payload_bytes: int = 0) -> _deadlines.Deadline:
+        return _deadlines.Deadline(self._options.timeout_s, payload_bytes)

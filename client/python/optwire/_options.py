@@ -1,0 +1,66 @@
+"""What a client was told at ``connect``, and the numbers it decides with. Value objects; no gRPC."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from optwire_proto import errors, limits
+
+# Below this a push and its reply in one message each beat the stream (one round trip, no frames).
+AUTO_UNARY_BYTES_MAX = 64 * limits.KIB
+# Every deadline grows by a second for this many payload bytes, so that `timeout` need not know the model: a link of
+# 32 Mbit/s keeps up.
+BYTES_PER_SECOND_MIN = 4 * limits.MIB
+# Pauses between tries: the first is at most this, each next one twice that, up to the longest.
+PAUSE_FIRST_S = 0.05
+PAUSE_MAX_S = 2.0
+# Longest timeout, in seconds (115 days): beyond, the clocks of threads and gRPC overflow.
+TIMEOUT_MAX_S = 1e7
+# How long `Session.close` waits for the server to end its side of the stream.
+CLOSE_S = 1.0
+
+
+class Transport(enum.StrEnum):
+    """How pushes travel."""
+
+    AUTO = "auto"
+    STREAM = "stream"
+    UNARY = "unary"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of ``connect``, checked.
+
+    Attributes:
+      target: a gRPC target: "host:port" or "unix:/path".
+      timeout_s: deadline of each call, retries included, in seconds; payloads add to it (``BYTES_PER_SECOND_MIN``).
+      transport: how pushes travel.
+
+    Raises:
+      InvalidArgumentError: an empty target, or a timeout that is not positive or too long.
+    """
+
+    target: str
+    timeout_s: float
+    transport: Transport
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, str) or not self.target:
+            raise _wrong("target", "a gRPC target such as 'localhost:50051' or 'unix:/path'", self.target)
+        is_number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
+        if not is_number or not 0 < self.timeout_s <= TIMEOUT_MAX_S:
+            raise _wrong("timeout", f"a positive number of seconds, at most {TIMEOUT_MAX_S:.0e}", self.timeout_s)
+
+
+def transport(name: str) -> Transport:
+    """The transport called ``name``; raises InvalidArgumentError where there is none."""
+    if name not in list(Transport):
+        raise _wrong("transport", f"one of {', '.join(Transport)}", name)
+    return Transport(name)
+
+
+def _wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:
+    got = repr(value)[:80]
+    return errors.InvalidArgumentError(f"{name}: {got}, expected {expected}", subject=name, expected=expected, got=got)

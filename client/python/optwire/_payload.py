@@ -1,0 +1,102 @@
+"""Payloads: arrays as chunks on their way out, chunks as arrays on their way in. Knows neither gRPC nor protobuf."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+from optwire_proto import errors, limits, sessions, tensors, trees
+
+
+class Outgoing:
+    """The bytes of some arrays, without copying them as a whole.
+
+    Args:
+      arrays: C-contiguous and little-endian, as ``trees.match`` and ``trees.flatten`` return them. Their memory is read
+        while chunks are made, so it must not change meanwhile.
+    """
+
+    def __init__(self, arrays: Sequence[tensors.Array]) -> None:
+        self._views = [tensors.wire_bytes(array) for array in arrays if array.size]
+        self.length = sum(view.nbytes for view in self._views)  # bytes
+
+    def chunks(self) -> Iterator[tuple[int, bytes]]:
+        """Yields (offset, bytes) in order, each of ``limits.CHUNK_BYTES`` but the last; holds one chunk at a time."""
+        offset = 0
+        pieces: list[memoryview] = []
+        wanted = limits.CHUNK_BYTES
+        for view in self._views:
+            start = 0
+            while start < view.nbytes:
+                piece = view[start : start + wanted]
+                pieces.append(piece)
+                start += piece.nbytes
+                wanted -= piece.nbytes
+                if not wanted:
+                    yield offset, b"".join(pieces)
+                    offset += limits.CHUNK_BYTES
+                    wanted = limits.CHUNK_BYTES
+                    pieces.clear()
+        if pieces:
+            yield offset, b"".join(pieces)
+
+    def whole(self) -> tuple[bytes, sessions.Digest]:
+        """All bytes at once and their digest; for payloads that fit one message."""
+        data = b"".join(self._views)
+        return data, sessions.Digest(len(data), zlib.crc32(data))
+
+
+class Incoming:
+    """New arrays for every leaf of ``tree``, filled from chunks in order; each byte is copied once."""
+
+    def __init__(self, tree: trees.TreeSpec) -> None:
+        self._arrays = [tensors.empty(leaf.shape, leaf.dtype) for leaf in tree.leaves]
+        self._views = iter([tensors.wire_bytes(array) for array in self._arrays if array.size])
+        self._length = tree.payload_bytes
+        self._room = memoryview(b"")  # what is still empty of the leaf being filled
+        self._offset = 0
+        self._crc32 = 0
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Takes the next chunk.
+
+        Raises:
+          PayloadError: the chunk leaves a gap, overlaps, or goes past the end.
+        """
+        if offset != self._offset:
+            raise _damaged("the offset of a chunk", self._offset, offset)
+        if offset + len(data) > self._length:
+            raise _damaged("the end of a chunk", f"at most {self._length}", offset + len(data))
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._offset += len(data)
+        rest = memoryview(data)
+        while rest:
+            if not self._room:
+                self._room = next(self._views)
+            count = min(len(rest), len(self._room))
+            self._room[:count] = rest[:count]
+            self._room, rest = self._room[count:], rest[count:]
+
+    def finish(self, digest: sessions.Digest) -> list[tensors.Array]:
+        """The arrays, complete, in the tree's order.
+
+        Raises:
+          PayloadError: bytes are missing, or are not those that the server sent.
+        """
+        for what, expected, got in (
+            ("the payload's length", self._length, self._offset),
+            ("the digest's length", self._length, digest.length),
+            ("the payload's CRC-32", digest.crc32, self._crc32),
+        ):
+            if expected != got:
+                raise _damaged(what, expected, got)
+        return self._arrays
+
+
+def _damaged(what: str, expected: object, got: object) -> errors.PayloadError:
+    return errors.PayloadError(
+        f"parameters from the server: {what} is {got}, expected {expected}",
+        subject="params",
+        expected=str(expected),
+        got=str(got),
+    )

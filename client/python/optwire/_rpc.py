@@ -1,0 +1,300 @@
+"""The client's only module that knows gRPC and generated code. Plain data in, plain data and typed errors out.
+
+One try of one call each; `_deadlines.retried` decides about the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import grpc
+
+from optwire import _deadlines, _options, _payload
+from optwire_proto import convert, errors, limits, sessions, specs, tensors, trees
+from optwire_proto.v1 import optimizer_pb2 as pb
+from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
+from optwire_proto.v1 import tensor_pb2 as tensor_pb
+
+ERROR_KEY = "optwire-error-bin"
+# Room for what surrounds a chunk or payload of the longest kind.
+_MESSAGE_BYTES_MAX = limits.MESSAGE_BYTES_MAX + limits.MIB
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
+    # A server that vanished without a word is noticed within 30 s; also between steps.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Tries and pauses are ours, and so short that a restarted server is found at once.
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Clients of one process do not share a connection behind our back.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+Frame = TypeVar("Frame", pb.CreateSessionRequest, pb.StreamStepsRequest)
+
+
+class Channel:
+    """One connection to a server and the calls on it; safe to use from several threads. Connects at the first call.
+
+    Every method may raise ``UnavailableError``, ``DeadlineError``, ``DetachedError`` (after ``close``), and what the
+    server answers.
+    """
+
+    def __init__(self, options: _options.Options) -> None:
+        self._channel = grpc.insecure_channel(options.target, options=_CHANNEL_OPTIONS)
+        self._stub = pb_grpc.OptimizerServiceStub(self._channel)
+        self._watchdog = _deadlines.Watchdog()
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends every call under way and the connection."""
+        self._closed = True
+        self._channel.close()
+        self._watchdog.close()
+
+    def server_info(self, deadline: _deadlines.Deadline) -> sessions.ServerInfo:
+        with self.translated():
+            response = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=deadline.remaining_s)
+        return convert.server_from_proto(response)
+
+    def create_session(
+        self,
+        deadline: _deadlines.Deadline,
+        *,
+        name: str,
+        tree: trees.TreeSpec,
+        spec: specs.Spec,
+        create_key: str,
+        params: _payload.Outgoing,
+    ) -> sessions.SessionInfo:
+        begin = pb.CreateSessionRequest(
+            begin=pb.CreateSessionBegin(
+                name=name,
+                tree=convert.tree_to_proto(tree),
+                spec=convert.spec_to_proto(spec),
+                create_key=create_key,
+            )
+        )
+        with self.translated():
+            call = self._stub.CreateSession.future(_frames(begin, params), timeout=deadline.remaining_s)
+            with _cancelled_unless_done(call):
+                response = call.result()
+        return convert.session_from_proto(response.session)
+
+    def get_session(
+        self, deadline: _deadlines.Deadline, *, id: str = "", name: str = "", worker: str = ""
+    ) -> tuple[sessions.SessionInfo, int]:
+        """The session with its tree, and the seq of the worker's last applied push (0: none)."""
+        request = pb.GetSessionRequest(session=convert.ref_to_proto(id=id, name=name), worker=worker)
+        with self.translated():
+            response = self._stub.GetSession(request, timeout=deadline.remaining_s)
+        return convert.session_from_proto(response.session), response.worker_seq
+
+    def list_sessions(
+        self, deadline: _deadlines.Deadline, page_token: str
+    ) -> tuple[list[sessions.SessionInfo], str]:
+        """One page, and the token of the next one (empty: none)."""
+        request = pb.ListSessionsRequest(page_token=page_token)
+        with self.translated():
+            response = self._stub.ListSessions(request, timeout=deadline.remaining_s)
+        return [convert.session_from_proto(session) for session in response.sessions], response.next_page_token
+
+    def delete_session(self, deadline: _deadlines.Deadline, *, name: str) -> None:
+        request = pb.DeleteSessionRequest(session=convert.ref_to_proto(name=name))
+        with self.translated():
+            self._stub.DeleteSession(request, timeout=deadline.remaining_s)
+
+    def update_hyperparams(
+        self, deadline: _deadlines.Deadline, *, id: str, incarnation: int, hyperparams: Mapping[str, specs.Value]
+    ) -> int:
+        """The first step (0-based) that uses the new values."""
+        request = pb.UpdateHyperparamsRequest(
+            session=convert.ref_to_proto(id=id),
+            incarnation=incarnation,
+            hyperparams=[
+                pb.Argument(name=name, value=convert.value_to_proto(value)) for name, value in hyperparams.items()
+            ],
+        )
+        with self.translated():
+            return self._stub.UpdateHyperparams(request, timeout=deadline.remaining_s).from_step
+
+    def read_params(
+        self, deadline: _deadlines.Deadline, *, id: str, worker: str, tree: trees.TreeSpec
+    ) -> tuple[sessions.SessionInfo, int, list[tensors.Array]]:
+        """The session without its tree, the seq of the worker's last applied push, and the newest parameters."""
+        request = pb.ReadParamsRequest(session=convert.ref_to_proto(id=id), worker=worker)
+        incoming = _payload.Incoming(tree)
+        with self.translated():
+            call = self._stub.ReadParams(request, timeout=deadline.remaining_s)
+            with _cancelled_unless_done(call):
+                begin = next(call, None)
+                if begin is None or begin.WhichOneof("frame") != "begin":
+                    raise _out_of_order("ReadParams", "begin", begin)
+                for frame in call:
+                    kind = frame.WhichOneof("frame")
+                    if kind == "chunk":
+                        incoming.write(frame.chunk.offset, frame.chunk.data)
+                    elif kind == "end":
+                        arrays = incoming.finish(convert.end_from_proto(frame.end))
+                        return convert.session_from_proto(begin.begin.session), begin.begin.worker_seq, arrays
+                    else:
+                        break
+        raise _out_of_order("ReadParams", "chunk or end", None)
+
+    def step(
+        self,
+        deadline: _deadlines.Deadline,
+        key: sessions.PushKey,
+        grads: _payload.Outgoing,
+        tree: trees.TreeSpec,
+    ) -> tuple[sessions.Ack, list[tensors.Array]]:
+        """One push and its reply, in one message each."""
+        data, digest = grads.whole()
+        request = pb.StepRequest(
+            begin=convert.push_to_proto(key), payload=data, digest=convert.digest_to_proto(digest)
+        )
+        with self.translated():
+            response = self._stub.Step(request, timeout=deadline.remaining_s)
+        incoming = _payload.Incoming(tree)
+        incoming.write(0, response.payload)
+        return convert.ack_from_proto(response.ack), incoming.finish(convert.digest_from_proto(response.digest))
+
+    def open_stream(self) -> Stream:
+        """A stream for any number of pushes, one at a time."""
+        with self.translated():
+            return Stream(self, self._stub, self._watchdog)
+
+    @contextlib.contextmanager
+    def translated(self, deadline: _deadlines.Deadline | None = None) -> Iterator[None]:
+        """Turns what gRPC raises into our errors; with ``deadline``, a call cancelled after it into DeadlineError."""
+        if self._closed:
+            raise _client_closed()
+        try:
+            yield
+        except grpc.RpcError as exc:
+            if self._closed:
+                raise _client_closed() from exc
+            if deadline is not None and not deadline.remaining_s:
+                raise errors.DeadlineError("the step's deadline passed") from exc
+            raise _typed(exc) from exc
+        except ValueError as exc:  # what gRPC raises where `close` came between
+            if self._closed and not isinstance(exc, errors.OptwireError):
+                raise _client_closed() from exc
+            raise
+
+
+class Stream:
+    """A long-lived StreamSteps call. Used by one thread at a time; after any exception it is of no further use.
+
+    gRPC pulls what is to be sent from a thread of its own, one frame at a time, as flow control allows.
+    """
+
+    def __init__(self, channel: Channel, stub: pb_grpc.OptimizerServiceStub, watchdog: _deadlines.Watchdog) -> None:
+        self._channel = channel
+        self._watchdog = watchdog
+        pushes: queue.SimpleQueue[Iterator[pb.StreamStepsRequest] | None] = queue.SimpleQueue()
+        self._pushes = pushes
+        self._call = stub.StreamSteps(frame for push in iter(pushes.get, None) for frame in push)
+        # However the call ends, the thread that waits for the next push must end too.
+        if not self._call.add_callback(lambda: pushes.put(None)):
+            pushes.put(None)
+        self._leaving = False  # the server asked us to go
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another push may be tried; a True may be outdated."""
+        return self._call.is_active() and not self._leaving
+
+    def push(
+        self,
+        deadline: _deadlines.Deadline,
+        key: sessions.PushKey,
+        grads: _payload.Outgoing,
+        tree: trees.TreeSpec,
+    ) -> tuple[sessions.Ack, list[tensors.Array]]:
+        """One push and its reply. Whatever interrupts it cancels the call, and the sending with it."""
+        incoming = _payload.Incoming(tree)
+        begin = pb.StreamStepsRequest(begin=convert.push_to_proto(key))
+        with (
+            self._channel.translated(deadline),
+            _cancelled_unless_done(self._call),
+            self._watchdog.watch(deadline, self.cancel),
+        ):
+            self._pushes.put(_frames(begin, grads))
+            ack = convert.ack_from_proto(self._next("ack").ack)
+            while True:
+                frame = self._next("chunk", "end")
+                if frame.WhichOneof("frame") == "end":
+                    return ack, incoming.finish(convert.end_from_proto(frame.end))
+                incoming.write(frame.chunk.offset, frame.chunk.data)
+
+    def close(self) -> None:
+        """Tells the server that no push follows, and gives it a moment to end the call."""
+        deadline = _deadlines.Deadline(_options.CLOSE_S)
+        self._pushes.put(None)
+        with contextlib.suppress(grpc.RpcError), self._watchdog.watch(deadline, self.cancel):
+            for _ in self._call:
+                pass
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    def _next(self, *expected: str) -> pb.StreamStepsResponse:
+        """The next frame of one of the kinds ``expected``."""
+        for frame in self._call:
+            kind = frame.WhichOneof("frame")
+            if kind == "go_away":
+                self._leaving = True
+                if "ack" in expected:  # before the ack nothing tells whether this push will still be served
+                    raise errors.UnavailableError(f"the server is leaving this stream: {frame.go_away.reason}")
+            elif kind in expected:
+                return frame
+            else:
+                raise _out_of_order("StreamSteps", " or ".join(expected), frame)
+        raise errors.UnavailableError("the server ended the stream")
+
+
+def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame]:
+    """Begin, chunks, end; the digest is taken on the way."""
+    kind = type(begin)
+    yield begin
+    crc32 = 0
+    for offset, data in payload.chunks():
+        crc32 = zlib.crc32(data, crc32)
+        yield kind(chunk=tensor_pb.Chunk(offset=offset, data=data))
+    digest = sessions.Digest(payload.length, crc32)
+    yield kind(end=pb.PayloadEnd(digest=convert.digest_to_proto(digest)))
+
+
+@contextlib.contextmanager
+def _cancelled_unless_done(call: grpc.Future[object] | grpc.Call) -> Iterator[None]:
+    """Leaves nothing under way behind an exception, Ctrl-C included."""
+    try:
+        yield
+    except BaseException:
+        call.cancel()
+        raise
+
+
+def _typed(exc: grpc.RpcError) -> errors.OptwireError:
+    """The error of a status, with the server's details where it sent any."""
+    metadata = exc.trailing_metadata() if isinstance(exc, grpc.Call) else None
+    detail = next((value for key, value in metadata or () if key == ERROR_KEY), None)
+    detail_bytes = detail.encode() if isinstance(detail, str) else detail
+    return convert.error_from_proto(exc.code().name, exc.details() or exc.code().name, detail_bytes)
+
+
+def _out_of_order(method: str, expected: str, frame: object) -> errors.InternalError:
+    got = "the end" if frame is None else str(getattr(frame, "WhichOneof", lambda _: frame)("frame"))
+    return errors.InternalError(f"{method}: the server answered {got}, expected {expected}", expected=expected, got=got)
+
+
+def _client_closed() -> errors.DetachedError:
+    return errors.DetachedError("the client was closed")

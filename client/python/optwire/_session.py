@@ -1,0 +1,241 @@
+"""Session: the user's handle on one optimization held by the server. No gRPC, no protobuf."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from optwire import _deadlines, _options, _payload, _rpc
+from optwire_proto import errors, limits, sessions, tensors, trees
+
+_UNKNOWN = "the push may or may not have been applied: call step again with the same grads, or params"
+
+
+class Session:
+    """A handle on one session; made by ``Client.create_session`` and ``Client.attach``.
+
+    The session itself lives on the server, beyond this handle and this process. A handle is one worker: it counts its
+    pushes, so that each is applied exactly once however often it has to be sent. Calls on one handle from several
+    threads wait for each other.
+
+    Every method that asks the server raises ``DeadlineError`` or ``UnavailableError`` when no answer came in time,
+    ``DetachedError`` after ``close``, and ``SessionNotFoundError`` once the session was deleted or its server restarted.
+    """
+
+    def __init__(
+        self,
+        channel: _rpc.Channel,
+        options: _options.Options,
+        info: sessions.SessionInfo,
+        tree: trees.TreeSpec,
+        types: tuple[type, ...],
+        worker: str,
+        seq: int,
+    ) -> None:
+        self._channel = channel
+        self._options = options
+        self._id = info.id
+        self._name = info.name
+        self._incarnation = info.incarnation
+        self._tree = tree
+        self._types = types
+        self._worker = worker
+        self._seq = seq  # of this worker's last push known to be applied
+        self._step = info.step  # of the parameters last received
+        self._last_ack: sessions.Ack | None = None
+        self._stream: _rpc.Stream | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def id(self) -> str:
+        """32 hexadecimal digits, made by the server."""
+        return self._id
+
+    @property
+    def name(self) -> str:
+        """As chosen at creation, or made by the server."""
+        return self._name
+
+    @property
+    def step_count(self) -> int:
+        """Updates applied to the parameters that this handle last received; others may have pushed since."""
+        return self._step
+
+    @property
+    def last_ack(self) -> sessions.Ack | None:
+        """The outcome of this handle's last push; None before the first."""
+        return self._last_ack
+
+    def step(self, grads: Any, base_step: int | None = None) -> Any:
+        """Pushes gradients, applies one update, and returns the new parameters.
+
+        Safe to repeat: after a ``DeadlineError``, ``UnavailableError`` or Ctrl-C it is unknown whether the update was
+        applied; calling again with the same gradients finds out, and applies them once.
+
+        Example:
+          >>> params = session.step({"w": np.ones(3, np.float32)})  # doctest: +SKIP
+
+        Args:
+          grads: a nest of the session's structure, shapes and element types: NumPy arrays, or arrays that NumPy can
+            read in place. Not copied as a whole; do not change them during the call.
+          base_step: the step of the parameters that the gradients were computed on, where that is not ``step_count``.
+
+        Returns:
+          The parameters after the update: new NumPy arrays in the structure given at creation.
+
+        Raises:
+          TreeMismatchError: the gradients differ from the session's tree; nothing was sent.
+          StaleStepError: another worker pushed since; call ``params`` and compute again.
+          FutureStepError: ``base_step`` lies beyond the session's step.
+          DivergentRetryError: an earlier push of unknown outcome was applied, with other gradients; call ``params``.
+          LimitError: too large for the transport "unary", or for the server.
+          SessionFailedError: the session lost its state in a failed update.
+        """
+        payload = _payload.Outgoing(trees.match(self._tree, grads))
+        with self._using():
+            base = self._step if base_step is None else _step_number(base_step)
+            key = sessions.PushKey(
+                session_id=self._id,
+                incarnation=self._incarnation,
+                worker=self._worker,
+                seq=self._seq + 1,
+                base_step=base,
+            )
+            push = self._push_unary if self._goes_unary(payload.length) else self._push_on_stream
+            deadline = self._deadline(2 * payload.length)
+            ack, arrays = _deadlines.retried(
+                lambda _: push(deadline, key, payload), deadline, f"push on step {base} of {self}", _UNKNOWN
+            )
+            self._seq, self._step, self._last_ack = key.seq, ack.step, ack
+        return trees.unflatten(self._tree, arrays, self._types)
+
+    def params(self) -> Any:
+        """The newest parameters: new NumPy arrays in the structure given at creation.
+
+        The next ``step`` builds on them, whatever became of an earlier push.
+        """
+        with self._using():
+            deadline = self._deadline(self._tree.payload_bytes)
+            info, seq, arrays = _deadlines.retried(
+                lambda _: self._channel.read_params(deadline, id=self._id, worker=self._worker, tree=self._tree),
+                deadline,
+                f"params of {self}",
+            )
+            self._seq, self._step = seq, info.step
+        return trees.unflatten(self._tree, arrays, self._types)
+
+    def info(self) -> sessions.SessionInfo:
+        """What the server says about the session now; changes nothing here, ``step_count`` included."""
+        with self._using():
+            deadline = self._deadline()
+            return _deadlines.retried(
+                lambda _: self._channel.get_session(deadline, id=self._id), deadline, f"info of {self}"
+            )[0]
+
+    def set_hyperparams(self, *, learning_rate: float) -> int:
+        """Replaces the learning rate, or the schedule that gave it, from the next update on, for all workers.
+
+        Args:
+          learning_rate: a finite number.
+
+        Returns:
+          The first step (0-based) that uses it.
+
+        Raises:
+          InvalidArgumentError: not a finite number.
+        """
+        rate = _finite(learning_rate)
+        with self._using():
+            deadline = self._deadline()
+            return _deadlines.retried(
+                lambda _: self._channel.update_hyperparams(
+                    deadline, id=self._id, incarnation=self._incarnation, hyperparams={"learning_rate": rate}
+                ),
+                deadline,
+                f"set_hyperparams of {self}",
+                "the learning rate may or may not have been replaced",
+            )
+
+    def close(self) -> None:
+        """Releases the handle; the session lives on and can be attached to. Waits for a call under way; idempotent."""
+        with self._lock:
+            self._closed = True
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<optwire.Session {self._name!r} step_count={self._step}{' closed' * self._closed}>"
+
+    def __str__(self) -> str:
+        return f"session {self._name!r}"
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise errors.DetachedError(f"{self}: this handle was closed; attach again", subject=self._name)
+            yield
+
+    def _deadline(self, payload_bytes: int = 0) -> _deadlines.Deadline:
+        return _deadlines.Deadline(self._options.timeout_s, payload_bytes)
+
+    def _goes_unary(self, length: int) -> bool:
+        transport = self._options.transport
+        if transport is _options.Transport.UNARY and length > limits.UNARY_PAYLOAD_BYTES_MAX:
+            raise errors.LimitError(
+                f"grads: {length} bytes, expected at most {limits.UNARY_PAYLOAD_BYTES_MAX} with transport='unary'; "
+                "connect with transport='auto'",
+                subject="grads",
+                expected=str(limits.UNARY_PAYLOAD_BYTES_MAX),
+                got=str(length),
+            )
+        if transport is _options.Transport.AUTO:
+            return length <= _options.AUTO_UNARY_BYTES_MAX
+        return transport is _options.Transport.UNARY
+
+    def _push_unary(
+        self, deadline: _deadlines.Deadline, key: sessions.PushKey, payload: _payload.Outgoing
+    ) -> tuple[sessions.Ack, list[tensors.Array]]:
+        return self._channel.step(deadline, key, payload, self._tree)
+
+    def _push_on_stream(
+        self, deadline: _deadlines.Deadline, key: sessions.PushKey, payload: _payload.Outgoing
+    ) -> tuple[sessions.Ack, list[tensors.Array]]:
+        stream, self._stream = self._stream, None  # put back only after a whole reply
+        if stream is None or not stream.is_open:
+            stream = self._channel.open_stream()
+        reply = stream.push(deadline, key, payload, self._tree)
+        self._stream = stream
+        return reply
+
+
+def _step_number(value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= int(value) < 2**64:
+        raise _wrong("base_step", "a number of steps", value)
+    return int(value)
+
+
+def _finite(value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise _wrong("learning_rate", "a finite number", value)
+    return float(value)
+
+
+def _wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:
+    got = repr(value)[:80]
+    return errors.InvalidArgumentError(f"{name}: {got}, expected {expected}", subject=name, expected=expected, got=got)

@@ -1,0 +1,32 @@
+"""Every number of the protocol that both ends must agree on, with its unit and its reason."""
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# A default-configured gRPC client in any language receives messages of up to 4 MiB; chunks stay well below.
+CHUNK_BYTES_MAX = 2 * MIB
+# What our own ends send. 256 KiB costs a third more CPU per byte; above 1 MiB nothing is gained and a copy leaves the cache.
+CHUNK_BYTES = 1 * MIB
+# gRPC's own default, said aloud: what is longer is refused by gRPC itself with RESOURCE_EXHAUSTED.
+MESSAGE_BYTES_MAX = 4 * MIB
+# A unary Step carries its payload in one message.
+UNARY_PAYLOAD_BYTES_MAX = 2 * MIB
+
+# A tree spec must fit one message.
+LEAVES_MAX = 65_536
+NODES_MAX = 2 * LEAVES_MAX
+DEPTH_MAX = 64
+RANK_MAX = 8
+# A dimension beyond this is a mistake or an attack, even beside a zero.
+DIM_MAX = 2**40
+NAME_BYTES_MAX = 1024
+TYPE_NAME_BYTES_MAX = 255
+
+SESSION_NAME_CHARS_MAX = 128
+SPEC_NAME_BYTES_MAX = 128
+SPEC_TEXT_BYTES_MAX = 4 * KIB
+SPEC_DEPTH_MAX = 16
+SPEC_LIST_MAX = 4096
+
+# Trailing metadata is limited to 8 KiB by common servers and proxies.
+ERROR_TEXT_CHARS_MAX = 1024

@@ -1,0 +1,151 @@
+"""What both ends say about a session and its pushes, as plain data. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+from collections.abc import Mapping
+
+from optwire_proto import errors, limits, specs, trees
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class Durability(enum.IntEnum):
+    """What an acknowledged step survives; the values are the protocol's."""
+
+    MEMORY = 1
+    SNAPSHOT = 2
+    LOG = 3
+    LOG_SYNC = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """What a session is and where it stands.
+
+    Attributes:
+      id: 32 hexadecimal digits, made by the server.
+      name: as chosen at creation.
+      incarnation: grows when the session's history is rewritten; starts at 1.
+      step: number of updates applied.
+      durable_step: number of updates that survive as ``durability`` says.
+      tree: leaves and nest; None in listings.
+      spec: the optimizer, every argument filled in.
+      learning_rate: what the next step will use.
+      learning_rate_scheduled: whether that comes from the spec's schedule.
+      durability: what an acknowledged step survives.
+      payload_bytes: length of one payload.
+      state_bytes: size of the parameters and slots held.
+      created_s: seconds since the Unix epoch, by the server's clock.
+      failure: why no further step is accepted; empty while the session is healthy.
+    """
+
+    id: str
+    name: str
+    incarnation: int
+    step: int
+    durable_step: int
+    tree: trees.TreeSpec | None
+    spec: specs.Spec
+    learning_rate: float
+    learning_rate_scheduled: bool
+    durability: Durability
+    payload_bytes: int
+    state_bytes: int
+    created_s: float
+    failure: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PushKey:
+    """The idempotency key of a push, and the step it applies to."""
+
+    session_id: str
+    incarnation: int
+    worker: str
+    seq: int
+    base_step: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Digest:
+    """What a payload's bytes were."""
+
+    length: int
+    crc32: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """The outcome of a push.
+
+    Attributes:
+      step: number of updates applied; the parameters of the reply are of this step.
+      applied_step: the step that this push became.
+      durable_step: number of updates that survive as the session's durability says.
+      incarnation: the session's.
+      seq: the push's.
+      duplicate: whether this answers a retry of a push that had been applied.
+      learning_rate: what the applied update used.
+      payload_bytes: length of the parameters that follow.
+    """
+
+    step: int
+    applied_step: int
+    durable_step: int
+    incarnation: int
+    seq: int
+    duplicate: bool
+    learning_rate: float
+    payload_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What a server is.
+
+    Attributes:
+      version: of the server's package.
+      library_versions: of what it computes with.
+      devices: (name, kind) of each accelerator.
+      limits: limit name to value, in the unit the name ends with.
+      catalogue: the constructors served, by name.
+      features: optional capabilities served.
+    """
+
+    version: str
+    library_versions: Mapping[str, str]
+    devices: tuple[tuple[str, str], ...]
+    limits: Mapping[str, int]
+    catalogue: Mapping[str, specs.Entry]
+    features: tuple[str, ...]
+
+
+def check_name(name: str) -> str:
+    """Returns a session name that is allowed.
+
+    Raises:
+      InvalidArgumentError: it is not 1 to 128 characters of A-Z a-z 0-9 . _ - or starts with a dot.
+    """
+    if len(name) > limits.SESSION_NAME_CHARS_MAX or not _NAME.fullmatch(name):
+        expected = f"1 to {limits.SESSION_NAME_CHARS_MAX} characters of A-Z a-z 0-9 . _ -, not starting with a dot"
+        raise errors.InvalidArgumentError(
+            f"session name {name[:80]!r}: expected {expected}", subject="name", expected=expected, got=name[:80]
+        )
+    return name
+
+
+def check_id(value: str, what: str) -> str:
+    """Returns an id that is 32 lower-case hexadecimal digits.
+
+    Raises:
+      InvalidArgumentError: it is not.
+    """
+    if not _ID.fullmatch(value):
+        raise errors.InvalidArgumentError(
+            f"{what} {value[:80]!r}: expected 32 lower-case hexadecimal digits", subject=what, got=value[:80]
+        )
+    return value

@@ -1,0 +1,3 @@
+from optwire_server.main import main
+
+raise SystemExit(main())

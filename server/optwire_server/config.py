@@ -1,0 +1,110 @@
+"""What an operator may set, with units, defaults and reasons; and the one place that reads flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+import os
+from collections.abc import Sequence
+
+from optwire_proto import limits
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Configuration of one server.
+
+    Attributes:
+      listen: addresses to serve on: "host:port" (port 0: a free one) or "unix:/path".
+      insecure: whether an address beyond loopback may be served without TLS.
+      sessions_max: most sessions; one more is refused.
+      streams_max: most streams open at once; each holds a thread while it is open.
+      threads: size of the pool that serves requests; what exceeds ``streams_max`` is left to short calls.
+      landing_bytes_max: most bytes of payloads in flight, of all sessions together; more is refused for now.
+      landing_keep_bytes: landing buffers up to this total are kept for the next push instead of being freed.
+      state_bytes_max: most bytes of parameters and slots, of all sessions together; a session more is refused.
+      stall_s: seconds without a byte after which an upload is given up and its buffers are freed.
+      idle_s: seconds without a push after which a stream is closed; clients reopen it by themselves.
+      drain_s: seconds that pushes under way get to finish after SIGTERM.
+    """
+
+    listen: tuple[str, ...] = ("127.0.0.1:50051",)
+    insecure: bool = False
+    sessions_max: int = 1024
+    streams_max: int = 96
+    threads: int = 128
+    landing_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
+    landing_keep_bytes: int = 256 * limits.MIB
+    state_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 2)
+    stall_s: float = 20.0
+    idle_s: float = 300.0
+    drain_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"{field.name}: {value}, expected more than 0")
+        if self.threads <= self.streams_max:
+            raise ValueError(f"threads: {self.threads}, expected more than streams_max ({self.streams_max})")
+        if not self.listen:
+            raise ValueError("listen: no address")
+        for address in self.listen:
+            if not self.insecure and not _is_local(address):
+                raise ValueError(
+                    f"listen: {address} is not a loopback address, and this version serves without TLS and "
+                    "authentication; add --insecure if something in front of it protects it"
+                )
+
+
+def _is_local(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parser(prog: str = "optwire") -> argparse.ArgumentParser:
+    """The command line: ``serve`` and ``health``."""
+    root = argparse.ArgumentParser(prog=prog, description="A remote optimizer.")
+    commands = root.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="hold optimizer state and apply pushes until SIGTERM or SIGINT")
+    serve.add_argument(
+        "--listen",
+        action="append",
+        metavar="HOST:PORT",
+        help="address to serve on, or unix:/path; repeatable; port 0 takes a free one (default 127.0.0.1:50051)",
+    )
+    serve.add_argument("--insecure", action="store_true", help="allow addresses beyond loopback, without TLS")
+    serve.add_argument("--port-file", metavar="FILE", help="write the first address served to FILE once ready")
+    for name, kind, text in (
+        ("sessions-max", int, "most sessions"),
+        ("streams-max", int, "most streams open at once"),
+        ("landing-bytes-max", int, "most bytes of payloads in flight (default: a quarter of the memory)"),
+        ("state-bytes-max", int, "most bytes of parameters and slots (default: half of the memory)"),
+        ("drain-s", float, "seconds that pushes under way get to finish after SIGTERM (default 5)"),
+    ):
+        serve.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    health = commands.add_parser("health", help="ask a server whether it serves; exits 0 if so, 2 if not")
+    health.add_argument("--target", default="localhost:50051", help="gRPC target (default localhost:50051)")
+    health.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait (default 5)")
+    return root
+
+
+def from_flags(flags: argparse.Namespace) -> ServerConfig:
+    """The configuration that parsed ``serve`` flags ask for; raises ValueError for values that cannot be."""
+    given = {
+        field.name: getattr(flags, field.name)
+        for field in dataclasses.fields(ServerConfig)
+        if getattr(flags, field.name, None) is not None
+    }
+    listen: Sequence[str] | None = given.pop("listen", None)
+    return ServerConfig(**given, **({"listen": tuple(listen)} if listen else {}))

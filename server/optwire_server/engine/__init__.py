@@ -1,0 +1,1 @@
+"""The engine: the only owner of devices. Compiles updates, holds state, lands payloads. Knows no sessions and no gRPC."""

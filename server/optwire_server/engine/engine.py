@@ -1,0 +1,113 @@
+"""The engine proper: arrays of sessions on one device, and the one thread that may touch them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import jaxlib
+import numpy as np
+
+from optwire_proto import errors, specs, tensors, trees
+from optwire_server.engine import program
+
+T = TypeVar("T")
+
+
+class UpdateError(Exception):
+    """An update raised. ``state_lost`` says whether the old state was consumed before it did."""
+
+    def __init__(self, problem: str, state_lost: bool) -> None:
+        super().__init__(problem)
+        self.state_lost = state_lost
+
+
+@dataclasses.dataclass(slots=True)
+class Held:
+    """One session's arrays on the device. Only functions run by ``Engine.run`` may read or replace ``state``."""
+
+    program: program.Program
+    state: program.OptState | None
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of parameters and slots."""
+        return self.program.state_bytes
+
+
+class Engine:
+    """Holds the arrays of sessions on one device.
+
+    All JAX work on state is issued by one thread, in the order it was asked for: updates do not race, and a reader
+    sees the state between two of them. Compiling happens on the thread that asks, so it delays no update.
+    """
+
+    def __init__(self) -> None:
+        self._device = jax.devices()[0]
+        self._programs = program.ProgramCache(self._device)
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="optwire-device")
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Runs a function on the device's thread and waits for it.
+
+        Raises:
+          UnavailableError: the engine is closed.
+        """
+        try:
+            future = self._executor.submit(function)
+        except RuntimeError as exc:
+            raise errors.UnavailableError("the server is shutting down") from exc
+        return future.result()
+
+    def compile(self, spec: specs.Spec, tree: trees.TreeSpec) -> program.Program:
+        """The program for a checked spec and a tree. May take seconds the first time; raises TreeError."""
+        program.check_tree(spec, tree)
+        return self._programs.get(spec, tree)
+
+    def hold(self, compiled: program.Program, params: Sequence[tensors.Array]) -> Held:
+        """Makes the state before the first step; copies ``params``."""
+        held = Held(compiled, None)
+
+        def init() -> None:
+            held.state = jax.block_until_ready(compiled.init(params))
+
+        self.run(init)
+        return held
+
+    def update(self, held: Held, learning_rate: float | None, index: int, grads: Sequence[tensors.Array]) -> None:
+        """Replaces the state by the next one. On the device's thread only.
+
+        ``grads`` are read until this returns; afterwards their memory may be reused.
+
+        Raises:
+          UpdateError: nothing or everything of the old state is left, as it says.
+        """
+        old = held.state
+        try:
+            with held.program.precision():
+                on_device = jax.device_put(list(grads), held.program.device)
+            held.state = jax.block_until_ready(held.program.update(learning_rate, index, on_device, old))
+        except Exception as exc:
+            lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+            held.state = None if lost else old
+            raise UpdateError(f"{type(exc).__name__}: {exc}", lost) from exc
+
+    def params(self, held: Held) -> list[np.ndarray]:
+        """The parameters as NumPy arrays. On the device's thread only.
+
+        On a CPU they are views of the state: while one is alive, the next update copies instead of writing over it.
+        """
+        return [np.asarray(leaf) for leaf in held.program.params(held.state)]
+
+    def describe(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
+        """Library versions, and (name, kind) of each device."""
+        versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+        devices = tuple((f"{device.platform}:{device.id}", device.device_kind) for device in jax.devices())
+        return versions, devices
+
+    def close(self) -> None:
+        """Finishes what was asked for and stops the thread."""
+        self._executor.shutdown()

@@ -1,0 +1,390 @@
+"""The registry: all live sessions, and the shell that does what their machines decide, in order.
+
+Knows neither protobuf nor update rules. Locks: ``Registry._lock`` guards the tables; everything that advances a session
+runs on the engine's thread, one event at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from optwire_proto import errors, sessions, specs, trees
+from optwire_server.config import ServerConfig
+from optwire_server.engine import engine as engines
+from optwire_server.engine import landing, program
+from optwire_server.session import effects, events, machine
+
+_log = logging.getLogger("optwire.registry")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class LiveSession:
+    """A session, its arrays, and what never changes about it."""
+
+    machine: machine.Session
+    held: engines.Held
+    tree: trees.TreeSpec
+    spec: specs.Spec
+    create_key: str
+    created_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Creation:
+    """A session whose initial parameters are on their way."""
+
+    name: str
+    spec: specs.Spec
+    tree: trees.TreeSpec
+    create_key: str
+    program: program.Program
+    landing: landing.Landing
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Push:
+    """A push whose payload is on its way."""
+
+    key: sessions.PushKey
+    session: LiveSession
+    landing: landing.Landing
+
+
+@dataclasses.dataclass(slots=True)
+class Reply:
+    """The answer to a push: what became of it, and the parameters (in order) if they were asked for.
+
+    On a CPU ``params`` are views that keep the next update from writing in place: let go of them soon.
+    """
+
+    ack: sessions.Ack
+    params: list[np.ndarray]
+
+
+@dataclasses.dataclass(slots=True)
+class Read:
+    """A session, a worker's last applied seq, and the parameters (as in ``Reply``), all of one step."""
+
+    info: sessions.SessionInfo
+    worker_seq: int
+    params: list[np.ndarray]
+
+
+class Registry:
+    """All live sessions of one server. Thread-safe."""
+
+    def __init__(self, engine: engines.Engine, config: ServerConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._landings = landing.LandingPool(
+            bytes_max=config.landing_bytes_max, keep_bytes=config.landing_keep_bytes
+        )
+        self._lock = threading.Lock()
+        self._by_id: dict[str, LiveSession] = {}
+        self._by_name: dict[str, LiveSession] = {}
+        self._draining = False
+
+    # ---------------------------------------------------------------------------------------------------- create
+
+    @contextlib.contextmanager
+    def creating(
+        self, name: str, tree: trees.TreeSpec, spec: specs.Spec, create_key: str
+    ) -> Iterator[Creation]:
+        """Prepares a session: checks everything, compiles, lends the landing for the initial parameters.
+
+        Raises:
+          SpecError, TreeError, InvalidArgumentError: the request is wrong.
+          SessionExistsError: the name is taken by another request's session.
+          LimitError: too many sessions, or too much state.
+        """
+        self._refuse_when_draining()
+        sessions.check_id(create_key, "create_key")
+        if name:
+            sessions.check_name(name)
+        checked = specs.check(spec)
+        with self._lock:
+            self._existing(name, create_key)
+            self._check_room(0)
+        compiled = self._engine.compile(checked, tree)
+        with self._lock:
+            self._check_room(compiled.state_bytes)
+        with contextlib.closing(self._landings.land(tree)) as lent:
+            yield Creation(
+                name=name, spec=checked, tree=tree, create_key=create_key, program=compiled, landing=lent
+            )
+
+    def create(self, creation: Creation, digest: sessions.Digest) -> sessions.SessionInfo:
+        """Creates the session once its parameters are in; a retry under the same key finds it."""
+        creation.landing.finish(digest)
+        with self._lock:
+            if existing := self._existing(creation.name, creation.create_key):
+                return self._info(existing)
+        held = self._engine.hold(creation.program, creation.landing.arrays())
+        id_ = secrets.token_hex(16)
+        name = creation.name or f"session-{id_[:8]}"
+        live = LiveSession(
+            machine=machine.Session(id=id_, name=name),
+            held=held,
+            tree=creation.tree,
+            spec=creation.spec,
+            create_key=creation.create_key,
+            created_s=time.time(),
+        )
+        with self._lock:
+            # Another request may have come first while the state was made.
+            if existing := self._existing(name, creation.create_key):
+                return self._info(existing)
+            self._check_room(held.state_bytes)
+            self._by_id[id_] = self._by_name[name] = live
+        _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, held.state_bytes)
+        return self._info(live)
+
+    def _existing(self, name: str, create_key: str) -> LiveSession | None:
+        """The session that an earlier try of the same request created; raises where the name is another's."""
+        for live in self._by_id.values():
+            if live.create_key == create_key:
+                return live
+        if name in self._by_name:
+            raise errors.SessionExistsError(f"session {name!r} exists already", subject=name)
+        return None
+
+    def _check_room(self, state_bytes: int) -> None:
+        held = sum(live.held.state_bytes for live in self._by_id.values())
+        for what, count, most in (
+            ("sessions_max", len(self._by_id) + 1, self._config.sessions_max),
+            ("state_bytes_max", held + state_bytes, self._config.state_bytes_max),
+        ):
+            if count > most:
+                raise errors.LimitError(
+                    f"{what}: this session would make {count}, expected at most {most}",
+                    subject=what,
+                    expected=f"at most {most}",
+                    got=str(count),
+                )
+
+    # ------------------------------------------------------------------------------------------------------ push
+
+    @contextlib.contextmanager
+    def pushing(self, key: sessions.PushKey) -> Iterator[Push]:
+        """Admits a push and lends the landing for its payload.
+
+        Raises:
+          SessionNotFoundError, SessionFailedError: there is nothing to push to.
+          OutOfStepError: as ``session.machine`` says.
+          LimitError: too many bytes in flight; worth another try.
+          UnavailableError: the server is draining.
+        """
+        self._refuse_when_draining()
+        live = self._find(id_=key.session_id)
+        machine.admit(live.machine, key)
+        with contextlib.closing(self._landings.land(live.tree)) as lent:
+            yield Push(key, live, lent)
+
+    def push(self, push: Push, digest: sessions.Digest, *, wants_params: bool = True) -> Reply:
+        """Applies a push whose payload is in, or answers it from state if it had been applied."""
+        push.landing.finish(digest)
+        return self._engine.run(lambda: self._apply(push, digest, wants_params))
+
+    def _apply(self, push: Push, digest: sessions.Digest, wants_params: bool) -> Reply:
+        """On the engine's thread: tells the machine, then does what it says, in order."""
+        live = push.session
+        todo = self._advance(live, events.Pushed(push.key, digest))
+        reply: Reply | None = None
+        failure: errors.OptwireError | None = None
+        while todo:
+            effect, *todo = todo
+            match effect:
+                case effects.Apply():
+                    todo += self._advance(live, self._update(live, effect, push.landing))
+                case effects.Reply():
+                    params = self._engine.params(live.held) if wants_params else []
+                    reply = Reply(_ack(live, effect, sum(leaf.nbytes for leaf in params)), params)
+                case effects.Fail():
+                    failure = effect.error
+                case effects.Free():
+                    live.held.state = None
+        if failure is not None:
+            raise failure
+        assert reply is not None, "a push was neither answered nor refused"
+        return reply
+
+    def _update(self, live: LiveSession, apply: effects.Apply, lent: landing.Landing) -> events.Event:
+        rate = self._learning_rate(live, apply.index, apply.learning_rate)
+        try:
+            self._engine.update(live.held, rate, apply.index, lent.arrays())
+        except engines.UpdateError as exc:
+            _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
+            return events.UpdateFailed(str(exc), exc.state_lost)
+        return events.Updated(rate)
+
+    def _advance(self, live: LiveSession, event: events.Event) -> Sequence[effects.Effect]:
+        live.machine, todo = machine.advance(live.machine, event)
+        return todo
+
+    # ------------------------------------------------------------------------------------------------ other verbs
+
+    def read(self, *, id_: str = "", name: str = "", worker: str = "") -> Read:
+        """The session, the worker's last applied seq, and the parameters, all of one step."""
+        live = self._find(id_=id_, name=name)
+
+        def look() -> Read:
+            machine.check_alive(live.machine)
+            return Read(self._info(live), self._worker_seq(live, worker), self._engine.params(live.held))
+
+        return self._engine.run(look)
+
+    def info(self, *, id_: str = "", name: str = "", worker: str = "") -> tuple[sessions.SessionInfo, int]:
+        """The session, and the worker's last applied seq (0: none)."""
+        live = self._find(id_=id_, name=name)
+        return self._info(live), self._worker_seq(live, worker)
+
+    def list(self, page_size: int, after: str) -> tuple[list[sessions.SessionInfo], str]:
+        """One page of sessions ordered by name, without their trees, and where the next page starts (empty: nowhere)."""
+        with self._lock:
+            names = sorted(name for name in self._by_name if name > after)
+            page = [self._by_name[name] for name in names[:page_size]]
+        infos = [dataclasses.replace(self._info(live), tree=None) for live in page]
+        return infos, names[page_size - 1] if len(names) > page_size else ""
+
+    def set_learning_rate(
+        self, learning_rate: float, *, id_: str = "", name: str = "", incarnation: int = 0, from_step: int | None = None
+    ) -> tuple[sessions.SessionInfo, int]:
+        """Sets the learning rate of all further steps; returns the session and the first step that uses it."""
+        if not math.isfinite(learning_rate):
+            raise errors.InvalidArgumentError(
+                f"learning_rate: {learning_rate}, expected a finite number",
+                subject="learning_rate",
+                expected="a finite number",
+                got=str(learning_rate),
+            )
+        live = self._find(id_=id_, name=name)
+        # A schedule is part of the compiled update; a rate set by hand needs the program that takes it as an operand.
+        core = specs.core(live.spec).replace(step_size=learning_rate)
+        fixed = self._engine.compile(_with_core(live.spec, core), live.tree)
+
+        def set_rate() -> int:
+            _check_fits(live.machine, incarnation, from_step)
+            self._advance(live, events.RateSet(learning_rate))
+            live.held.program = fixed
+            return live.machine.step
+
+        step = self._engine.run(set_rate)
+        return self._info(live), step
+
+    def delete(self, *, id_: str = "", name: str = "") -> sessions.SessionInfo:
+        """Ends a session and frees its state; pushes under way are refused."""
+        live = self._find(id_=id_, name=name)
+
+        def end() -> sessions.SessionInfo:
+            info = self._info(live)
+            for effect in self._advance(live, events.Deleted()):
+                assert isinstance(effect, effects.Free)
+                live.held.state = None
+            return info
+
+        info = self._engine.run(end)
+        with self._lock:
+            self._by_id.pop(live.machine.id, None)
+            self._by_name.pop(live.machine.name, None)
+        _log.info("session %s deleted at step %d", live.machine.name, info.step)
+        return info
+
+    def drain(self) -> None:
+        """Refuses new sessions and pushes from now on; those under way go on."""
+        self._draining = True
+
+    # --------------------------------------------------------------------------------------------------- looking up
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise errors.UnavailableError("the server is draining", subject="server", got="draining")
+
+    def _find(self, *, id_: str = "", name: str = "") -> LiveSession:
+        with self._lock:
+            live = self._by_id.get(id_) if id_ else self._by_name.get(name)
+        if live is None:
+            raise errors.SessionNotFoundError(
+                f"session {id_ or name!r} is not held by this server; sessions in memory end with the server's process",
+                subject=id_ or name,
+            )
+        return live
+
+    def _worker_seq(self, live: LiveSession, worker: str) -> int:
+        if not worker:
+            return 0
+        applied = live.machine.workers.get(sessions.check_id(worker, "worker"))
+        return applied.seq if applied else 0
+
+    def _learning_rate(self, live: LiveSession, index: int, set_by_hand: float | None) -> float:
+        if set_by_hand is not None:
+            return set_by_hand
+        constant = specs.learning_rate(live.spec)
+        scheduled = live.held.program.learning_rate(index) if constant is None else constant
+        assert scheduled is not None, "a spec has a constant learning rate or a schedule"
+        return scheduled
+
+    def _info(self, live: LiveSession) -> sessions.SessionInfo:
+        now = live.machine
+        return sessions.SessionInfo(
+            id=now.id,
+            name=now.name,
+            incarnation=now.incarnation,
+            step=now.step,
+            durable_step=0,
+            tree=live.tree,
+            spec=live.spec,
+            learning_rate=self._learning_rate(live, now.step, now.learning_rate),
+            learning_rate_scheduled=now.learning_rate is None and specs.learning_rate(live.spec) is None,
+            durability=sessions.Durability.MEMORY,
+            payload_bytes=live.tree.payload_bytes,
+            state_bytes=live.held.state_bytes,
+            created_s=live.created_s,
+            failure=now.failure,
+        )
+
+
+def _ack(live: LiveSession, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
+    return sessions.Ack(
+        step=live.machine.step,
+        applied_step=reply.applied_step,
+        durable_step=0,
+        incarnation=live.machine.incarnation,
+        seq=reply.seq,
+        duplicate=reply.duplicate,
+        learning_rate=reply.learning_rate,
+        payload_bytes=payload_bytes,
+    )
+
+
+def _with_core(spec: specs.Spec, core: specs.Spec) -> specs.Spec:
+    """The spec with its optimizer replaced."""
+    if spec.name != "chain":
+        return core
+    *stages, last = spec["members"]
+    return spec.replace(members=(*stages, _with_core(last, core)))
+
+
+def _check_fits(session: machine.Session, incarnation: int, from_step: int | None) -> None:
+    if incarnation not in (0, session.incarnation):
+        raise errors.IncarnationError(
+            f"session {session.name!r}: incarnation {incarnation}, expected {session.incarnation}",
+            subject=session.name,
+            expected=str(session.incarnation),
+            got=str(incarnation),
+        )
+    if from_step not in (None, session.step):
+        raise errors.UnsupportedError(
+            f"from_step: {from_step}; this version changes hyperparameters from the next step on, {session.step}",
+            subject="from_step",
+            expected=str(session.step),
+            got=str(from_step),
+        )

@@ -1,0 +1,226 @@
+"""One session's rules: which event is legal now, what the session becomes, what must be done.
+
+The whole promise of exactly-once stands here. A push carries (worker, seq, base_step) and the digest of its bytes:
+
+    worker's last seq is L        base_step is B, the session's step is S
+    seq == L, same digest         answered from state, never applied again          Reply(duplicate)
+    seq == L, other digest        refused                                           DivergentRetryError
+    seq <  L                      refused                                           StalePushError
+    seq >  L + 1                  refused (a worker has one push under way)         FuturePushError
+    B <  S                        refused: another push was faster                  StaleStepError
+    B >  S                        refused                                           FutureStepError
+    otherwise                     applied: the session's step becomes S + 1         Apply, then Reply
+
+A refused push changes nothing: it raises, and the caller keeps the session it had. A worker that the table does not know
+may start at any seq; `base_step` still admits each step once, so forgetting a worker can never apply a push twice.
+
+The update donates its buffers, so there is no way back from one that fails half-way: the session then turns FAILED and
+says so to everybody, rather than serve what may be half a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+from optwire_proto import errors, sessions
+from optwire_server.session import effects, events
+
+# Workers remembered per session; the one that has been quiet longest is forgotten first.
+WORKERS_MAX = 1024
+
+
+class Phase(enum.Enum):
+    """Where a session is in its life."""
+
+    OPEN = "open"
+    APPLYING = "applying"
+    FAILED = "failed"
+    DELETED = "deleted"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Applied:
+    """A worker's last applied push."""
+
+    seq: int
+    digest: sessions.Digest
+    step: int
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """All that the rules depend on.
+
+    Attributes:
+      id: 32 hexadecimal digits.
+      name: for messages.
+      incarnation: grows when history is rewritten.
+      step: number of updates applied.
+      phase: where the session is in its life.
+      learning_rate: set by hand for all further steps, or None where the spec gives it.
+      workers: each worker's last applied push, the longest quiet first.
+      pending: the push being applied; set exactly in phase APPLYING.
+      failure: what happened, in phase FAILED.
+    """
+
+    id: str
+    name: str
+    incarnation: int = 1
+    step: int = 0
+    phase: Phase = Phase.OPEN
+    learning_rate: float | None = None
+    workers: Mapping[str, Applied] = dataclasses.field(default_factory=dict)
+    pending: events.Pushed | None = None
+    failure: str = ""
+
+
+Outcome = tuple[Session, tuple[effects.Effect, ...]]
+
+
+def advance(session: Session, event: events.Event) -> Outcome:
+    """Takes one event.
+
+    Returns:
+      The session afterwards, and the effects that must now be done, in order.
+
+    Raises:
+      OptwireError: the event is not legal now; nothing has changed.
+    """
+    match event:
+        case events.Pushed():
+            return _pushed(session, event)
+        case events.Updated():
+            return _updated(session, event)
+        case events.UpdateFailed():
+            return _update_failed(session, event)
+        case events.RateSet():
+            check_alive(session)
+            return dataclasses.replace(session, learning_rate=event.learning_rate), ()
+        case events.Deleted():
+            _must_exist(session)
+            return dataclasses.replace(session, phase=Phase.DELETED, pending=None), (effects.Free(),)
+
+
+def admit(session: Session, key: sessions.PushKey) -> None:
+    """Raises what ``Pushed`` would raise for this key whatever its bytes, so that hopeless ones are not uploaded."""
+    check_alive(session)
+    if key.incarnation != session.incarnation:
+        raise errors.IncarnationError(
+            f"session {session.name!r}: incarnation {key.incarnation}, expected {session.incarnation}: its history was "
+            "rewritten; attach again",
+            subject=session.name,
+            expected=str(session.incarnation),
+            got=str(key.incarnation),
+            step=session.step,
+        )
+    last = session.workers.get(key.worker)
+    if last and key.seq == last.seq:
+        return  # a retry: its digest decides
+    if last and key.seq < last.seq:
+        raise errors.StalePushError(
+            f"session {session.name!r}: push {key.seq} of this worker is older than its last applied push, {last.seq}",
+            subject="seq",
+            expected=str(last.seq + 1),
+            got=str(key.seq),
+            step=session.step,
+        )
+    if last and key.seq > last.seq + 1:
+        raise errors.FuturePushError(
+            f"session {session.name!r}: push {key.seq} of this worker, expected {last.seq + 1}",
+            subject="seq",
+            expected=str(last.seq + 1),
+            got=str(key.seq),
+            step=session.step,
+        )
+    _must_be_at(session, key.base_step)
+
+
+def _pushed(session: Session, event: events.Pushed) -> Outcome:
+    assert session.phase is not Phase.APPLYING, "one executor applies one push at a time"
+    key = event.key
+    admit(session, key)
+    last = session.workers.get(key.worker)
+    if last and key.seq == last.seq:
+        if event.digest != last.digest:
+            raise errors.DivergentRetryError(
+                f"session {session.name!r}: push {key.seq} of this worker was applied as step {last.step} with other "
+                "bytes; read the parameters and go on from there",
+                subject="digest",
+                expected=f"{last.digest.length} bytes, crc32 {last.digest.crc32:08x}",
+                got=f"{event.digest.length} bytes, crc32 {event.digest.crc32:08x}",
+                step=session.step,
+            )
+        return session, (effects.Reply(last.seq, last.step, True, last.learning_rate),)
+    applying = dataclasses.replace(session, phase=Phase.APPLYING, pending=event)
+    return applying, (effects.Apply(session.step, session.learning_rate),)
+
+
+def _updated(session: Session, event: events.Updated) -> Outcome:
+    pushed = session.pending
+    assert session.phase is Phase.APPLYING and pushed is not None, "an update ends that did not begin"
+    step = session.step + 1
+    workers = dict(session.workers)
+    workers.pop(pushed.key.worker, None)  # so that it moves to the end
+    if len(workers) >= WORKERS_MAX:
+        del workers[next(iter(workers))]
+    workers[pushed.key.worker] = Applied(pushed.key.seq, pushed.digest, step, event.learning_rate)
+    advanced = dataclasses.replace(session, phase=Phase.OPEN, step=step, workers=workers, pending=None)
+    return advanced, (effects.Reply(pushed.key.seq, step, False, event.learning_rate),)
+
+
+def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
+    assert session.phase is Phase.APPLYING, "an update fails that did not begin"
+    if not event.state_lost:
+        unchanged = dataclasses.replace(session, phase=Phase.OPEN, pending=None)
+        error: errors.OptwireError = errors.InternalError(
+            f"session {session.name!r}: the update of step {session.step} failed and changed nothing: {event.problem}",
+            subject=session.name,
+            step=session.step,
+        )
+        return unchanged, (effects.Fail(error),)
+    failed = dataclasses.replace(session, phase=Phase.FAILED, pending=None, failure=event.problem)
+    return failed, (effects.Fail(_failure(failed)), effects.Free())
+
+
+def _must_exist(session: Session) -> None:
+    if session.phase is Phase.DELETED:
+        raise errors.SessionNotFoundError(f"session {session.name!r} was deleted", subject=session.name)
+
+
+def check_alive(session: Session) -> None:
+    """Raises SessionNotFoundError or SessionFailedError where a session has no parameters any more."""
+    _must_exist(session)
+    if session.phase is Phase.FAILED:
+        raise _failure(session)
+
+
+def _failure(session: Session) -> errors.SessionFailedError:
+    return errors.SessionFailedError(
+        f"session {session.name!r} failed at step {session.step} and lost its state: {session.failure}; delete it and "
+        "create it anew",
+        subject=session.name,
+        step=session.step,
+    )
+
+
+def _must_be_at(session: Session, base_step: int) -> None:
+    if base_step < session.step:
+        raise errors.StaleStepError(
+            f"session {session.name!r}: gradients of step {base_step}, but the session is at {session.step}: another "
+            "push was faster; read the parameters and compute again",
+            subject="base_step",
+            expected=str(session.step),
+            got=str(base_step),
+            step=session.step,
+        )
+    if base_step > session.step:
+        raise errors.FutureStepError(
+            f"session {session.name!r}: gradients of step {base_step}, but the session is at {session.step}",
+            subject="base_step",
+            expected=str(session.step),
+            got=str(base_step),
+            step=session.step,
+        )

@@ -1,0 +1,112 @@
+"""What every call passes on its way in and out: messages that cannot be read, fields nobody knows, errors to statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf import message as protobuf_message
+
+from optwire_proto import convert, errors, limits
+
+_log = logging.getLogger("optwire.transport")
+
+ERROR_METADATA = "optwire-error-bin"
+
+
+class _Unreadable:
+    """Stands for a message that protobuf could not parse; gRPC would answer INTERNAL by itself."""
+
+    def __init__(self, method: str, size: int) -> None:
+        self.method = method
+        self.size = size
+
+
+class Boundary(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Wraps every method, so that the servicers raise our errors and see only messages they fully understand."""
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        handler = continuation(handler_call_details)
+        if handler is None:
+            return None  # gRPC answers UNIMPLEMENTED
+        method = handler_call_details.method
+        kind = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        wrap = _streaming if handler.response_streaming else _single
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped: grpc.RpcMethodHandler = make(
+            wrap(getattr(handler, kind), handler.request_streaming),
+            request_deserializer=_tolerant(handler.request_deserializer, method),
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
+
+def _single(method: Callable[..., Any], request_streaming: bool) -> Callable[..., Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Any:
+        with _statuses(context):
+            return method(_checked(request, request_streaming), context)
+
+    return call
+
+
+def _streaming(method: Callable[..., Any], request_streaming: bool) -> Callable[..., Any]:
+    def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        with _statuses(context):
+            yield from method(_checked(request, request_streaming), context)
+
+    return call
+
+
+def _checked(request: Any, request_streaming: bool) -> Any:
+    return map(_readable, request) if request_streaming else _readable(request)
+
+
+def _readable(request: Any) -> Any:
+    if isinstance(request, _Unreadable):
+        raise errors.MalformedRequestError(
+            f"{request.method}: {request.size} bytes that are not its request message",
+            subject=request.method,
+            got=f"{request.size} bytes",
+        )
+    convert.refuse_unknown_fields(request)
+    return request
+
+
+def _tolerant(parse: Callable[[bytes], Any], method: str) -> Callable[[bytes], Any]:
+    def tolerant(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except protobuf_message.DecodeError:
+            return _Unreadable(method, len(data))
+
+    return tolerant
+
+
+@contextlib.contextmanager
+def _statuses(context: grpc.ServicerContext) -> Iterator[None]:
+    """Ends the call with the status of the error that a method raised."""
+    try:
+        yield
+    except errors.OptwireError as exc:
+        error = exc
+    except grpc.RpcError:
+        return  # the client has gone; there is nobody to tell
+    except Exception as exc:
+        if not context.is_active():
+            return
+        reference = secrets.token_hex(4)
+        _log.exception("defect, reference %s", reference)
+        error = errors.InternalError(f"the server failed, see its log under {reference}; {type(exc).__name__}")
+    else:
+        return
+    code = grpc.StatusCode[errors.TABLE[error.reason][0]]
+    context.set_trailing_metadata(((ERROR_METADATA, convert.error_to_proto(error)),))
+    context.abort(code, str(error)[: limits.ERROR_TEXT_CHARS_MAX])
