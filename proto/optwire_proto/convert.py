@@ -29,7 +29,8 @@ def refuse_unknown_fields(message: protobuf_message.Message, where: str = "") ->
       UnsupportedError: names the message and the field's number.
     """
     where = where or message.DESCRIPTOR.name
-    for unknown in unknown_fields.UnknownFieldSet(message):  # type: ignore[no-untyped-call]
+    unknown_set: Any = unknown_fields.UnknownFieldSet(message)
+    for unknown in unknown_set:
         raise errors.UnsupportedError(
             f"{where}: field number {unknown.field_number} is not known to this version",
             subject=where,
@@ -78,11 +79,16 @@ def tree_from_proto(message: tensor_pb.TreeSpec) -> trees.TreeSpec:
         leaves.append(trees.LeafSpec(leaf.name, tuple(leaf.shape), dtype))
     nodes = []
     for node in message.nodes:
-        if node.kind not in set(trees.Kind):
-            raise errors.TreeError(f"unknown kind of node, number {node.kind}", got=str(node.kind))
         keys = tuple(key.text if key.WhichOneof("key") == "text" else key.integer for key in node.keys)
-        nodes.append(trees.Node(trees.Kind(node.kind), node.children, keys, node.type_name))
+        nodes.append(trees.Node(_kind(node.kind), node.children, keys, node.type_name))
     return trees.TreeSpec(tuple(leaves), tuple(nodes))
+
+
+def _kind(number: int) -> trees.Kind:
+    try:
+        return trees.Kind(number)
+    except ValueError as exc:
+        raise errors.TreeError(f"unknown kind of node, number {number}", got=str(number)) from exc
 
 
 # ------------------------------------------------------------------------------------------------------------ specs

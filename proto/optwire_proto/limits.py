@@ -5,7 +5,8 @@ MIB = 1024 * KIB
 
 # A default-configured gRPC client in any language receives messages of up to 4 MiB; chunks stay well below.
 CHUNK_BYTES_MAX = 2 * MIB
-# What our own ends send. 256 KiB costs a third more CPU per byte; above 1 MiB nothing is gained and a copy leaves the cache.
+# What our own ends send. 256 KiB costs a third more CPU a byte; above 1 MiB nothing is gained and a copy leaves the
+# cache.
 CHUNK_BYTES = 1 * MIB
 # gRPC's own default, said aloud: what is longer is refused by gRPC itself with RESOURCE_EXHAUSTED.
 MESSAGE_BYTES_MAX = 4 * MIB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Final
@@ -282,7 +283,7 @@ def _check_whole(spec: Spec, where: str) -> None:
         boundaries, values = spec["boundaries"], spec["values"]
         if len(values) != len(boundaries) + 1:
             raise _wrong(f"{where}.values", f"{len(boundaries) + 1} values, one more than boundaries", values)
-        if any(a > b for a, b in zip(boundaries, boundaries[1:], strict=False)):
+        if any(a > b for a, b in itertools.pairwise(boundaries)):
             raise _wrong(f"{where}.boundaries", "boundaries that do not decrease", boundaries)
 
 

@@ -103,11 +103,11 @@ def wire_array(array: Array, where: str) -> tuple[str, Array]:
 
 def wire_bytes(array: Array) -> memoryview:
     """A flat view of the bytes of a C-contiguous array; shares its memory."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def empty(shape: tuple[int, ...], name: str) -> Array:
-    """An uninitialised array of ``shape`` with the element type ``name``, as user code sees it (see ``numpy_dtype``)."""
+    """An uninitialised array of element type ``name``, with the dtype that ``numpy_dtype`` gives."""
     return np.empty(shape, numpy_dtype(name))
 
 

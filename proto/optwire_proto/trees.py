@@ -179,7 +179,7 @@ def unflatten(spec: TreeSpec, arrays: Sequence[Any], types: Sequence[type] = ())
             return None
         if node.kind is Kind.NAMEDTUPLE:
             # The parent comes before its children in preorder, so its type must be taken first.
-            kind = next(known, None) or collections.namedtuple(node.type_name, [str(key) for key in node.keys])  # type: ignore[misc]
+            kind = next(known, None) or collections.namedtuple(node.type_name, [str(key) for key in node.keys])
             return kind(*[build() for _ in range(node.children)])
         children = [build() for _ in range(node.children)]
         if node.kind is Kind.LIST:
@@ -284,9 +284,7 @@ def _walk(spec: TreeSpec, tree: Any) -> list[tensors.Array] | None:
 def _in_order_of(spec: TreeSpec, flat: Flat) -> Flat:
     """Reorders leaves that came by name; leaves that ``spec`` does not know stay at the end."""
     position = {leaf.name: index for index, leaf in enumerate(spec.leaves)}
-    order = sorted(
-        range(len(flat.arrays)), key=lambda index: position.get(flat.spec.leaves[index].name, len(position))
-    )
+    order = sorted(range(len(flat.arrays)), key=lambda index: position.get(flat.spec.leaves[index].name, len(position)))
     leaves = tuple(flat.spec.leaves[index] for index in order)
     return Flat(TreeSpec(leaves), [flat.arrays[index] for index in order], flat.types)
 
@@ -300,7 +298,7 @@ def _open(value: Any, path: tuple[Key, ...], what: str) -> tuple[Node, list[tupl
     if type(value) is dict or type(value) is collections.OrderedDict:
         keys = _checked_keys(list(value), path, what)
         if type(value) is dict:
-            keys = sorted(keys)  # type: ignore[type-var]
+            keys = sorted(keys)
         kind = Kind.DICT if type(value) is dict else Kind.ORDERED_DICT
         return Node(kind, len(keys), tuple(keys)), [(key, value[key]) for key in keys]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -387,7 +385,7 @@ def _node_keys(node: Node) -> Sequence[Key]:
     _checked_keys(list(node.keys), (), "nest")
     if len(set(node.keys)) != len(node.keys):
         raise errors.TreeError(f"{_describe(node)}: a key comes twice")
-    if node.kind is Kind.DICT and list(node.keys) != sorted(node.keys):  # type: ignore[type-var]
+    if node.kind is Kind.DICT and list(node.keys) != sorted(node.keys):
         raise errors.TreeError(f"{_describe(node)}: keys are not sorted")
     if node.kind is Kind.NAMEDTUPLE:
         words = (node.type_name, *node.keys)

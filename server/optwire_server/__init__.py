@@ -1,4 +1,4 @@
-"""The server of optwire: holds optimizer state, applies pushes. ``optimizers`` alone is the seed's module, usable anywhere."""
+"""The server of optwire: holds optimizer state, applies pushes. ``optimizers`` is the seed's module, usable alone."""
 
 from importlib import metadata
 

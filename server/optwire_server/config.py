@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import ipaddress
 import os
-from collections.abc import Sequence
+from typing import Any
 
 from optwire_proto import limits
 
@@ -101,10 +101,11 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
 
 def from_flags(flags: argparse.Namespace) -> ServerConfig:
     """The configuration that parsed ``serve`` flags ask for; raises ValueError for values that cannot be."""
-    given = {
+    given: dict[str, Any] = {
         field.name: getattr(flags, field.name)
         for field in dataclasses.fields(ServerConfig)
         if getattr(flags, field.name, None) is not None
     }
-    listen: Sequence[str] | None = given.pop("listen", None)
-    return ServerConfig(**given, **({"listen": tuple(listen)} if listen else {}))
+    if "listen" in given:
+        given["listen"] = tuple(given["listen"])
+    return ServerConfig(**given)

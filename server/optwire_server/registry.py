@@ -85,9 +85,7 @@ class Registry:
     def __init__(self, engine: engines.Engine, config: ServerConfig) -> None:
         self._engine = engine
         self._config = config
-        self._landings = landing.LandingPool(
-            bytes_max=config.landing_bytes_max, keep_bytes=config.landing_keep_bytes
-        )
+        self._landings = landing.LandingPool(bytes_max=config.landing_bytes_max, keep_bytes=config.landing_keep_bytes)
         self._lock = threading.Lock()
         self._by_id: dict[str, LiveSession] = {}
         self._by_name: dict[str, LiveSession] = {}
@@ -96,9 +94,7 @@ class Registry:
     # ---------------------------------------------------------------------------------------------------- create
 
     @contextlib.contextmanager
-    def creating(
-        self, name: str, tree: trees.TreeSpec, spec: specs.Spec, create_key: str
-    ) -> Iterator[Creation]:
+    def creating(self, name: str, tree: trees.TreeSpec, spec: specs.Spec, create_key: str) -> Iterator[Creation]:
         """Prepares a session: checks everything, compiles, lends the landing for the initial parameters.
 
         Raises:
@@ -118,9 +114,7 @@ class Registry:
         with self._lock:
             self._check_room(compiled.state_bytes)
         with contextlib.closing(self._landings.land(tree)) as lent:
-            yield Creation(
-                name=name, spec=checked, tree=tree, create_key=create_key, program=compiled, landing=lent
-            )
+            yield Creation(name=name, spec=checked, tree=tree, create_key=create_key, program=compiled, landing=lent)
 
     def create(self, creation: Creation, digest: sessions.Digest) -> sessions.SessionInfo:
         """Creates the session once its parameters are in; a retry under the same key finds it."""
@@ -192,9 +186,9 @@ class Registry:
     def push(self, push: Push, digest: sessions.Digest, *, wants_params: bool = True) -> Reply:
         """Applies a push whose payload is in, or answers it from state if it had been applied."""
         push.landing.finish(digest)
-        return self._engine.run(lambda: self._apply(push, digest, wants_params))
+        return self._engine.run(lambda: self._apply(push, digest, wants_params=wants_params))
 
-    def _apply(self, push: Push, digest: sessions.Digest, wants_params: bool) -> Reply:
+    def _apply(self, push: Push, digest: sessions.Digest, *, wants_params: bool) -> Reply:
         """On the engine's thread: tells the machine, then does what it says, in order."""
         live = push.session
         todo = self._advance(live, events.Pushed(push.key, digest))
@@ -248,7 +242,7 @@ class Registry:
         return self._info(live), self._worker_seq(live, worker)
 
     def list(self, page_size: int, after: str) -> tuple[list[sessions.SessionInfo], str]:
-        """One page of sessions ordered by name, without their trees, and where the next page starts (empty: nowhere)."""
+        """One page of sessions ordered by name, without their trees, and the token of the next page (empty: none)."""
         with self._lock:
             names = sorted(name for name in self._by_name if name > after)
             page = [self._by_name[name] for name in names[:page_size]]

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from optwire_server import config as configs
-from optwire_server import main
+from optwire_server import server as servers
 
 
 class Serving:
     """A running server and where it answers."""
 
-    def __init__(self, server: main.Server) -> None:
+    def __init__(self, server: servers.Server) -> None:
         self.server = server
         self.target = server.addresses[0]
 
@@ -29,7 +29,8 @@ def serve(**config: Any) -> Iterator[Serving]:
       >>> with serve() as server:
       ...     client = optwire.connect(server.target)
     """
-    server = main.Server(configs.ServerConfig(**{"listen": ("127.0.0.1:0",), "drain_s": 1.0} | config))
+    fields: dict[str, Any] = {"listen": ("127.0.0.1:0",), "drain_s": 1.0} | config
+    server = servers.Server(configs.ServerConfig(**fields))
     server.start()
     try:
         yield Serving(server)

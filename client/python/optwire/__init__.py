@@ -1,1 +1,81 @@
+"""optwire: optimizer state on a server, gradients in and parameters out.
 
+Example:
+  >>> import numpy as np, optwire
+  >>> from optwire import optimizers as opt
+  >>> with optwire.connect("localhost:50051") as client:  # doctest: +SKIP
+  ...     session = client.create_session({"w": np.zeros(3, np.float32)}, opt.adam(1e-3), name="tiny")
+  ...     params = session.step({"w": np.ones(3, np.float32)})
+
+Adapters are modules of their own, imported only by those who use them: ``optwire.jax``.
+"""
+
+from optwire import optimizers
+from optwire._client import Client, connect
+from optwire._session import Session
+from optwire_proto.errors import (
+    DeadlineError,
+    DetachedError,
+    DivergentRetryError,
+    FuturePushError,
+    FutureStepError,
+    IncarnationError,
+    InternalError,
+    InvalidArgumentError,
+    LimitError,
+    MalformedRequestError,
+    OptwireError,
+    OutOfStepError,
+    PayloadError,
+    SessionExistsError,
+    SessionFailedError,
+    SessionNotFoundError,
+    SpecError,
+    StalePushError,
+    StaleStepError,
+    TreeError,
+    TreeMismatchError,
+    UnavailableError,
+    UnsupportedError,
+)
+from optwire_proto.sessions import Ack, ServerInfo, SessionInfo
+from optwire_proto.tensors import bf16_to_f32 as from_bf16
+from optwire_proto.tensors import f32_to_bf16 as to_bf16
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ack",
+    "Client",
+    "DeadlineError",
+    "DetachedError",
+    "DivergentRetryError",
+    "FuturePushError",
+    "FutureStepError",
+    "IncarnationError",
+    "InternalError",
+    "InvalidArgumentError",
+    "LimitError",
+    "MalformedRequestError",
+    "OptwireError",
+    "OutOfStepError",
+    "PayloadError",
+    "ServerInfo",
+    "Session",
+    "SessionExistsError",
+    "SessionFailedError",
+    "SessionInfo",
+    "SessionNotFoundError",
+    "SpecError",
+    "StalePushError",
+    "StaleStepError",
+    "TreeError",
+    "TreeMismatchError",
+    "UnavailableError",
+    "UnsupportedError",
+    "__version__",
+    "connect",
+    "from_bf16",
+    "optimizers",
+    "to_bf16",
+]

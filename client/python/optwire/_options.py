@@ -47,10 +47,9 @@ class Options:
     transport: Transport
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, str) or not self.target:
+        if not _is_text(self.target):
             raise _wrong("target", "a gRPC target such as 'localhost:50051' or 'unix:/path'", self.target)
-        is_number = isinstance(self.timeout_s, int | float) and not isinstance(self.timeout_s, bool)
-        if not is_number or not 0 < self.timeout_s <= TIMEOUT_MAX_S:
+        if not _is_number(self.timeout_s) or not 0 < self.timeout_s <= TIMEOUT_MAX_S:
             raise _wrong("timeout", f"a positive number of seconds, at most {TIMEOUT_MAX_S:.0e}", self.timeout_s)
 
 
@@ -59,6 +58,14 @@ def transport(name: str) -> Transport:
     if name not in list(Transport):
         raise _wrong("transport", f"one of {', '.join(Transport)}", name)
     return Transport(name)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:

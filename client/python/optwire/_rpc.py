@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -51,11 +52,11 @@ class Channel:
         self._channel = grpc.insecure_channel(options.target, options=_CHANNEL_OPTIONS)
         self._stub = pb_grpc.OptimizerServiceStub(self._channel)
         self._watchdog = _deadlines.Watchdog()
-        self._closed = False
+        self._closed = threading.Event()
 
     def close(self) -> None:
         """Ends every call under way and the connection."""
-        self._closed = True
+        self._closed.set()
         self._channel.close()
         self._watchdog.close()
 
@@ -97,9 +98,7 @@ class Channel:
             response = self._stub.GetSession(request, timeout=deadline.remaining_s)
         return convert.session_from_proto(response.session), response.worker_seq
 
-    def list_sessions(
-        self, deadline: _deadlines.Deadline, page_token: str
-    ) -> tuple[list[sessions.SessionInfo], str]:
+    def list_sessions(self, deadline: _deadlines.Deadline, page_token: str) -> tuple[list[sessions.SessionInfo], str]:
         """One page, and the token of the next one (empty: none)."""
         request = pb.ListSessionsRequest(page_token=page_token)
         with self.translated():
@@ -134,10 +133,11 @@ class Channel:
         with self.translated():
             call = self._stub.ReadParams(request, timeout=deadline.remaining_s)
             with _cancelled_unless_done(call):
-                begin = next(call, None)
+                frames = iter(call)
+                begin = next(frames, None)
                 if begin is None or begin.WhichOneof("frame") != "begin":
                     raise _out_of_order("ReadParams", "begin", begin)
-                for frame in call:
+                for frame in frames:
                     kind = frame.WhichOneof("frame")
                     if kind == "chunk":
                         incoming.write(frame.chunk.offset, frame.chunk.data)
@@ -157,9 +157,7 @@ class Channel:
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         """One push and its reply, in one message each."""
         data, digest = grads.whole()
-        request = pb.StepRequest(
-            begin=convert.push_to_proto(key), payload=data, digest=convert.digest_to_proto(digest)
-        )
+        request = pb.StepRequest(begin=convert.push_to_proto(key), payload=data, digest=convert.digest_to_proto(digest))
         with self.translated():
             response = self._stub.Step(request, timeout=deadline.remaining_s)
         incoming = _payload.Incoming(tree)
@@ -174,18 +172,18 @@ class Channel:
     @contextlib.contextmanager
     def translated(self, deadline: _deadlines.Deadline | None = None) -> Iterator[None]:
         """Turns what gRPC raises into our errors; with ``deadline``, a call cancelled after it into DeadlineError."""
-        if self._closed:
+        if self._closed.is_set():
             raise _client_closed()
         try:
             yield
         except grpc.RpcError as exc:
-            if self._closed:
+            if self._closed.is_set():
                 raise _client_closed() from exc
             if deadline is not None and not deadline.remaining_s:
                 raise errors.DeadlineError("the step's deadline passed") from exc
             raise _typed(exc) from exc
         except ValueError as exc:  # what gRPC raises where `close` came between
-            if self._closed and not isinstance(exc, errors.OptwireError):
+            if self._closed.is_set() and not isinstance(exc, errors.OptwireError):
                 raise _client_closed() from exc
             raise
 
@@ -244,7 +242,7 @@ class Stream:
                 pass
 
     def cancel(self) -> None:
-        self._call.cancel()
+        _cancel(self._call)
 
     def _next(self, *expected: str) -> pb.StreamStepsResponse:
         """The next frame of one of the kinds ``expected``."""
@@ -274,21 +272,24 @@ def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame]:
 
 
 @contextlib.contextmanager
-def _cancelled_unless_done(call: grpc.Future[object] | grpc.Call) -> Iterator[None]:
+def _cancelled_unless_done(call: grpc.Future[Any] | grpc.Call) -> Iterator[None]:
     """Leaves nothing under way behind an exception, Ctrl-C included."""
     try:
         yield
     except BaseException:
-        call.cancel()
+        _cancel(call)
         raise
+
+
+def _cancel(call: grpc.Future[Any] | grpc.Call) -> None:
+    call.cancel()
 
 
 def _typed(exc: grpc.RpcError) -> errors.OptwireError:
     """The error of a status, with the server's details where it sent any."""
-    metadata = exc.trailing_metadata() if isinstance(exc, grpc.Call) else None
-    detail = next((value for key, value in metadata or () if key == ERROR_KEY), None)
-    detail_bytes = detail.encode() if isinstance(detail, str) else detail
-    return convert.error_from_proto(exc.code().name, exc.details() or exc.code().name, detail_bytes)
+    metadata: Any = exc.trailing_metadata()  # (key, value) pairs, mistyped in the stubs
+    detail = dict(metadata or ()).get(ERROR_KEY)
+    return convert.error_from_proto(exc.code().name, exc.details() or exc.code().name, detail)
 
 
 def _out_of_order(method: str, expected: str, frame: object) -> errors.InternalError:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
 
 from optwire import _deadlines, _options, _payload, _rpc
 from optwire_proto import errors, limits, sessions, tensors, trees
@@ -24,7 +25,7 @@ class Session:
     threads wait for each other.
 
     Every method that asks the server raises ``DeadlineError`` or ``UnavailableError`` when no answer came in time,
-    ``DetachedError`` after ``close``, and ``SessionNotFoundError`` once the session was deleted or its server restarted.
+    ``DetachedError`` after ``close``, and ``SessionNotFoundError`` once the session is deleted or its server restarted.
     """
 
     def __init__(
@@ -224,14 +225,18 @@ class Session:
         return reply
 
 
-def _step_number(value: Any) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= int(value) < 2**64:
+def _step_number(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= int(value) < 2**64:
         raise _wrong("base_step", "a number of steps", value)
     return int(value)
 
 
-def _finite(value: Any) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+def _finite(value: object) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not math.isfinite(value)
+    ):
         raise _wrong("learning_rate", "a finite number", value)
     return float(value)
 

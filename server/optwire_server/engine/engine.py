@@ -5,10 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from optwire_proto import errors, specs, tensors, trees
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class UpdateError(Exception):
     """An update raised. ``state_lost`` says whether the old state was consumed before it did."""
 
-    def __init__(self, problem: str, state_lost: bool) -> None:
+    def __init__(self, problem: str, *, state_lost: bool) -> None:
         super().__init__(problem)
         self.state_lost = state_lost
 
@@ -30,7 +30,7 @@ class Held:
     """One session's arrays on the device. Only functions run by ``Engine.run`` may read or replace ``state``."""
 
     program: program.Program
-    state: program.OptState | None
+    state: Any
 
     @property
     def state_bytes(self) -> int:
@@ -93,7 +93,7 @@ class Engine:
         except Exception as exc:
             lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(old))
             held.state = None if lost else old
-            raise UpdateError(f"{type(exc).__name__}: {exc}", lost) from exc
+            raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
 
     def params(self, held: Held) -> list[np.ndarray]:
         """The parameters as NumPy arrays. On the device's thread only.
@@ -104,7 +104,7 @@ class Engine:
 
     def describe(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
         """Library versions, and (name, kind) of each device."""
-        versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "numpy": np.__version__}
+        versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__, "numpy": np.__version__}
         devices = tuple((f"{device.platform}:{device.id}", device.device_kind) for device in jax.devices())
         return versions, devices
 

@@ -37,7 +37,7 @@ class Program:
         leaves = [jax.ShapeDtypeStruct(leaf.shape, tensors.numpy_dtype(leaf.dtype)) for leaf in tree.leaves]
         with self.precision(), _refusing(spec), jax.default_device(device):
             state = jax.eval_shape(self._rule.init, leaves)
-            self.state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+            self.state_bytes: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             # Python scalars, not arrays: a strongly typed operand would promote 16-bit leaves.
             rate = None if self._rule.schedule else 0.0
             lowered = jax.jit(self._rule.update, donate_argnums=3).lower(rate, 0, leaves, state)
@@ -46,8 +46,9 @@ class Program:
             self._schedule = jax.jit(schedule).lower(0).compile() if schedule else None
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision this program computes in, for the calling thread; float64 trees do not change other programs."""
-        return jax.enable_x64(self._wide)
+        """What the calling thread must be in: 64 bits for trees that have them, without changing any other program."""
+        context: contextlib.AbstractContextManager[Any] = jax.enable_x64(self._wide)
+        return context
 
     def init(self, params: Sequence[tensors.Array]) -> OptState:
         """The state before the first step; copies ``params``."""

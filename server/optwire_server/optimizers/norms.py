@@ -1,6 +1,6 @@
 """The length of a tree of gradients, and gradients clipped to a length.
 
-Knows arrays and trees. Must not know rules, schedules or optimizer states.
+Knows arrays and trees. Must not know update rules or optimizer states.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from optwire_server.optimizers.precision import keep_dtype, own_precision, scalar_like
+from optwire_server.optimizers.schedules import Scalar
 from optwire_server.optimizers.state import Tree
 
 
@@ -29,7 +29,7 @@ def l2_norm(tree: Tree) -> jax.Array:
         return jnp.sqrt(sum(jnp.vdot(x, x) for x in leaves))
 
 
-def clip_grads(grad_tree: Tree, max_norm: ArrayLike) -> Tree:
+def clip_grads(grad_tree: Tree, max_norm: Scalar) -> Tree:
     """Scales gradients down to `max_norm` where they are longer: `g · min(1, max_norm / ‖g‖)`.
 
     Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks",

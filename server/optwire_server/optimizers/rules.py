@@ -13,12 +13,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from optwire_server.optimizers.schedules import Schedule, learning_rate
+from optwire_server.optimizers.schedules import Scalar, Schedule, learning_rate
 from optwire_server.optimizers.state import ArrayRule, Step, optimizer
 
-LearningRate: TypeAlias = ArrayLike | Schedule
+LearningRate: TypeAlias = Scalar | Schedule
 """A positive scalar, traced or not, or a schedule that gives one for each step."""
 
 
@@ -244,8 +243,8 @@ def sm3(step_size: LearningRate, momentum: float = 0.9) -> ArrayRule:
         momentum: μ, the share of m kept from step to step, in [0, 1).
 
     Returns:
-        An optimizer. State per leaf: x and m, of the leaf's shape, the list of v_r, shape (d_r,), and the shape itself, which
-        is structure and no array. All arrays have the leaf's dtype.
+        An optimizer. State per leaf: x and m, of the leaf's shape, and the list of v_r, shape (d_r,), all of its dtype;
+        besides the leaf's shape itself, as structure and not as an array.
     """
     alpha = learning_rate(step_size)
 

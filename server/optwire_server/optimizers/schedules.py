@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from optwire_server.optimizers.precision import scalar_like
 from optwire_server.optimizers.state import Step
+
+Scalar: TypeAlias = float | jax.Array
+"""A number or an array of shape (), traced or not."""
 
 Schedule: TypeAlias = Callable[[Any], Any]
 """A learning rate for each step: a positive scalar of the step's index."""
 
 
-def constant(step_size: ArrayLike) -> Schedule:
+def constant(step_size: Scalar) -> Schedule:
     """The same learning rate at every step: `α_i = α`.
 
     Args:
@@ -31,7 +34,7 @@ def constant(step_size: ArrayLike) -> Schedule:
     return schedule
 
 
-def exponential_decay(step_size: ArrayLike, decay_steps: ArrayLike, decay_rate: ArrayLike) -> Schedule:
+def exponential_decay(step_size: Scalar, decay_steps: Scalar, decay_rate: Scalar) -> Schedule:
     """A learning rate that falls by the same factor every `decay_steps` steps: `α_i = α · r^(i / n)`.
 
     Args:
@@ -46,9 +49,7 @@ def exponential_decay(step_size: ArrayLike, decay_steps: ArrayLike, decay_rate: 
     return schedule
 
 
-def inverse_time_decay(
-    step_size: ArrayLike, decay_steps: ArrayLike, decay_rate: ArrayLike, staircase: bool = False
-) -> Schedule:
+def inverse_time_decay(step_size: Scalar, decay_steps: Scalar, decay_rate: Scalar, staircase: bool = False) -> Schedule:
     """A learning rate that falls as one over the time passed: `α_i = α / (1 + r · i / n)`.
 
     Args:
@@ -66,9 +67,7 @@ def inverse_time_decay(
     return schedule
 
 
-def polynomial_decay(
-    step_size: ArrayLike, decay_steps: ArrayLike, final_step_size: ArrayLike, power: ArrayLike = 1.0
-) -> Schedule:
+def polynomial_decay(step_size: Scalar, decay_steps: Scalar, final_step_size: Scalar, power: Scalar = 1.0) -> Schedule:
     """A learning rate that falls to its last value along a power: `α_i = (α - ω) · (1 - min(i, n) / n)^p + ω`.
 
     Compiled code multiplies by `1 / n`, which may leave the base a rounding error below zero at step n. A whole power
@@ -90,7 +89,7 @@ def polynomial_decay(
     return schedule
 
 
-def piecewise_constant(boundaries: Sequence[Any] | ArrayLike, values: Sequence[Any] | ArrayLike) -> Schedule:
+def piecewise_constant(boundaries: Sequence[Any] | jax.Array, values: Sequence[Any] | jax.Array) -> Schedule:
     """A learning rate that changes at given steps: `α_i = values[number of boundaries below i]`.
 
     Args:
@@ -112,7 +111,7 @@ def piecewise_constant(boundaries: Sequence[Any] | ArrayLike, values: Sequence[A
     return schedule
 
 
-def make_schedule(scalar_or_schedule: ArrayLike | Schedule) -> Schedule:
+def make_schedule(scalar_or_schedule: Scalar | Schedule) -> Schedule:
     """Gives a schedule as it is, and makes a constant one of a scalar.
 
     Args:
@@ -128,7 +127,7 @@ def make_schedule(scalar_or_schedule: ArrayLike | Schedule) -> Schedule:
     return constant(scalar_or_schedule)
 
 
-def learning_rate(step_size: ArrayLike | Schedule) -> Callable[[Step, Any], Any]:
+def learning_rate(step_size: Scalar | Schedule) -> Callable[[Step, Any], Any]:
     """Gives the learning rate as a function of the step and of the array it multiplies, in that array's dtype.
 
     Args:

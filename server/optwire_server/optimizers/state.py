@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
 import jax
 import numpy as np
-from jax.tree_util import PyTreeDef, register_pytree_node
+from jax.tree_util import PyTreeDef, register_pytree_node, tree_flatten
 
 from optwire_server.optimizers.precision import keep_dtype, own_precision, widened
 
@@ -99,12 +99,12 @@ def _lift(
 ) -> Optimizer:
     @functools.wraps(init)
     def init_fun(params: Tree) -> OptimizerState:
-        leaves, tree_def = jax.tree.flatten(params)
+        leaves, tree_def = tree_flatten(params)
         return _pack([_in_own_precision(init, x0) for x0 in leaves], tree_def)
 
     @functools.wraps(update)
     def update_fun(i: Step, grads: Tree, opt_state: OptimizerState) -> OptimizerState:
-        leaves, tree_def = jax.tree.flatten(grads)
+        leaves, tree_def = tree_flatten(grads)
         if tree_def != opt_state.tree_def:
             raise TypeError(f"grads do not have the structure of the params: got {tree_def}, not {opt_state.tree_def}")
         step = functools.partial(_update_leaf, update, i)
@@ -126,15 +126,16 @@ def _in_own_precision(function: Callable[..., Any], *args: Any) -> Any:
 
 def _update_leaf(update: Callable[[Any, Any, Any], Any], i: Step, g: Any, state: Any) -> Any:
     """Gives the leaf's next state, of the structure and dtypes of `state`."""
-    old, old_def = jax.tree.flatten(state)
-    new, new_def = jax.tree.flatten(update(widened(i), g, state))
+    new_state = update(widened(i), g, state)
+    old_def: PyTreeDef = jax.tree.structure(state)
+    new_def: PyTreeDef = jax.tree.structure(new_state)
     if new_def != old_def:
         raise TypeError(f"the rule's update changed the structure of its state from {old_def} to {new_def}")
-    return old_def.unflatten([keep_dtype(value, was) for value, was in zip(new, old, strict=True)])
+    return jax.tree.map(keep_dtype, new_state, state)
 
 
 def _pack(states: list[Any], tree_def: PyTreeDef) -> OptimizerState:
-    flat = [jax.tree.flatten(state) for state in states]
+    flat = [tree_flatten(state) for state in states]
     return OptimizerState(tuple(slots for slots, _ in flat), tree_def, tuple(subtree for _, subtree in flat))
 
 
@@ -194,7 +195,7 @@ def pack_optimizer_state(marked_tree: Tree) -> OptimizerState:
     Raises:
         TypeError: a leaf is no `JoinPoint`.
     """
-    marks, tree_def = jax.tree.flatten(marked_tree)
+    marks, tree_def = tree_flatten(marked_tree)
     for mark in marks:
         if not isinstance(mark, JoinPoint):
             raise TypeError(f"a leaf of the marked tree is a {type(mark).__name__}, not a JoinPoint")

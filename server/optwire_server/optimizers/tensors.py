@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from optwire_server.optimizers.state import JoinPoint, OptimizerState, unpack_optimizer_state
+from optwire_server.optimizers.state import OptimizerState, unpack_optimizer_state
 
 
 class StateTensorsError(ValueError):
@@ -88,13 +88,12 @@ def state_from_tensors(tensors: Mapping[str, Any], like: OptimizerState) -> Opti
     }
     if any(faults.values()):
         raise StateTensorsError(**faults)
-    return jax.tree.structure(like).unflatten([given[name] for name in expected])
+    return jax.tree.unflatten(jax.tree.structure(like), [given[name] for name in expected])
 
 
 def _named_slots(opt_state: OptimizerState) -> Iterator[tuple[str, Any]]:
     marks, _ = jax.tree_util.tree_flatten_with_path(unpack_optimizer_state(opt_state))
     for path, mark in marks:
-        assert isinstance(mark, JoinPoint)
         for slot_path, value in jax.tree_util.tree_leaves_with_path(mark.subtree):
             slot = ".".join(map(_escaped, slot_path)) or "0"
             yield "/".join([*map(_escaped, path), slot]), value

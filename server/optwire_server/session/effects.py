@@ -22,7 +22,7 @@ class Apply:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """Answer the push: it is applied, now or before. Nothing may be answered before all effects ahead of it are done."""
+    """Answer the push: it is applied, now or before. All effects ahead of it must be done first."""
 
     seq: int
     applied_step: int

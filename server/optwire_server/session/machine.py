@@ -11,8 +11,8 @@ The whole promise of exactly-once stands here. A push carries (worker, seq, base
     B >  S                        refused                                           FutureStepError
     otherwise                     applied: the session's step becomes S + 1         Apply, then Reply
 
-A refused push changes nothing: it raises, and the caller keeps the session it had. A worker that the table does not know
-may start at any seq; `base_step` still admits each step once, so forgetting a worker can never apply a push twice.
+A refused push changes nothing: it raises, and the caller keeps the session it had. A worker that the table does not
+know may start at any seq; `base_step` still admits each step once, so forgetting a worker applies no push twice.
 
 The update donates its buffers, so there is no way back from one that fails half-way: the session then turns FAILED and
 says so to everybody, rather than serve what may be half a step.

@@ -1,1 +1,1 @@
-"""The transport: gRPC in, calls of the registry out. Knows messages and status codes, no rules and no arrays' meaning."""
+"""The transport: gRPC in, calls of the registry out. Knows messages and status codes, no update rules."""

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
 import optwire_server
-from optwire_proto import convert, errors, limits, sessions, specs, tensors
+from optwire_proto import convert, errors, limits, sessions, specs
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from optwire_server import registry as registries
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing
-from optwire_server.transport import streams
+from optwire_server.transport import frames, streams
 
 F = TypeVar("F")
 
 
 class Servicer(pb_grpc.OptimizerServiceServicer):
-    """Serves ``optwire.v1.OptimizerService``. What it does not override answers UNIMPLEMENTED."""
+    """Serves ``optwire.v1.OptimizerService``."""
 
     def __init__(
         self,
@@ -42,11 +40,13 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         """Adds the service to a server that has not started."""
         pb_grpc.add_OptimizerServiceServicer_to_server(self, server)
 
-    def GetServerInfo(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> pb.GetServerInfoResponse:
+    def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
+    ) -> pb.GetServerInfoResponse:
         versions, devices = self._engine.describe()
         info = sessions.ServerInfo(
             version=optwire_server.__version__,
-            library_versions=versions | {"grpcio": grpc.__version__},
+            library_versions={**versions, "grpcio": grpc.__version__},
             devices=devices,
             limits={
                 "chunk_bytes_max": limits.CHUNK_BYTES_MAX,
@@ -65,15 +65,15 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     def CreateSession(
         self, request_iterator: Iterator[pb.CreateSessionRequest], context: grpc.ServicerContext
     ) -> pb.CreateSessionResponse:
-        frames = Frames(request_iterator)
-        begin = frames.begin()
+        begin = frames.first(request_iterator)
         convert.check_begin(begin)
         tree, spec = convert.tree_from_proto(begin.tree), convert.spec_from_proto(begin.spec)
         with (
-            self._streams.open(context) as stream,
+            self._streams.open(context.cancel) as stream,
+            stream.busy(),
             self._registry.creating(begin.name, tree, spec, begin.create_key) as creation,
         ):
-            digest = frames.land(creation.landing, stream)
+            digest = frames.land(request_iterator, creation.landing, stream)
             return pb.CreateSessionResponse(session=convert.session_to_proto(self._registry.create(creation, digest)))
 
     def GetSession(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> pb.GetSessionResponse:
@@ -84,12 +84,16 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     def ListSessions(self, request: pb.ListSessionsRequest, context: grpc.ServicerContext) -> pb.ListSessionsResponse:
         if request.page_size > 1000:
             raise errors.InvalidArgumentError(
-                f"page_size: {request.page_size}, expected at most 1000", subject="page_size", got=str(request.page_size)
+                f"page_size: {request.page_size}, expected at most 1000",
+                subject="page_size",
+                got=str(request.page_size),
             )
         page, token = self._registry.list(request.page_size or 100, request.page_token)
         return pb.ListSessionsResponse(sessions=map(convert.session_to_proto, page), next_page_token=token)
 
-    def DeleteSession(self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext) -> pb.DeleteSessionResponse:
+    def DeleteSession(
+        self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteSessionResponse:
         id_, name = convert.ref_from_proto(request.session)
         return pb.DeleteSessionResponse(session=convert.session_to_proto(self._registry.delete(id_=id_, name=name)))
 
@@ -111,11 +115,12 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     ) -> Iterator[pb.ReadParamsResponse]:
         convert.check_read(request)
         id_, name = convert.ref_from_proto(request.session)
-        read = self._registry.read(id_=id_, name=name, worker=request.worker)
-        session = convert.session_to_proto(read.info)
-        session.ClearField("tree")
-        yield pb.ReadParamsResponse(begin=pb.ParamsBegin(session=session, worker_seq=read.worker_seq))
-        yield from _payload(read.params, pb.ReadParamsResponse)
+        with self._streams.open(context.cancel) as stream, stream.busy():
+            read = self._registry.read(id_=id_, name=name, worker=request.worker)
+            session = convert.session_to_proto(read.info)
+            session.ClearField("tree")
+            yield pb.ReadParamsResponse(begin=pb.ParamsBegin(session=session, worker_seq=read.worker_seq))
+            yield from _payload(read.params, pb.ReadParamsResponse, stream)
 
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
         key, wants_params = convert.push_from_proto(request.begin)
@@ -126,79 +131,50 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             if request.payload:
                 push.landing.write(0, request.payload)
             reply = self._registry.push(push, convert.digest_from_proto(request.digest), wants_params=wants_params)
-        payload = b"".join(map(tensors.wire_bytes, map(_wire, reply.params)))
-        digest = tensor_pb.PayloadDigest(length=len(payload), crc32=zlib.crc32(payload))
+        digester = frames.Digester()
+        payload = b"".join(frames.chunks(reply.params))
+        digester.add(payload)
+        digest = convert.digest_to_proto(digester.digest())
         return pb.StepResponse(ack=convert.ack_to_proto(reply.ack), payload=payload, digest=digest)
 
     def StreamSteps(
         self, request_iterator: Iterator[pb.StreamStepsRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StreamStepsResponse]:
-        frames = Frames(request_iterator)
-        with self._streams.open(context) as stream:
-            while (begin := frames.next_begin()) is not None:
-                with stream.working():
+        with self._streams.open(context.cancel) as stream:
+            while (begin := frames.next_begin(request_iterator)) is not None:
+                with stream.busy():
                     key, wants_params = convert.push_from_proto(begin)
                     with self._registry.pushing(key) as push:
-                        digest = frames.land(push.landing, stream)
+                        digest = frames.land(request_iterator, push.landing, stream)
                         reply = self._registry.push(push, digest, wants_params=wants_params)
                     yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
-                    yield from _payload(reply.params, pb.StreamStepsResponse)
+                    yield from _payload(reply.params, pb.StreamStepsResponse, stream)
                 if self._streams.draining:
                     yield pb.StreamStepsResponse(go_away=pb.GoAway(reason="DRAINING"))
                     return
 
+    def SnapshotSession(
+        self, request: pb.SnapshotSessionRequest, context: grpc.ServicerContext
+    ) -> pb.SnapshotSessionResponse:
+        raise _not_served("SnapshotSession")
 
-class Frames:
-    """The frames of an upload, one after another: begin, chunks, end. The three kinds are all there is."""
+    def ForkSession(self, request: pb.ForkSessionRequest, context: grpc.ServicerContext) -> pb.ForkSessionResponse:
+        raise _not_served("ForkSession")
 
-    def __init__(self, messages: Iterator[pb.CreateSessionRequest] | Iterator[pb.StreamStepsRequest]) -> None:
-        self._messages = messages
+    def RollbackSession(
+        self, request: pb.RollbackSessionRequest, context: grpc.ServicerContext
+    ) -> pb.RollbackSessionResponse:
+        raise _not_served("RollbackSession")
 
-    def next_begin(self) -> pb.PushBegin | None:
-        """The next push's begin, or None at the end of the stream; raises MalformedRequestError for other frames."""
-        message = next(self._messages, None)
-        return None if message is None else _frame(message, "begin").begin
 
-    def begin(self) -> pb.CreateSessionBegin:
-        """The begin frame that a stream must start with."""
-        message = next(self._messages, None)
-        if message is None:
-            raise errors.MalformedRequestError("the stream ended before its begin frame", expected="begin", got="end")
-        return _frame(message, "begin").begin
-
-    def land(self, lent: landing.Landing, stream: streams.Stream) -> sessions.Digest:
-        """Copies chunks to their landing until the end frame, and returns its digest."""
-        for message in self._messages:
+def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], stream: streams.Stream) -> Iterator[F]:
+    """Chunks and the end of the parameters; empties ``params``."""
+    digester = frames.Digester()
+    with stream.transferring():
+        for data in frames.chunks(params):
+            yield response(chunk=tensor_pb.Chunk(offset=digester.add(data), data=data))
             stream.progressed()
-            kind = message.WhichOneof("frame")
-            if kind == "chunk":
-                lent.write(message.chunk.offset, _chunk_data(message.chunk))
-            else:
-                return convert.end_from_proto(_frame(message, "end").end)
-        raise errors.PayloadError("the stream ended before the payload did", subject="end", got="end of stream")
-
-
-def _frame(message: F, kind: str) -> F:
-    came = message.WhichOneof("frame")  # type: ignore[attr-defined]
-    if came != kind:
-        raise errors.MalformedRequestError(
-            f"frame {came or 'without content'!r}, expected {kind!r}", subject="frame", expected=kind, got=came or "none"
-        )
-    return message
-
-
-def _chunk_data(chunk: tensor_pb.Chunk) -> bytes:
-    data = chunk.data
-    if len(data) > limits.CHUNK_BYTES_MAX:
-        raise errors.LimitError(
-            f"chunk of {len(data)} bytes, expected at most {limits.CHUNK_BYTES_MAX}",
-            subject="chunk",
-            expected=f"at most {limits.CHUNK_BYTES_MAX} bytes",
-            got=str(len(data)),
-        )
-    if chunk.shard:
-        raise errors.UnsupportedError(f"chunk.shard: {chunk.shard}; this server holds all of a payload", subject="shard")
-    return data
+        yield response(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
 
 
 def _check_unary(expected: int, came: int) -> None:
@@ -212,35 +188,5 @@ def _check_unary(expected: int, came: int) -> None:
         )
 
 
-def _wire(array: np.ndarray) -> tensors.Array:
-    return tensors.wire_array(array, "params")[1]
-
-
-def _payload(params: list[np.ndarray], response: Callable[..., F]) -> Iterator[F]:
-    """Chunks and the end of the parameters. Lets go of the arrays before the last frame leaves, as ``Reply`` asks."""
-    offset, crc32 = 0, 0
-    for data in _chunks(params):
-        crc32 = zlib.crc32(data, crc32)
-        yield response(chunk=tensor_pb.Chunk(offset=offset, data=data))
-        offset += len(data)
-    digest = tensor_pb.PayloadDigest(length=offset, crc32=crc32)
-    yield response(end=pb.PayloadEnd(digest=digest))
-
-
-def _chunks(params: list[np.ndarray]) -> Iterable[bytes]:
-    """The bytes of the arrays in order, in pieces of CHUNK_BYTES; empties ``params`` as it goes."""
-    pieces: list[memoryview] = []
-    room = limits.CHUNK_BYTES
-    params.reverse()
-    while params:
-        view = tensors.wire_bytes(_wire(params.pop()))
-        while view:
-            pieces.append(view[:room])
-            view = view[room:]
-            room -= len(pieces[-1])
-            if room == 0:
-                data = b"".join(pieces)
-                pieces, room = [], limits.CHUNK_BYTES
-                yield data
-    if pieces:
-        yield b"".join(pieces)
+def _not_served(method: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError(f"{method} is not served by this version", subject=method)

@@ -5,41 +5,55 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
-
-import grpc
+from collections.abc import Callable, Iterator
 
 from optwire_proto import errors
 
 
 class Stream:
-    """One call under way."""
+    """One call under way, and what it is doing.
 
-    def __init__(self, context: grpc.ServicerContext) -> None:
-        self.context = context
-        self.is_working = False
+    Attributes:
+      is_busy: a push or a read is under way; otherwise the stream is idle.
+      is_transferring: bytes are expected to move; compiling and updating may take what they take.
+      since_s: when the last of this changed, or bytes last moved.
+    """
+
+    def __init__(self, cancel: Callable[[], object]) -> None:
+        self.cancel = cancel
+        self.is_busy = False
+        self.is_transferring = False
         self.since_s = time.monotonic()
 
     def progressed(self) -> None:
-        """Notes that bytes came or left."""
+        """Notes that bytes moved."""
         self.since_s = time.monotonic()
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """Marks the time in which a push is under way; otherwise the stream is idle."""
-        self.is_working = True
+    def busy(self) -> Iterator[None]:
+        """The time from the first frame of a push to the last of its reply."""
+        self.is_busy = True
+        try:
+            yield
+        finally:
+            self.is_busy = False
+            self.progressed()
+
+    @contextlib.contextmanager
+    def transferring(self) -> Iterator[None]:
+        """The time in which the client must keep the bytes moving."""
+        self.is_transferring = True
         self.progressed()
         try:
             yield
         finally:
-            self.is_working = False
-            self.progressed()
+            self.is_transferring = False
 
 
 class StreamTable:
     """The open streams of a server. Thread-safe.
 
-    A watching thread ends those from which no byte has come for too long: uploads that stalled, so that their buffers
+    A watching thread ends those on which nothing has moved for too long: transfers that stalled, so that their buffers
     are freed, and idle streams, so that their threads are.
     """
 
@@ -55,14 +69,14 @@ class StreamTable:
         self._watcher.start()
 
     @contextlib.contextmanager
-    def open(self, context: grpc.ServicerContext) -> Iterator[Stream]:
-        """Counts a call for as long as it is under way.
+    def open(self, cancel: Callable[[], object]) -> Iterator[Stream]:
+        """Counts a call for as long as it is under way; ``cancel`` must end it from another thread.
 
         Raises:
           LimitError: too many are.
           UnavailableError: the server is draining.
         """
-        stream = Stream(context)
+        stream = Stream(cancel)
         with self._lock:
             if self.draining:
                 raise errors.UnavailableError("the server is draining", subject="server", got="draining")
@@ -85,12 +99,12 @@ class StreamTable:
         return len(self._streams)
 
     def drain(self) -> None:
-        """Takes no further streams, ends the idle ones; working ones end after their push."""
+        """Takes no further streams, ends the idle ones; busy ones end after their push."""
         with self._lock:
             self.draining = True
-            idle = [stream for stream in self._streams if not stream.is_working]
+            idle = [stream for stream in self._streams if not stream.is_busy]
         for stream in idle:
-            stream.context.cancel()
+            stream.cancel()
 
     def close(self) -> None:
         """Stops watching."""
@@ -99,12 +113,11 @@ class StreamTable:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(self._stall_s, self._idle_s, 4.0) / 4):
-            now = time.monotonic()
             with self._lock:
-                overdue = [
-                    stream
-                    for stream in self._streams
-                    if now - stream.since_s > (self._stall_s if stream.is_working else self._idle_s)
-                ]
+                overdue = [stream for stream in self._streams if self._is_overdue(stream)]
             for stream in overdue:
-                stream.context.cancel()
+                stream.cancel()
+
+    def _is_overdue(self, stream: Stream) -> bool:
+        quiet_s = time.monotonic() - stream.since_s
+        return (stream.is_transferring and quiet_s > self._stall_s) or (not stream.is_busy and quiet_s > self._idle_s)

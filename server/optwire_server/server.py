@@ -1,0 +1,72 @@
+"""The composition root: builds a server from its configuration, starts it, drains it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from optwire_proto import limits
+from optwire_server import config as configs
+from optwire_server import registry
+from optwire_server.engine import engine
+from optwire_server.transport import boundary, servicer, streams
+
+SERVICE = "optwire.v1.OptimizerService"
+
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # two servers on one port must be an error, not a coin toss
+    ("grpc.max_receive_message_length", limits.MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", limits.MESSAGE_BYTES_MAX),
+    ("grpc.max_metadata_size", 16 * limits.KIB),
+    ("grpc.max_concurrent_streams", 256),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+
+class Server:
+    """A running server. ``stop`` drains and ends it."""
+
+    def __init__(self, config: configs.ServerConfig) -> None:
+        self.config = config
+        self.engine = engine.Engine()
+        self.registry = registry.Registry(self.engine, config)
+        self.streams = streams.StreamTable(streams_max=config.streams_max, stall_s=config.stall_s, idle_s=config.idle_s)
+        self._health = health.HealthServicer()
+        self._pool = concurrent.futures.ThreadPoolExecutor(config.threads, thread_name_prefix="optwire-rpc")
+        self._grpc = grpc.server(
+            self._pool,
+            interceptors=[boundary.Boundary()],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=config.threads,
+        )
+        servicer.Servicer(self.registry, self.engine, self.streams, config).register(self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self.addresses = tuple(self._bind(address) for address in config.listen)
+
+    def start(self) -> None:
+        """Starts serving."""
+        self._grpc.start()
+        for service in ("", SERVICE):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Refuses new work, lets pushes under way finish for ``drain_s`` seconds, ends the rest."""
+        self._health.enter_graceful_shutdown()
+        self.registry.drain()
+        self.streams.drain()
+        self._grpc.stop(self.config.drain_s).wait()
+        self.streams.close()
+        self.engine.close()
+        self._pool.shutdown()
+
+    def _bind(self, address: str) -> str:
+        try:
+            port = self._grpc.add_insecure_port(address)
+        except RuntimeError as exc:
+            raise OSError(f"cannot listen on {address}: in use, or not an address of this host") from exc
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"

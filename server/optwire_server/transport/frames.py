@@ -1,0 +1,122 @@
+"""Payloads as frames: uploads copied to their landing, parameters cut into chunks. Knows frames by their fields."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from optwire_proto import convert, errors, limits, sessions, tensors
+from optwire_server.engine import landing
+from optwire_server.transport import streams
+
+
+def first(messages: Iterator[Any]) -> Any:
+    """The content of the begin frame that a stream must start with."""
+    begin = next_begin(messages)
+    if begin is None:
+        raise errors.MalformedRequestError("the stream ended before its begin frame", expected="begin", got="end")
+    return begin
+
+
+def next_begin(messages: Iterator[Any]) -> Any:
+    """The content of the next begin frame, or None at the end of the stream.
+
+    Raises:
+      MalformedRequestError: another frame came.
+    """
+    message = next(messages, None)
+    if message is not None:
+        _expect(message, "begin")
+        return message.begin
+    return None
+
+
+def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream) -> sessions.Digest:
+    """Copies chunks to their landing until the end frame, and returns its digest.
+
+    Raises:
+      PayloadError, LimitError, MalformedRequestError: the frames are not one whole payload.
+    """
+    with stream.transferring():
+        for message in messages:
+            stream.progressed()
+            if message.WhichOneof("frame") == "chunk":
+                lent.write(message.chunk.offset, _chunk_data(message.chunk))
+            else:
+                _expect(message, "end")
+                return convert.end_from_proto(message.end)
+    raise errors.PayloadError("the stream ended before the payload did", subject="end", got="end of stream")
+
+
+def chunks(params: list[np.ndarray[Any, Any]]) -> Iterator[bytes]:
+    """The bytes of the arrays in order, in pieces of CHUNK_BYTES.
+
+    Empties ``params`` as it goes, so that no view of a session's state outlives its reply.
+    """
+    pieces: list[memoryview] = []
+    room = limits.CHUNK_BYTES
+    params.reverse()
+    while params:
+        view = tensors.wire_bytes(tensors.wire_array(params.pop(), "params")[1])
+        while view:
+            pieces.append(view[:room])
+            view = view[room:]
+            room -= len(pieces[-1])
+            if room == 0:
+                data = b"".join(pieces)
+                pieces, room = [], limits.CHUNK_BYTES
+                yield data
+    if pieces:
+        data = b"".join(pieces)
+        pieces.clear()
+        del view
+        yield data
+
+
+class Digester:
+    """Counts and sums the bytes that leave."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.crc32 = 0
+
+    def add(self, data: bytes) -> int:
+        """Takes the next piece; returns where it starts in the payload."""
+        offset = self.length
+        self.length += len(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return offset
+
+    def digest(self) -> sessions.Digest:
+        """What has left so far."""
+        return sessions.Digest(self.length, self.crc32)
+
+
+def _expect(message: Any, kind: str) -> None:
+    came = message.WhichOneof("frame")
+    if came != kind:
+        raise errors.MalformedRequestError(
+            f"frame {came or 'without content'!r}, expected {kind!r}",
+            subject="frame",
+            expected=kind,
+            got=came or "none",
+        )
+
+
+def _chunk_data(chunk: Any) -> bytes:
+    data: bytes = chunk.data
+    if len(data) > limits.CHUNK_BYTES_MAX:
+        raise errors.LimitError(
+            f"chunk of {len(data)} bytes, expected at most {limits.CHUNK_BYTES_MAX}",
+            subject="chunk",
+            expected=f"at most {limits.CHUNK_BYTES_MAX} bytes",
+            got=str(len(data)),
+        )
+    if chunk.shard:
+        raise errors.UnsupportedError(
+            f"chunk.shard: {chunk.shard}; this server holds all of a payload", subject="shard", got=str(chunk.shard)
+        )
+    return data
