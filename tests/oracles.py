@@ -1,16 +1,14 @@
 """Update rules in float64 NumPy, written from the papers one equation after the other.
 
 Must not know anything of ours, nor of jax: what it gives is the reference the rules are held to, whatever the order
-of operations there.
+of operations there. A rule takes x0, the gradients and the learning rates of all steps, and gives the last x.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
 Array = np.ndarray
-Run = Callable[..., Array]
-"""Takes x0, the gradients of all steps and hyperparameters; gives the last x. `rates` holds α for each step."""
 
 
 def sgd(x: Array, grads: Iterable[Array], rates: Array) -> Array:
@@ -30,18 +28,14 @@ def momentum(x: Array, grads: Iterable[Array], rates: Array, mass: float) -> Arr
 
 
 def nesterov(x: Array, grads: Iterable[Array], rates: Array, mass: float) -> Array:
-    """Sutskever et al. (2013), eq. 3 and 4, at the looked-ahead point y = x + μ v where the gradient is taken.
+    """Nesterov (1983) at the point y where the gradient is taken: `x' = y - α g(y)`, then look ahead along the velocity.
 
-    `v' = μ v - α g(y)`, `x' = x + v'`: followed here in x and v, y being formed at the end only. The velocity is held
-    in units of α, as the rule under test has it, so that both agree when α changes.
+    The velocity is Sutskever et al.'s (2013) in units of α, so that a change of α takes effect at once.
     """
-    y, velocity = x, np.zeros_like(x)
-    x_behind = x
+    y, v = x, np.zeros_like(x)
     for alpha, g in zip(rates, grads, strict=True):
-        velocity_new = mass * velocity + g
-        x_behind = y + alpha * mass * velocity - alpha * velocity_new
-        y = x_behind - alpha * mass * velocity_new
-        velocity = velocity_new
+        v = mass * v + g
+        y = (y - alpha * g) - alpha * mass * v
     return y
 
 

@@ -142,8 +142,11 @@ def flatten(tree: Any, what: str = "params") -> Flat:
     leaves: list[LeafSpec] = []
     arrays: list[tensors.Array] = []
     types: list[type] = []
-
-    def visit(value: Any, path: tuple[Key, ...]) -> None:
+    # A stack, not a nested function that calls itself: such a function is a cycle, and would keep the arrays alive
+    # until the garbage collector comes by.
+    waiting: list[tuple[tuple[Key, ...], Any]] = [((), tree)]
+    while waiting:
+        path, value = waiting.pop()
         node, children = _open(value, path, what)
         nodes.append(node)
         if node.kind is Kind.LEAF:
@@ -152,10 +155,7 @@ def flatten(tree: Any, what: str = "params") -> Flat:
             arrays.append(array)
         elif node.kind is Kind.NAMEDTUPLE:
             types.append(type(value))
-        for key, child in children:
-            visit(child, (*path, key))
-
-    visit(tree, ())
+        waiting.extend(((*path, key), child) for key, child in reversed(children))
     return Flat(TreeSpec(tuple(leaves), tuple(nodes)), arrays, tuple(types))
 
 
@@ -169,27 +169,27 @@ def unflatten(spec: TreeSpec, arrays: Sequence[Any], types: Sequence[type] = ())
     """
     if not spec.nodes:
         return dict(zip((leaf.name for leaf in spec.leaves), arrays, strict=True))
-    nodes, leaves, known = iter(spec.nodes), iter(arrays), iter(types)
+    return _build(iter(spec.nodes), iter(arrays), iter(types))
 
-    def build() -> Any:
-        node = next(nodes)
-        if node.kind is Kind.LEAF:
-            return next(leaves)
-        if node.kind is Kind.NONE:
-            return None
-        if node.kind is Kind.NAMEDTUPLE:
-            # The parent comes before its children in preorder, so its type must be taken first.
-            kind = next(known, None) or collections.namedtuple(node.type_name, [str(key) for key in node.keys])
-            return kind(*[build() for _ in range(node.children)])
-        children = [build() for _ in range(node.children)]
-        if node.kind is Kind.LIST:
-            return children
-        if node.kind is Kind.TUPLE:
-            return tuple(children)
-        mapping = dict(zip(node.keys, children, strict=True))
-        return collections.OrderedDict(mapping) if node.kind is Kind.ORDERED_DICT else mapping
 
-    return build()
+def _build(nodes: Iterator[Node], leaves: Iterator[Any], types: Iterator[type]) -> Any:
+    """The nest that starts at the next node."""
+    node = next(nodes)
+    if node.kind is Kind.LEAF:
+        return next(leaves)
+    if node.kind is Kind.NONE:
+        return None
+    if node.kind is Kind.NAMEDTUPLE:
+        # The parent comes before its children in preorder, so its type must be taken first.
+        kind = next(types, None) or collections.namedtuple(node.type_name, [str(key) for key in node.keys])
+        return kind(*[_build(nodes, leaves, types) for _ in range(node.children)])
+    children = [_build(nodes, leaves, types) for _ in range(node.children)]
+    if node.kind is Kind.LIST:
+        return children
+    if node.kind is Kind.TUPLE:
+        return tuple(children)
+    mapping = dict(zip(node.keys, children, strict=True))
+    return collections.OrderedDict(mapping) if node.kind is Kind.ORDERED_DICT else mapping
 
 
 def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]:
@@ -251,34 +251,40 @@ def _walk(spec: TreeSpec, tree: Any) -> list[tensors.Array] | None:
     """The arrays of a nest that matches, at once; None where anything differs and wants a closer look."""
     arrays: list[tensors.Array] = []
     leaves = iter(spec.leaves)
-    nodes = iter(spec.nodes)
-
-    def fits(value: Any) -> bool:
-        node = next(nodes)
+    waiting = [tree]
+    for node in spec.nodes:
+        value = waiting.pop()
         if node.kind is Kind.LEAF:
             leaf = next(leaves)
             if not isinstance(value, np.ndarray) or value.shape != leaf.shape:
-                return False
+                return None
             if tensors.dtype_name(value.dtype) != leaf.dtype:
-                return False
+                return None
             arrays.append(tensors.wire_array(value, leaf.name)[1])
-            return True
-        if node.kind is Kind.NONE:
-            return value is None
-        if node.kind in (Kind.DICT, Kind.ORDERED_DICT):
-            wanted = dict if node.kind is Kind.DICT else collections.OrderedDict
-            if type(value) is not wanted or len(value) != node.children:
-                return False
-            if node.kind is Kind.ORDERED_DICT and tuple(value) != node.keys:
-                return False
-            return all(key in value and fits(value[key]) for key in node.keys)
-        if node.kind is Kind.NAMEDTUPLE:
-            same = type(value).__name__ == node.type_name and getattr(value, "_fields", None) == node.keys
-            return same and all(map(fits, value))
-        wanted_type = list if node.kind is Kind.LIST else tuple
-        return type(value) is wanted_type and len(value) == node.children and all(map(fits, value))
+            continue
+        children = _children(node, value)
+        if children is None:
+            return None
+        waiting.extend(reversed(children))
+    return arrays if spec.nodes else None
 
-    return arrays if spec.nodes and fits(tree) else None
+
+def _children(node: Node, value: Any) -> Sequence[Any] | None:
+    """What is inside a container, in the node's order; None where ``value`` is not what the node describes."""
+    if node.kind is Kind.NONE:
+        return () if value is None else None
+    if node.kind in (Kind.DICT, Kind.ORDERED_DICT):
+        same = type(value) is (dict if node.kind is Kind.DICT else collections.OrderedDict)
+        if not same or len(value) != node.children or not all(key in value for key in node.keys):
+            return None
+        if node.kind is Kind.ORDERED_DICT and tuple(value) != node.keys:
+            return None
+        return [value[key] for key in node.keys]
+    if node.kind is Kind.NAMEDTUPLE:
+        same = type(value).__name__ == node.type_name and getattr(value, "_fields", None) == node.keys
+    else:
+        same = type(value) is (list if node.kind is Kind.LIST else tuple)
+    return value if same and len(value) == node.children else None
 
 
 def _in_order_of(spec: TreeSpec, flat: Flat) -> Flat:

@@ -16,13 +16,13 @@ class Relay:
     ``target`` is what clients connect to.
     """
 
-    def __init__(self, target: str) -> None:
-        host, port = target.rsplit(":", 1)
-        self._upstream = (host, int(port))
+    def __init__(self, target: str, port: int = 0) -> None:
+        host, upstream_port = target.rsplit(":", 1)
+        self._upstream = (host, int(upstream_port))
         self._replies_flow = threading.Event()
         self._replies_flow.set()
         self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -1,0 +1,160 @@
+"""The seed's triple over the wire, against the seed itself."""
+
+import collections
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.example_libraries import optimizers as seed
+
+import optwire
+import optwire.jax
+from optwire import optimizers as opt
+
+Layer = collections.namedtuple("Layer", ["weights", "bias"])
+
+
+def assert_same_bits(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert isinstance(a, jax.Array)
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def initial_params():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return [
+        Layer(jax.random.normal(keys[0], (5, 7)), jnp.zeros(7)),
+        {"out": (jax.random.normal(keys[1], (7, 1)), None)},
+    ]
+
+
+def loss_fn(params):
+    x = jnp.linspace(-1, 1, 40).reshape(8, 5)
+    hidden = jnp.tanh(x @ params[0].weights + params[0].bias)
+    return jnp.mean((hidden @ params[1]["out"][0] - 1.0) ** 2)
+
+
+def train(opt_init, opt_update, get_params, num_steps):
+    """The usage example in the docstring of ``jax.example_libraries.optimizers``, as it stands there."""
+    params = initial_params()
+    opt_state = opt_init(params)
+
+    def step(step, opt_state):
+        value, grads = jax.value_and_grad(loss_fn)(get_params(opt_state))
+        opt_state = opt_update(step, grads, opt_state)
+        return value, opt_state
+
+    values = []
+    for i in range(num_steps):
+        value, opt_state = step(i, opt_state)
+        values.append(value)
+    return values, get_params(opt_state)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("sgd", (0.1,)),
+        ("momentum", (0.1, 0.9)),
+        ("nesterov", (0.1, 0.9)),
+        ("adagrad", (0.1,)),
+        ("rmsprop", (0.01,)),
+        ("rmsprop_momentum", (0.01,)),
+        ("adam", (0.01,)),
+        ("adamax", (0.01,)),
+        ("sm3", (0.1,)),
+    ],
+)
+def test_the_seeds_example_gives_the_same_bits_remotely(client, name, arguments):
+    """Quotes the README: bit-identical to running the update locally with the same jitted function."""
+    local = getattr(seed, name)(*arguments)
+    remote = optwire.jax.optimizer(client, getattr(opt, name)(*arguments))
+    local_values, local_params = train(local.init_fn, jax.jit(local.update_fn), local.params_fn, 6)
+    remote_values, remote_params = train(*remote, 6)
+    assert_same_bits(remote_params, local_params)
+    assert_same_bits(remote_values, local_values)
+
+
+def test_params_are_those_given_before_the_first_update(client):
+    opt_init, _, get_params = optwire.jax.optimizer(client, opt.adam(0.1))
+    assert_same_bits(get_params(opt_init(initial_params())), initial_params())
+
+
+def test_the_state_is_a_pytree_of_the_parameters(client):
+    opt_init, _, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
+    state = opt_init({"w": jnp.ones(3)})
+    leaves, treedef = jax.tree.flatten(state)
+    assert [leaf.shape for leaf in leaves] == [(3,)]
+    assert hash(treedef) == hash(jax.tree.structure(state))
+    assert jax.tree.unflatten(treedef, leaves).step == 0
+    assert jax.jit(lambda state: state.params["w"].sum())(state) == 3
+
+
+def test_a_session_can_be_named_and_found(client):
+    opt_init, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5), name="jax-adapter")
+    state = opt_init(jnp.ones(3))
+    opt_update(0, jnp.ones(3), state)
+    assert client.attach("jax-adapter").step_count == 1
+    client.delete_session("jax-adapter")
+
+
+def test_the_server_owns_the_step(client):
+    opt_init, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
+    state = opt_update(jnp.int32(0), jnp.ones(3), opt_init(jnp.ones(3)))
+    assert state.step == 1
+    with pytest.raises(optwire.StaleStepError, match="step 0, expected 1.*the server owns the step"):
+        opt_update(0, jnp.ones(3), state)
+    with pytest.raises(optwire.FutureStepError, match="step 2, expected 1"):
+        opt_update(2, jnp.ones(3), state)
+    assert opt_update(1, jnp.ones(3), state).step == 2
+
+
+def test_a_state_that_was_updated_cannot_be_updated_again(client):
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    old = opt_init(jnp.ones(3))
+    new = opt_update(0, jnp.ones(3), old)
+    with pytest.raises(optwire.StaleStepError) as caught:
+        opt_update(0, jnp.ones(3), old)
+    assert caught.value.step == 1
+    assert np.array_equal(get_params(opt_update(1, jnp.ones(3), new)), jnp.zeros(3))
+
+
+def test_updating_under_a_transformation_says_to_call_it_outside(client):
+    opt_init, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
+    state = opt_init(jnp.ones(3))
+    with pytest.raises(optwire.UnsupportedError, match="call opt_update outside"):
+        jax.jit(opt_update, static_argnums=0)(0, jnp.ones(3), state)
+    with pytest.raises(optwire.UnsupportedError, match="call opt_update outside"):
+        jax.jit(partial(opt_update, grads=jnp.ones(3), opt_state=state))(0)
+    with pytest.raises(optwire.UnsupportedError, match="call opt_update outside"):
+        jax.grad(lambda grads: opt_update(0, grads, state).params.sum())(jnp.ones(3))
+    with pytest.raises(optwire.UnsupportedError, match="call opt_init outside"):
+        jax.vmap(opt_init)(jnp.ones((2, 3)))
+    assert opt_update(0, jnp.ones(3), state).step == 1
+
+
+def test_a_state_of_another_optimizer_is_refused(client):
+    state = optwire.jax.optimizer(client, opt.sgd(0.5)).init_fn(jnp.ones(3))
+    _, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
+    with pytest.raises(optwire.InvalidArgumentError, match="another optimizer"):
+        opt_update(0, jnp.ones(3), state)
+
+
+def test_double_precision_needs_x64(client):
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    params = {"w": np.ones(3)}
+    with pytest.raises(optwire.TreeError, match=r"params\['w'\]: element type float64.*jax_enable_x64"):
+        opt_init(params)
+    with jax.enable_x64(True):
+        state = opt_update(0, params, opt_init(params))
+        assert get_params(state)["w"].dtype == np.float64
+
+
+def test_bfloat16_stays_bfloat16(client):
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    params = jnp.ones(3, jnp.bfloat16)
+    assert get_params(opt_update(0, params, opt_init(params))).dtype == jnp.bfloat16
