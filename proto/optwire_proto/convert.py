@@ -6,7 +6,6 @@ with UnsupportedError, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf import message as protobuf_message
@@ -36,10 +35,14 @@ def refuse_unknown_fields(message: protobuf_message.Message, where: str = "") ->
             subject=where,
             got=str(unknown.field_number),
         )
-    for field, value in message.ListFields():
+    # Only the fields that are messages are looked at: reading a chunk's data would copy it.
+    for field in message.DESCRIPTOR.fields:
         if field.message_type is None or field.message_type.GetOptions().map_entry:
             continue
-        for child in value if isinstance(value, Iterable) else (value,):
+        value = getattr(message, field.name)
+        if isinstance(value, protobuf_message.Message):
+            value = [value] if message.HasField(field.name) else []
+        for child in value:
             refuse_unknown_fields(child, f"{where}.{field.name}")
 
 
@@ -79,9 +82,15 @@ def tree_from_proto(message: tensor_pb.TreeSpec) -> trees.TreeSpec:
         leaves.append(trees.LeafSpec(leaf.name, tuple(leaf.shape), dtype))
     nodes = []
     for node in message.nodes:
-        keys = tuple(key.text if key.WhichOneof("key") == "text" else key.integer for key in node.keys)
-        nodes.append(trees.Node(_kind(node.kind), node.children, keys, node.type_name))
+        nodes.append(trees.Node(_kind(node.kind), node.children, tuple(map(_key, node.keys)), node.type_name))
     return trees.TreeSpec(tuple(leaves), tuple(nodes))
+
+
+def _key(message: tensor_pb.TreeKey) -> trees.Key:
+    which = message.WhichOneof("key")
+    if which is None:
+        raise errors.TreeError("a key of the nest without a value", got="nothing")
+    return message.text if which == "text" else message.integer
 
 
 def _kind(number: int) -> trees.Kind:
@@ -348,6 +357,13 @@ def ack_from_proto(message: pb.PushAck) -> sessions.Ack:
     )
 
 
+def chunk_into(frame: Any, offset: int, data: bytes) -> Any:
+    """Makes a frame a chunk. In place: a chunk handed to the frame's constructor would be copied once more."""
+    frame.chunk.offset = offset
+    frame.chunk.data = data
+    return frame
+
+
 def digest_to_proto(digest: sessions.Digest) -> tensor_pb.PayloadDigest:
     return tensor_pb.PayloadDigest(length=digest.length, crc32=digest.crc32)
 
@@ -390,15 +406,20 @@ def server_from_proto(message: pb.GetServerInfoResponse) -> sessions.ServerInfo:
 
 def error_to_proto(error: errors.OptwireError) -> bytes:
     """The error for the trailing metadata, serialized; texts cut to what metadata may carry."""
-    most = limits.ERROR_TEXT_CHARS_MAX
+    most = limits.ERROR_DETAIL_BYTES_MAX
     return pb.ErrorDetail(
         reason=error.reason,
-        subject=error.subject[:most],
-        expected=error.expected[:most],
-        got=error.got[:most],
+        subject=cut(error.subject, most),
+        expected=cut(error.expected, most),
+        got=cut(error.got, most),
         step=error.step,
         retry_after_s=error.retry_after_s,
     ).SerializeToString()
+
+
+def cut(text: str, bytes_max: int) -> str:
+    """As much of a text as fits into ``bytes_max`` bytes of UTF-8; what is no Unicode is replaced."""
+    return text.encode(errors="replace")[:bytes_max].decode(errors="ignore")
 
 
 def error_from_proto(code: str, message: str, detail: bytes | None) -> errors.OptwireError:

@@ -20,6 +20,8 @@ DEPTH_MAX = 64
 RANK_MAX = 8
 # A dimension beyond this is a mistake or an attack, even beside a zero.
 DIM_MAX = 2**40
+# Far beyond any machine, and far from where 64-bit arithmetic of the libraries below would overflow.
+PAYLOAD_BYTES_MAX = 2**56
 NAME_BYTES_MAX = 1024
 TYPE_NAME_BYTES_MAX = 255
 
@@ -29,5 +31,7 @@ SPEC_TEXT_BYTES_MAX = 4 * KIB
 SPEC_DEPTH_MAX = 16
 SPEC_LIST_MAX = 4096
 
-# Trailing metadata is limited to 8 KiB by common servers and proxies.
-ERROR_TEXT_CHARS_MAX = 1024
+# Trailing metadata is limited to 8 KiB by common servers and proxies, and a status message grows threefold on the way
+# where it is not ASCII.
+ERROR_MESSAGE_BYTES_MAX = 1024
+ERROR_DETAIL_BYTES_MAX = 512

@@ -189,7 +189,7 @@ def check(spec: Spec, kind: str = "optimizer", where: str = "") -> Spec:
     Raises:
       SpecError: names the constructor or argument, what was expected and what came.
     """
-    where = f"{where}.{spec.name}" if where else spec.name
+    where = f"{where}.{spec.name[:80]}" if where else spec.name[:80]
     if where.count(".") >= limits.SPEC_DEPTH_MAX:
         raise errors.SpecError(f"{where[:80]}…: nested deeper than {limits.SPEC_DEPTH_MAX}")
     entry = CATALOGUE.get(spec.name)
@@ -236,7 +236,7 @@ def learning_rate(spec: Spec) -> float | None:
 
 # takes -> (test, what to say was expected)
 _RULES: Final[Mapping[str, tuple[Any, str]]] = {
-    "number": (lambda value: True, "a finite number"),
+    "number": (lambda value: True, "a finite number (whole numbers: of 32 bits)"),
     "positive": (lambda value: value > 0, "a positive number"),
     "count": (lambda value: value > 0, "a positive number of steps"),
     "decay": (lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1"),
@@ -289,7 +289,8 @@ def _check_whole(spec: Spec, where: str) -> None:
 
 def _is_number(value: Value) -> bool:
     if isinstance(value, int):
-        return not isinstance(value, bool) and -(2**63) <= value < 2**63
+        # JAX takes whole numbers as 32 bits; larger ones must say that they are real numbers: 2.0**40.
+        return not isinstance(value, bool) and -(2**31) <= value < 2**31
     return isinstance(value, float) and math.isfinite(value)
 
 

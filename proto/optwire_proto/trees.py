@@ -71,6 +71,14 @@ class LeafSpec:
                 got=_brief(self.shape),
             )
 
+        # An empty leaf counts as one with its zeros taken for ones, as libraries multiply before they notice the zero.
+        if math.prod(max(size, 1) for size in self.shape) * tensors.itemsize(self.dtype) > limits.PAYLOAD_BYTES_MAX:
+            raise errors.TreeError(
+                f"leaf {self.name!r}: shape {_brief(self.shape)}, expected at most {limits.PAYLOAD_BYTES_MAX} bytes",
+                subject=self.name,
+                got=_brief(self.shape),
+            )
+
     @property
     def nbytes(self) -> int:
         """Length of the leaf's bytes."""
@@ -384,6 +392,8 @@ def _node_keys(node: Node) -> Sequence[Key]:
     keyed = node.kind in (Kind.DICT, Kind.ORDERED_DICT, Kind.NAMEDTUPLE)
     if len(node.keys) != (node.children if keyed else 0):
         raise errors.TreeError(f"{_describe(node)}: {len(node.keys)} keys for {node.children} children")
+    if node.type_name and node.kind is not Kind.NAMEDTUPLE:
+        raise errors.TreeError(f"{_describe(node)}: has the type name {node.type_name[:80]!r}, expected none")
     if node.kind in (Kind.LEAF, Kind.NONE) and node.children:
         raise errors.TreeError(f"{_describe(node)}: has {node.children} children, expected none")
     if not keyed:

@@ -25,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(flags: argparse.Namespace) -> int:
     # Not at the top: a health check must not load JAX, and the thin client's installation has none.
     try:
+        from optwire_server import allocator
         from optwire_server import server as servers
     except ModuleNotFoundError as exc:
         print(f"optwire serve: {exc.name} is not installed; pip install 'optwire[server]'", file=sys.stderr)
         return 64
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    allocator.tune()
     try:
         config = configs.from_flags(flags)
         server = servers.Server(config)

@@ -108,8 +108,8 @@ class Registry:
             sessions.check_name(name)
         checked = specs.check(spec)
         with self._lock:
-            self._existing(name, create_key)
-            self._check_room(0)
+            self._existing(name, create_key, tree, checked)
+            self._check_room(tree.payload_bytes)
         compiled = self._engine.compile(checked, tree)
         with self._lock:
             self._check_room(compiled.state_bytes)
@@ -120,7 +120,7 @@ class Registry:
         """Creates the session once its parameters are in; a retry under the same key finds it."""
         creation.landing.finish(digest)
         with self._lock:
-            if existing := self._existing(creation.name, creation.create_key):
+            if existing := self._existing(creation.name, creation.create_key, creation.tree, creation.spec):
                 return self._info(existing)
         held = self._engine.hold(creation.program, creation.landing.arrays())
         id_ = secrets.token_hex(16)
@@ -135,17 +135,22 @@ class Registry:
         )
         with self._lock:
             # Another request may have come first while the state was made.
-            if existing := self._existing(name, creation.create_key):
+            if existing := self._existing(name, creation.create_key, creation.tree, creation.spec):
                 return self._info(existing)
             self._check_room(held.state_bytes)
             self._by_id[id_] = self._by_name[name] = live
         _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, held.state_bytes)
         return self._info(live)
 
-    def _existing(self, name: str, create_key: str) -> LiveSession | None:
-        """The session that an earlier try of the same request created; raises where the name is another's."""
+    def _existing(self, name: str, create_key: str, tree: trees.TreeSpec, spec: specs.Spec) -> LiveSession | None:
+        """The session that an earlier try of the same request created; raises where name or key are another's."""
         for live in self._by_id.values():
             if live.create_key == create_key:
+                if (live.tree, str(live.spec)) != (tree, str(spec)) or name not in ("", live.machine.name):
+                    raise errors.SessionExistsError(
+                        f"create_key was used for session {live.machine.name!r}, which differs from this one",
+                        subject="create_key",
+                    )
                 return live
         if name in self._by_name:
             raise errors.SessionExistsError(f"session {name!r} exists already", subject=name)

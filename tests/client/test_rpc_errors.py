@@ -1,6 +1,7 @@
 """What goes wrong: typed errors, deadlines, retries over broken connections, Ctrl-C. Against the real server."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -260,6 +261,28 @@ def test_a_restarted_server_holds_no_sessions():
         session.step(ones(LARGE))
 
 
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["unary", "stream"])
+def test_every_push_is_applied_once_however_often_connections_break(relay, size):
+    """Quotes the README: "A push is applied at most once, and once acknowledged it stays applied." """
+    done = threading.Event()
+    rng = random.Random(11)
+
+    def break_connections():
+        while not done.wait(rng.uniform(0.0, 0.1)):
+            relay.cut()
+
+    breaker = threading.Thread(target=break_connections)
+    with optwire.connect(relay.target) as remote:
+        session = remote.create_session(ones(size), opt.sgd(1.0))
+        breaker.start()
+        for step in range(40):
+            params = session.step(ones(size))
+            assert session.last_ack.applied_step == step + 1
+        done.set()
+        breaker.join()
+    assert np.array_equal(params, (1 - 40) * ones(size))
+
+
 def test_closing_the_client_ends_a_step_of_another_thread(relay):
     caught = []
     remote = optwire.connect(relay.target)
@@ -349,3 +372,25 @@ def test_after_ctrl_c_the_same_gradients_are_answered_right(client, relay, name,
         assert stdout == "duplicate True step 2\n", stderr
         assert child.returncode == 0
         assert observer.info().step == 2
+
+
+def test_ctrl_c_in_the_middle_of_an_upload_ends_the_process_promptly(client, relay, name):
+    size = 30 * LARGE  # far more than connections hold on their way
+    observer = client.create_session(ones(size), opt.sgd(0.25), name=name)
+    with start_child(relay.target, name, size, "raise") as child:
+        assert child.stdout.readline() == "ready\n"
+        relay.hold_replies()  # and with them the word that more may be sent
+        child.stdin.write("\n")
+        assert child.stdout.readline() == "stepping\n"
+        time.sleep(0.5)
+        os.kill(child.pid, signal.SIGINT)
+        start = time.monotonic()
+        try:
+            _, stderr = child.communicate(timeout=10)
+        finally:
+            child.kill()
+        assert time.monotonic() - start < 3
+        assert "KeyboardInterrupt" in stderr
+        assert child.returncode == -signal.SIGINT
+    assert observer.info().step == 1
+    client.delete_session(name)

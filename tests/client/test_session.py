@@ -1,6 +1,8 @@
 """Sessions against the real server: what comes back, whose step it is, and what closing means."""
 
 import collections
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -318,3 +320,19 @@ def test_a_unix_socket_serves_as_well(tmp_path):
     with testing.serve(listen=(f"unix:{tmp_path}/optwire.sock",)) as server, optwire.connect(server.target) as client:
         session = client.create_session(ones(40_000), opt.sgd(0.5))
         assert np.array_equal(session.step(ones(40_000)), 0.5 * ones(40_000))
+
+
+def test_a_client_without_ml_dtypes_keeps_bf16_as_tagged_bits(server):
+    code = """
+import sys, numpy as np, optwire
+from optwire import optimizers as opt
+client = optwire.connect(sys.argv[1])
+params = optwire.to_bf16(np.array([1.0, -2.5], np.float32))
+session = client.create_session({"w": params}, opt.sgd(0.5))
+for after in (session.step({"w": params})["w"], session.params()["w"]):
+    assert after.dtype == np.uint16 and after.dtype.metadata, after.dtype
+    assert optwire.from_bf16(after).tolist() == [0.5, -1.25]
+session.step({"w": after})
+assert "ml_dtypes" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, server.target], check=True, timeout=60)

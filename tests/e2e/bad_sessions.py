@@ -66,6 +66,16 @@ def lists(depth: int) -> pb.Value:
     return pb.Value(list=pb.ValueList(values=[lists(depth - 1)])) if depth else pb.Value(number=1.0)
 
 
+def wrapped(tags: bytes) -> bytes:
+    """An empty message, inside as many others as there are tags, the outermost first."""
+    data = b""
+    for tag in reversed(tags):
+        length = len(data)
+        size = bytes([length]) if length < 128 else bytes([length & 127 | 128, length >> 7])
+        data = bytes([tag]) + size + data
+    return data
+
+
 SGD = spec("sgd", step_size=0.1)
 RATE = {"step_size": 0.1}
 CLIP = spec("clip_grads", max_norm=1.0)
@@ -151,7 +161,13 @@ SPECS = [
     wrong_spec("a chain that is a single spec", spec("chain", members=SGD), "chain.members: sgd(step_size=0.1), expected a list"),
     wrong_spec("chains in chains, 17 deep", chains(17), "nested deeper than 16"),
     wrong_value("lists in lists, 20 deep", lists(20), "nested deeper than 16"),
-    wrong_value("lists in lists, too deep for protobuf", lists(60), "not its request message", reason="MALFORMED_REQUEST"),
+    refused(
+        "lists in lists, too deep for protobuf",
+        "INVALID_ARGUMENT",
+        "MALFORMED_REQUEST",
+        "bytes that are not its request message",
+        lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/CreateSession", wrapped(b"\x0a\x1a\x12\x12" + b"\x32\x0a" * 200)),
+    ),
     wrong_value("an argument without a value", pb.Value(), "sgd.step_size: no value"),
     wrong_value("an array for a number", pb.Value(tensor=pb.TensorValue()), "arrays as arguments", "UNIMPLEMENTED", "NOT_SERVED"),
     refused("no spec", "INVALID_ARGUMENT", "INVALID_SPEC", "unknown optimizer", lambda b: b.create(spec=pb.Spec())),

@@ -134,19 +134,15 @@ class Channel:
             call = self._stub.ReadParams(request, timeout=deadline.remaining_s)
             with _cancelled_unless_done(call):
                 frames = iter(call)
-                begin = next(frames, None)
-                if begin is None or begin.WhichOneof("frame") != "begin":
-                    raise _out_of_order("ReadParams", "begin", begin)
+                begin = next(frames, pb.ReadParamsResponse())
+                if not begin.HasField("begin"):
+                    raise _out_of_order("ReadParams", "begin", f"{begin.WhichOneof('frame')}")
                 for frame in frames:
-                    kind = frame.WhichOneof("frame")
-                    if kind == "chunk":
-                        incoming.write(frame.chunk.offset, frame.chunk.data)
-                    elif kind == "end":
+                    if frame.HasField("end"):
                         arrays = incoming.finish(convert.end_from_proto(frame.end))
                         return convert.session_from_proto(begin.begin.session), begin.begin.worker_seq, arrays
-                    else:
-                        break
-        raise _out_of_order("ReadParams", "chunk or end", None)
+                    incoming.write(frame.chunk.offset, frame.chunk.data)
+        raise _out_of_order("ReadParams", "end", "nothing more")
 
     def step(
         self,
@@ -171,7 +167,7 @@ class Channel:
 
     @contextlib.contextmanager
     def translated(self, deadline: _deadlines.Deadline | None = None) -> Iterator[None]:
-        """Turns what gRPC raises into our errors; with ``deadline``, a call cancelled after it into DeadlineError."""
+        """Turns what gRPC raises into our errors; a call cancelled after ``deadline`` into DeadlineError."""
         if self._closed.is_set():
             raise _client_closed()
         try:
@@ -179,8 +175,8 @@ class Channel:
         except grpc.RpcError as exc:
             if self._closed.is_set():
                 raise _client_closed() from exc
-            if deadline is not None and not deadline.remaining_s:
-                raise errors.DeadlineError("the step's deadline passed") from exc
+            if exc.code() is grpc.StatusCode.CANCELLED and deadline is not None and not deadline.remaining_s:
+                raise errors.DeadlineError("cancelled at the deadline") from exc
             raise _typed(exc) from exc
         except ValueError as exc:  # what gRPC raises where `close` came between
             if self._closed.is_set() and not isinstance(exc, errors.OptwireError):
@@ -255,7 +251,7 @@ class Stream:
             elif kind in expected:
                 return frame
             else:
-                raise _out_of_order("StreamSteps", " or ".join(expected), frame)
+                raise _out_of_order("StreamSteps", " or ".join(expected), f"{kind}")
         raise errors.UnavailableError("the server ended the stream")
 
 
@@ -282,7 +278,7 @@ def _cancelled_unless_done(call: grpc.Future[Any] | grpc.Call) -> Iterator[None]
 
 
 def _cancel(call: grpc.Future[Any] | grpc.Call) -> None:
-    call.cancel()
+    call.cancel()  # untyped in the stubs of a Call alone
 
 
 def _typed(exc: grpc.RpcError) -> errors.OptwireError:
@@ -292,8 +288,7 @@ def _typed(exc: grpc.RpcError) -> errors.OptwireError:
     return convert.error_from_proto(exc.code().name, exc.details() or exc.code().name, detail)
 
 
-def _out_of_order(method: str, expected: str, frame: object) -> errors.InternalError:
-    got = "the end" if frame is None else str(getattr(frame, "WhichOneof", lambda _: frame)("frame"))
+def _out_of_order(method: str, expected: str, got: str) -> errors.InternalError:
     return errors.InternalError(f"{method}: the server answered {got}, expected {expected}", expected=expected, got=got)
 
 

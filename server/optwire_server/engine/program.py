@@ -141,5 +141,5 @@ def _refusing(spec: specs.Spec) -> Any:
     """Turns what tracing raises into an error of the request: the rule cannot take these shapes."""
     try:
         yield
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, OverflowError) as exc:
         raise errors.TreeError(f"{spec.name} cannot take these parameters: {exc}", got=str(exc)[:200]) from exc

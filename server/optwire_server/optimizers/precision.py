@@ -27,6 +27,11 @@ def own_precision(*leaves: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.enable_x64(True) if narrowed else contextlib.nullcontext()
 
 
+def dtype_of(leaf: Any) -> Any:
+    """Gives the dtype of an array as it is, 64 bits included, and of a Python number the one jax computes it in."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
 def keep_dtype(value: Any, was: Any) -> Any:
     """Rounds `value` to the dtype of `was`, whose place it takes; what has no dtype is left as it is.
 
@@ -35,7 +40,7 @@ def keep_dtype(value: Any, was: Any) -> Any:
     """
     if not (_has_dtype(value) and _has_dtype(was)):
         return value
-    dtype, old_dtype = jnp.result_type(value), jnp.result_type(was)
+    dtype, old_dtype = dtype_of(value), dtype_of(was)
     if dtype == old_dtype:
         return value
     if not _has_room(old_dtype, dtype):
@@ -48,9 +53,9 @@ def scalar_like(scalar: Any, like: Any) -> Any:
 
     An array, or a traced value, would otherwise promote what it multiplies: float32 times bfloat16 is float32.
     """
-    if not hasattr(scalar, "dtype") or not _has_room(jnp.result_type(like), scalar.dtype):
+    if not hasattr(scalar, "dtype") or not _has_room(dtype_of(like), scalar.dtype):
         return scalar
-    return lax.convert_element_type(scalar, jnp.result_type(like))
+    return lax.convert_element_type(scalar, dtype_of(like))
 
 
 def widened(i: Any) -> Any:

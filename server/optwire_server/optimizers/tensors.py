@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
+from optwire_server.optimizers.precision import dtype_of
 from optwire_server.optimizers.state import OptimizerState, unpack_optimizer_state
 
 
@@ -84,7 +84,7 @@ def state_from_tensors(tensors: Mapping[str, Any], like: OptimizerState) -> Opti
         "missing": tuple(name for name in expected if name not in given),
         "extra": tuple(name for name in tensors if name not in expected),
         "misshaped": tuple(name for name, value in given.items() if np.shape(value) != np.shape(expected[name])),
-        "mistyped": tuple(name for name, value in given.items() if value.dtype != jnp.result_type(expected[name])),
+        "mistyped": tuple(name for name, value in given.items() if value.dtype != dtype_of(expected[name])),
     }
     if any(faults.values()):
         raise StateTensorsError(**faults)
@@ -107,6 +107,6 @@ def _escaped(key: Any) -> str:
 def _typed(tensor: Any, slot: Any) -> Any:
     """Gives a tensor of raw bytes the dtype of its slot, if that is a dtype numpy lacks and of the same size."""
     value = tensor if hasattr(tensor, "dtype") else np.asarray(tensor)
-    dtype = jnp.result_type(slot)
+    dtype = dtype_of(slot)
     forgotten = value.dtype.type is np.void and value.dtype.names is None and dtype.isbuiltin != 1
     return value.view(dtype) if forgotten and value.dtype.itemsize == dtype.itemsize else value

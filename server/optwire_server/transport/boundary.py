@@ -109,4 +109,4 @@ def _statuses(context: grpc.ServicerContext) -> Iterator[None]:
         return
     code = grpc.StatusCode[errors.TABLE[error.reason][0]]
     context.set_trailing_metadata(((ERROR_METADATA, convert.error_to_proto(error)),))
-    context.abort(code, str(error)[: limits.ERROR_TEXT_CHARS_MAX])
+    context.abort(code, convert.cut(str(error), limits.ERROR_MESSAGE_BYTES_MAX))

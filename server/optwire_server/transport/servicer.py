@@ -65,16 +65,14 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     def CreateSession(
         self, request_iterator: Iterator[pb.CreateSessionRequest], context: grpc.ServicerContext
     ) -> pb.CreateSessionResponse:
-        begin = frames.first(request_iterator)
-        convert.check_begin(begin)
-        tree, spec = convert.tree_from_proto(begin.tree), convert.spec_from_proto(begin.spec)
-        with (
-            self._streams.open(context.cancel) as stream,
-            stream.busy(),
-            self._registry.creating(begin.name, tree, spec, begin.create_key) as creation,
-        ):
-            digest = frames.land(request_iterator, creation.landing, stream)
-            return pb.CreateSessionResponse(session=convert.session_to_proto(self._registry.create(creation, digest)))
+        with self._streams.open(context.cancel) as stream:
+            begin = frames.first(request_iterator)
+            convert.check_begin(begin)
+            tree, spec = convert.tree_from_proto(begin.tree), convert.spec_from_proto(begin.spec)
+            with stream.busy(), self._registry.creating(begin.name, tree, spec, begin.create_key) as creation:
+                digest = frames.land(request_iterator, creation.landing, stream)
+                info = self._registry.create(creation, digest)
+        return pb.CreateSessionResponse(session=convert.session_to_proto(info))
 
     def GetSession(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> pb.GetSessionResponse:
         id_, name = convert.ref_from_proto(request.session)
@@ -172,7 +170,7 @@ def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], str
     digester = frames.Digester()
     with stream.transferring():
         for data in frames.chunks(params):
-            yield response(chunk=tensor_pb.Chunk(offset=digester.add(data), data=data))
+            yield convert.chunk_into(response(), digester.add(data), data)
             stream.progressed()
         yield response(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
 
