@@ -1,10 +1,10 @@
 """The demo's model and training loop, and the two processes that run them.
 
-    demo_train.py FOLDER through-server TARGET    NumPy and optwire: gradients out, parameters back
-    demo_train.py FOLDER locally                  the same, with the optimizer in this process
+    demo_train.py FOLDER TARGET    NumPy and optwire: gradients out, parameters back; writes remote.npz
+    demo_train.py FOLDER           the same with the optimizer in this process, on JAX; writes local.npz
 
-Both read ``data.npz`` and ``recipe.json`` from the folder, print "<step> <loss>" lines as they go, and leave their
-parameters and losses there. Only the second imports JAX; the first makes sure of that before it ends.
+Both read ``data.npz`` and ``recipe.json`` from the folder and print "<step> <loss>" lines as they go. The first makes
+sure, before it ends, that its interpreter never imported JAX.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Params = dict[str, Floats]
 # What differs between the two processes: takes gradients, applies one update, returns the new parameters.
 Step = Callable[[Params], Params]
 
-FORBIDDEN = ("jax", "jaxlib", "optwire_server", "torch")
+PARAMS = ("w1", "b1", "w2", "b2")
+FORBIDDEN = ("jax", "jaxlib", "torch", "optwire_server")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,30 +136,32 @@ def local_step(params: Params, learning_rate: float) -> Step:
     return step
 
 
-def main(folder: pathlib.Path, role: str, target: str = "") -> None:
+def check_thin() -> None:
+    """Raises if this interpreter imported, by whatever detour, what a thin client must do without."""
+    found = [name for name in FORBIDDEN if name in sys.modules]
+    if found:
+        raise RuntimeError(f"the client's interpreter imported {', '.join(found)}")
+
+
+def main(folder: pathlib.Path, target: str | None = None) -> None:
     recipe = Recipe(**json.loads((folder / "recipe.json").read_text()))
     with np.load(folder / "data.npz") as data:
         images, labels = data["images"], data["labels"]
     params = initial_params(images.shape[1], recipe.hidden, int(labels.max()) + 1)
 
-    def report(steps_done: int, loss: float) -> None:
-        if steps_done % 10 == 0 or steps_done == recipe.steps(len(images)):
-            print(steps_done, loss, flush=True)
+    def report(step: int, loss: float) -> None:
+        if step % 10 == 0 or step == recipe.steps(len(images)):
+            print(step, loss, flush=True)
 
-    def finish(step: Step) -> None:
-        trained, losses = train(params, images, labels, recipe, step, report)
-        arrays: dict[str, Any] = {"losses": losses, **trained}
-        np.savez(folder / f"{role}.npz", **arrays)
-
-    if role == "locally":
-        finish(local_step(params, recipe.learning_rate))
-        return
-    with optwire.connect(target) as client:
-        session = client.create_session(params, opt.adam(recipe.learning_rate), name="demo")
-        finish(session.step)
-    found = [name for name in FORBIDDEN if name in sys.modules]
-    if found:
-        raise SystemExit(f"the client's interpreter imported {', '.join(found)}")
+    if target is None:
+        trained, losses = train(params, images, labels, recipe, local_step(params, recipe.learning_rate), report)
+    else:
+        with optwire.connect(target) as client:
+            session = client.create_session(params, opt.adam(recipe.learning_rate), name="demo")
+            trained, losses = train(params, images, labels, recipe, session.step, report)
+        check_thin()
+    results: dict[str, Any] = {**trained, "losses": losses, "modules": len(sys.modules)}
+    np.savez(folder / ("local.npz" if target is None else "remote.npz"), **results)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def momentum(x: Array, grads: Iterable[Array], rates: Array, mass: float) -> Arr
 
 
 def nesterov(x: Array, grads: Iterable[Array], rates: Array, mass: float) -> Array:
-    """Nesterov (1983) at the point y where the gradient is taken: `x' = y - α g(y)`, then look ahead along the velocity.
+    """Nesterov (1983) at the point y where the gradient is taken: `x' = y - α g(y)`, then ahead along the velocity.
 
     The velocity is Sutskever et al.'s (2013) in units of α, so that a change of α takes effect at once.
     """

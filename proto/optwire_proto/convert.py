@@ -365,12 +365,12 @@ def chunk_into(frame: Any, offset: int, data: bytes) -> Any:
 
 
 def digest_to_proto(digest: sessions.Digest) -> tensor_pb.PayloadDigest:
-    return tensor_pb.PayloadDigest(length=digest.length, crc32=digest.crc32)
+    return tensor_pb.PayloadDigest(length=digest.length, sum=digest.sum, weighted_sum=digest.weighted_sum)
 
 
 def digest_from_proto(message: tensor_pb.PayloadDigest) -> sessions.Digest:
     _served("digest", "sha256", message.sha256, (b"",))
-    return sessions.Digest(message.length, message.crc32)
+    return sessions.Digest(message.length, message.sum, message.weighted_sum)
 
 
 def end_from_proto(message: pb.PayloadEnd) -> sessions.Digest:

@@ -72,10 +72,20 @@ class PushKey:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Digest:
-    """What a payload's bytes were."""
+    """What a payload's bytes were; ``digests`` says how it is taken.
+
+    Attributes:
+      length: in bytes.
+      sum: sum of the block sums, modulo 2**64.
+      weighted_sum: the same, each multiplied by its block's number.
+    """
 
     length: int
-    crc32: int
+    sum: int
+    weighted_sum: int
+
+    def __str__(self) -> str:
+        return f"{self.length} bytes, digest {self.sum:016x}{self.weighted_sum:016x}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

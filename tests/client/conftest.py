@@ -46,6 +46,8 @@ class Relay:
             while True:
                 down = self._listener.accept()[0]
                 up = socket.create_connection(self._upstream)
+                for sock in (down, up):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._sockets += [down, up]
                 threading.Thread(target=self._pump, args=(down, up, None), daemon=True).start()
                 threading.Thread(target=self._pump, args=(up, down, self._replies_flow), daemon=True).start()

@@ -92,7 +92,7 @@ SPECS = [
     wrong_spec("an argument given twice", Spec("sgd", (("step_size", 0.1), ("step_size", 0.2))), "given twice"),
     wrong_spec("a missing learning rate", spec("adam"), "adam: missing argument 'step_size'"),
     wrong_spec("a missing mass", spec("momentum", **RATE), "momentum: missing argument 'mass'"),
-    wrong_spec("text for a number", spec("sgd", step_size="0.1"), "sgd.step_size: '0.1', expected a finite number or a schedule"),
+    wrong_spec("text for a number", spec("sgd", step_size="0.1"), "sgd.step_size: '0.1', expected a finite number"),
     wrong_spec("a flag for a number", spec("sgd", step_size=True), "sgd.step_size: True, expected a finite number"),
     wrong_spec("a list for a number", spec("sgd", step_size=(0.1,)), "sgd.step_size: [0.1], expected a finite number"),
     wrong_spec("nothing for a number", spec("sgd", step_size=None), "sgd.step_size: None, expected a finite number"),

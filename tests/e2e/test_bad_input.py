@@ -89,16 +89,12 @@ def test_a_question_that_cannot_be_answered_is_refused(bench: Bench, case: Case)
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
 @pytest.mark.parametrize("method", [*METHODS.values(), *HEALTH.values()], ids=[*METHODS, *HEALTH])
 def test_bytes_that_are_no_message_are_refused_by_every_method(bench: Bench, method: str, data: bytes):
-    # Where a method's first field is no text, bytes that are not UTF-8 are a message, with an unknown or a short field.
     failure = wire.Failure.of(lambda: bench.peer.raw(method, data))
-    if failure is None:
-        assert data == GARBAGE["text that is not UTF-8"]
-    else:
-        expected = ("INVALID_ARGUMENT", "MALFORMED_REQUEST")
-        if data == GARBAGE["text that is not UTF-8"] and failure.code == "UNIMPLEMENTED":
-            expected = ("UNIMPLEMENTED", "NOT_SERVED")
-        assert failure.detail is not None, failure
-        assert (failure.code, failure.detail.reason) == expected, failure
+    assert failure is not None, "took it for a message"
+    assert failure.detail is not None, failure
+    # To some methods a part of the noise is a field that they do not know.
+    expected = [("INVALID_ARGUMENT", "MALFORMED_REQUEST"), ("UNIMPLEMENTED", "NOT_SERVED")]
+    assert (failure.code, failure.detail.reason) in expected, failure
     bench.check_nothing_happened()
 
 

@@ -96,7 +96,7 @@ def travelled(serving: testing.Serving, elements: int, transport: str) -> Iterat
         road.client.delete_session(road.session.name)
         road.client.close()
     wire.until(wire.idle(serving.server), "landing buffers and streams given back")
-    wire.until(lambda: proxies.threads() <= before, "threads ended") if True else print(proxies.threads()-before)
+    wire.until(lambda: proxies.threads() <= before, "threads ended")
 
 
 @pytest.fixture(scope="module")

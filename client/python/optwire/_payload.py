@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 
-from optwire_proto import errors, limits, sessions, tensors, trees
+from optwire_proto import digests, errors, payloads, sessions, tensors, trees
 
 
 class Outgoing:
@@ -17,33 +16,17 @@ class Outgoing:
     """
 
     def __init__(self, arrays: Sequence[tensors.Array]) -> None:
-        self._views = [tensors.wire_bytes(array) for array in arrays if array.size]
-        self.length = sum(view.nbytes for view in self._views)  # bytes
+        self._arrays = arrays
+        self.length = sum(array.nbytes for array in arrays)  # bytes
 
-    def chunks(self) -> Iterator[tuple[int, bytes]]:
-        """Yields (offset, bytes) in order, each of ``limits.CHUNK_BYTES`` but the last; holds one chunk at a time."""
-        offset = 0
-        pieces: list[memoryview] = []
-        wanted = limits.CHUNK_BYTES
-        for view in self._views:
-            start = 0
-            while start < view.nbytes:
-                piece = view[start : start + wanted]
-                pieces.append(piece)
-                start += piece.nbytes
-                wanted -= piece.nbytes
-                if not wanted:
-                    yield offset, b"".join(pieces)
-                    offset += limits.CHUNK_BYTES
-                    wanted = limits.CHUNK_BYTES
-                    pieces.clear()
-        if pieces:
-            yield offset, b"".join(pieces)
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes in order, each piece of ``limits.CHUNK_BYTES`` but the last; holds one at a time."""
+        return payloads.pieces(list(self._arrays))
 
     def whole(self) -> tuple[bytes, sessions.Digest]:
         """All bytes at once and their digest; for payloads that fit one message."""
-        data = b"".join(self._views)
-        return data, sessions.Digest(len(data), zlib.crc32(data))
+        data = b"".join(self.pieces())
+        return data, digests.digest(data)
 
 
 class Incoming:
@@ -55,7 +38,7 @@ class Incoming:
         self._length = tree.payload_bytes
         self._room = memoryview(b"")  # what is still empty of the leaf being filled
         self._offset = 0
-        self._crc32 = 0
+        self._digester = digests.Digester()
 
     def write(self, offset: int, data: bytes) -> None:
         """Takes the next chunk.
@@ -67,7 +50,7 @@ class Incoming:
             raise _damaged("the offset of a chunk", self._offset, offset)
         if offset + len(data) > self._length:
             raise _damaged("the end of a chunk", f"at most {self._length}", offset + len(data))
-        self._crc32 = zlib.crc32(data, self._crc32)
+        self._digester.update(data)
         self._offset += len(data)
         rest = memoryview(data)
         while rest:
@@ -83,13 +66,10 @@ class Incoming:
         Raises:
           PayloadError: bytes are missing, or are not those that the server sent.
         """
-        for what, expected, got in (
-            ("the payload's length", self._length, self._offset),
-            ("the digest's length", self._length, digest.length),
-            ("the payload's CRC-32", digest.crc32, self._crc32),
-        ):
-            if expected != got:
-                raise _damaged(what, expected, got)
+        if self._offset != self._length:
+            raise _damaged("the payload's length", self._length, self._offset)
+        if digest != (came := self._digester.digest()):
+            raise _damaged("the payload", digest, came)
         return self._arrays
 
 

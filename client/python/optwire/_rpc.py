@@ -8,17 +8,15 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import grpc
 
 from optwire import _deadlines, _options, _payload
-from optwire_proto import convert, errors, limits, sessions, specs, tensors, trees
+from optwire_proto import convert, digests, errors, limits, sessions, specs, tensors, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
-from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
 ERROR_KEY = "optwire-error-bin"
 # Room for what surrounds a chunk or payload of the longest kind.
@@ -259,12 +257,12 @@ def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame]:
     """Begin, chunks, end; the digest is taken on the way."""
     kind = type(begin)
     yield begin
-    crc32 = 0
-    for offset, data in payload.chunks():
-        crc32 = zlib.crc32(data, crc32)
-        yield kind(chunk=tensor_pb.Chunk(offset=offset, data=data))
-    digest = sessions.Digest(payload.length, crc32)
-    yield kind(end=pb.PayloadEnd(digest=convert.digest_to_proto(digest)))
+    digester, offset = digests.Digester(), 0
+    for data in payload.pieces():
+        digester.update(data)
+        yield convert.chunk_into(kind(), offset, data)
+        offset += len(data)
+    yield kind(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
 
 
 @contextlib.contextmanager

@@ -9,12 +9,11 @@ from __future__ import annotations
 import bisect
 import collections
 import threading
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from optwire_proto import errors, sessions, tensors, trees
+from optwire_proto import digests, errors, sessions, tensors, trees
 
 ALIGNMENT_BYTES = 64
 
@@ -85,7 +84,7 @@ class Landing:
         self._start = -buffer.ctypes.data % ALIGNMENT_BYTES
         self._padded = _padded_offsets(tree)
         self._received = 0
-        self._crc32 = 0
+        self._digester = digests.Digester()
 
     def write(self, offset: int, data: bytes) -> None:
         """Copies a chunk to its place.
@@ -121,7 +120,7 @@ class Landing:
             source = source[stop - offset :]
             offset = stop
             leaf += 1
-        self._crc32 = zlib.crc32(data, self._crc32)
+        self._digester.update(data)
         self._received = end
 
     def finish(self, digest: sessions.Digest) -> None:
@@ -137,14 +136,13 @@ class Landing:
                 expected=f"{self._tree.payload_bytes} bytes",
                 got=f"{self._received} bytes",
             )
-        came = sessions.Digest(self._received, self._crc32)
+        came = self._digester.digest()
         if digest != came:
             raise errors.PayloadError(
-                f"payload damaged: length {came.length}, crc32 {came.crc32:08x}, but its digest says length "
-                f"{digest.length}, crc32 {digest.crc32:08x}",
+                f"payload damaged: {came} came, but {digest} was sent",
                 subject="digest",
-                expected=f"{digest.length} bytes, crc32 {digest.crc32:08x}",
-                got=f"{came.length} bytes, crc32 {came.crc32:08x}",
+                expected=str(digest),
+                got=str(came),
             )
 
     def arrays(self) -> Sequence[tensors.Array]:

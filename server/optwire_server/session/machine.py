@@ -149,8 +149,8 @@ def _pushed(session: Session, event: events.Pushed) -> Outcome:
                 f"session {session.name!r}: push {key.seq} of this worker was applied as step {last.step} with other "
                 "bytes; read the parameters and go on from there",
                 subject="digest",
-                expected=f"{last.digest.length} bytes, crc32 {last.digest.crc32:08x}",
-                got=f"{event.digest.length} bytes, crc32 {event.digest.crc32:08x}",
+                expected=str(last.digest),
+                got=str(event.digest),
                 step=session.step,
             )
         return session, (effects.Reply(last.seq, last.step, True, last.learning_rate),)

@@ -1,14 +1,11 @@
-"""Payloads as frames: uploads copied to their landing, parameters cut into chunks. Knows frames by their fields."""
+"""The frames of an upload: begin, chunks copied to their landing, end. Knows frames by their fields only."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from optwire_proto import convert, errors, limits, sessions, tensors
+from optwire_proto import convert, errors, limits, sessions
 from optwire_server.engine import landing
 from optwire_server.transport import streams
 
@@ -49,50 +46,6 @@ def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream)
                 _expect(message, "end")
                 return convert.end_from_proto(message.end)
     raise errors.PayloadError("the stream ended before the payload did", subject="end", got="end of stream")
-
-
-def chunks(params: list[np.ndarray[Any, Any]]) -> Iterator[bytes]:
-    """The bytes of the arrays in order, in pieces of CHUNK_BYTES.
-
-    Empties ``params`` as it goes, so that no view of a session's state outlives its reply.
-    """
-    pieces: list[memoryview] = []
-    room = limits.CHUNK_BYTES
-    params.reverse()
-    while params:
-        view = tensors.wire_bytes(tensors.wire_array(params.pop(), "params")[1])
-        while view:
-            pieces.append(view[:room])
-            view = view[room:]
-            room -= len(pieces[-1])
-            if room == 0:
-                data = b"".join(pieces)
-                pieces, room = [], limits.CHUNK_BYTES
-                yield data
-    if pieces:
-        data = b"".join(pieces)
-        pieces.clear()
-        del view
-        yield data
-
-
-class Digester:
-    """Counts and sums the bytes that leave."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.crc32 = 0
-
-    def add(self, data: bytes) -> int:
-        """Takes the next piece; returns where it starts in the payload."""
-        offset = self.length
-        self.length += len(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return offset
-
-    def digest(self) -> sessions.Digest:
-        """What has left so far."""
-        return sessions.Digest(self.length, self.crc32)
 
 
 def _expect(message: Any, kind: str) -> None:

@@ -9,10 +9,9 @@ import grpc
 import numpy as np
 
 import optwire_server
-from optwire_proto import convert, errors, limits, sessions, specs
+from optwire_proto import convert, digests, errors, limits, payloads, sessions, specs
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
-from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from optwire_server import registry as registries
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
@@ -129,10 +128,8 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             if request.payload:
                 push.landing.write(0, request.payload)
             reply = self._registry.push(push, convert.digest_from_proto(request.digest), wants_params=wants_params)
-        digester = frames.Digester()
-        payload = b"".join(frames.chunks(reply.params))
-        digester.add(payload)
-        digest = convert.digest_to_proto(digester.digest())
+        payload = b"".join(payloads.pieces(reply.params))
+        digest = convert.digest_to_proto(digests.digest(payload))
         return pb.StepResponse(ack=convert.ack_to_proto(reply.ack), payload=payload, digest=digest)
 
     def StreamSteps(
@@ -167,10 +164,12 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
 
 def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], stream: streams.Stream) -> Iterator[F]:
     """Chunks and the end of the parameters; empties ``params``."""
-    digester = frames.Digester()
+    digester, offset = digests.Digester(), 0
     with stream.transferring():
-        for data in frames.chunks(params):
-            yield convert.chunk_into(response(), digester.add(data), data)
+        for data in payloads.pieces(params):
+            digester.update(data)
+            yield convert.chunk_into(response(), offset, data)
+            offset += len(data)
             stream.progressed()
         yield response(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
 
