@@ -2,6 +2,8 @@
 
     python examples/01_quickstart_numpy.py                    # starts a server of its own
     python examples/01_quickstart_numpy.py localhost:50051    # uses the one that `optwire serve` runs
+
+Needs grpcio, protobuf and NumPy; only the server needs JAX.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The usage example of jax.example_libraries.optimizers, trained twice: with the optimizer on a server, and locally.
 
-The training loop knows nothing of it. Where it gets its three functions from is the one line that changes.
+The training loop knows nothing of it: all that changes is where its three functions come from.
 """
 
 from typing import Any
@@ -43,13 +43,12 @@ def train(opt_init: Any, opt_update: Any, get_params: Any) -> tuple[float, dict[
 
 
 def main() -> None:
-    opt_init, opt_update, get_params = optimizers.sgd(LEARNING_RATE)
-    loss, local = train(opt_init, jax.jit(opt_update), get_params)
+    seed = optimizers.sgd(LEARNING_RATE)
+    loss, local = train(seed.init_fn, jax.jit(seed.update_fn), seed.params_fn)
     print(f"locally              loss {loss:.6f} after {STEPS} steps")
 
     with testing.serve() as server, optwire.connect(server.target) as client:
-        opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(LEARNING_RATE))
-        loss, remote = train(opt_init, opt_update, get_params)
+        loss, remote = train(*optwire.jax.optimizer(client, opt.sgd(LEARNING_RATE)))
     print(f"through the server   loss {loss:.6f} after {STEPS} steps")
 
     for name in local:

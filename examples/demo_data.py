@@ -58,7 +58,7 @@ def _idx(path: pathlib.Path, header_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 def _digits() -> Dataset:
-    from sklearn import datasets  # slow to import, and not needed for the other
+    from sklearn import datasets  # type: ignore[import-untyped]  # slow to import, and not needed for the other
 
     digits: Any = datasets.load_digits()
     images = np.round(digits.data * (255 / 16)).astype(np.uint8)

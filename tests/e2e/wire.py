@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
 import numpy as np
 
-from optwire_proto import convert, specs, trees
+from optwire_proto import convert, digests, specs, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
@@ -25,7 +24,10 @@ Params = dict[str, np.ndarray]
 
 
 def digest(payload: bytes, **changes: Any) -> tensor_pb.PayloadDigest:
-    return tensor_pb.PayloadDigest(**{"length": len(payload), "crc32": zlib.crc32(payload)} | changes)
+    """The digest of a payload, with changes that make it wrong."""
+    made = convert.digest_to_proto(digests.digest(payload))
+    made.MergeFrom(tensor_pb.PayloadDigest(**changes))
+    return made
 
 
 def payload_of(tree: Any) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optwire_proto import errors, sessions
+from optwire_proto import digests, errors, sessions
 from optwire_server.session import effects, events, machine
 
 ID = "0" * 32
@@ -17,11 +18,16 @@ A, B, C = "a" * 32, "b" * 32, "c" * 32
 RATE = 0.25
 
 
+@functools.cache
+def digest(data: int, length: int = 8) -> sessions.Digest:
+    return digests.digest(bytes([data]) * length)
+
+
 def push(
-    worker: str = A, *, seq: int = 1, base: int = 0, crc32: int = 7, length: int = 8, incarnation: int = 1
+    worker: str = A, *, seq: int = 1, base: int = 0, data: int = 7, length: int = 8, incarnation: int = 1
 ) -> events.Pushed:
     key = sessions.PushKey(session_id=ID, incarnation=incarnation, worker=worker, seq=seq, base_step=base)
-    return events.Pushed(key, sessions.Digest(length, crc32))
+    return events.Pushed(key, digest(data, length))
 
 
 def opened() -> machine.Session:
@@ -84,7 +90,7 @@ def test_a_retry_reports_the_learning_rate_that_was_used_then():
     assert todo == (effects.Reply(seq=1, applied_step=1, duplicate=True, learning_rate=RATE),)
 
 
-@pytest.mark.parametrize("change", [{"crc32": 8}, {"length": 9}], ids=["crc32", "length"])
+@pytest.mark.parametrize("change", [{"data": 8}, {"length": 9}], ids=["bytes", "length"])
 def test_a_retry_with_other_bytes_is_refused(change: dict[str, int]):
     session = applied(push(seq=1, base=0))
     refuses(session, push(seq=1, base=0, **change), errors.DivergentRetryError, "applied as step 1 with other bytes")
@@ -116,7 +122,7 @@ def test_another_incarnation_is_refused(incarnation: int):
 
 def test_a_refused_push_says_where_the_session_is():
     session = applied(push(A, seq=1, base=0), push(A, seq=2, base=1))
-    for event in (push(A, seq=1), push(A, seq=4), push(B, base=0), push(B, base=9), push(A, seq=2, crc32=1)):
+    for event in (push(A, seq=1), push(A, seq=4), push(B, base=0), push(B, base=9), push(A, seq=2, data=1)):
         with pytest.raises(errors.OutOfStepError) as caught:
             machine.advance(session, event)
         assert caught.value.step == 2
@@ -201,7 +207,7 @@ def test_admission_refuses_what_the_push_would_and_lets_retries_pass():
     session = applied(push(A, seq=1, base=0), push(A, seq=2, base=1))
     machine.admit(session, push(A, seq=3, base=2).key)
     machine.admit(session, push(A, seq=2, base=1).key)
-    machine.admit(session, push(A, seq=2, base=1, crc32=99).key)  # its bytes are not known yet
+    machine.admit(session, push(A, seq=2, base=1, data=99).key)  # its bytes are not known yet
     for event, kind in (
         (push(A, seq=1), errors.StalePushError),
         (push(A, seq=4, base=2), errors.FuturePushError),
@@ -222,7 +228,7 @@ PUSH = st.builds(
     st.sampled_from([A, B, C, "d" * 32, "e" * 32]),
     seq=SEQ,
     base=st.integers(0, 12),
-    crc32=st.integers(0, 1),
+    data=st.integers(0, 1),
     incarnation=st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2]),
 )
 # A push that fits, as seen from the model, so that histories get somewhere; or the last one again.
@@ -243,9 +249,9 @@ class Model:
     def remembered(self) -> dict[str, tuple[int, sessions.Digest, int]]:
         """The last push of those workers that pushed most recently."""
         last: dict[str, tuple[int, sessions.Digest, int]] = {}
-        for step, (worker, seq, digest) in reversed(list(enumerate(self.applied, 1))):
+        for step, (worker, seq, taken) in reversed(list(enumerate(self.applied, 1))):
             if worker not in last and len(last) < WORKERS_MAX:
-                last[worker] = (seq, digest, step)
+                last[worker] = (seq, taken, step)
         return last
 
     def verdict(self, event: events.Pushed) -> type[errors.OptwireError] | int | None:
@@ -256,9 +262,9 @@ class Model:
         if key.incarnation != 1:
             return errors.IncarnationError
         if key.worker in (last := self.remembered()):
-            seq, digest, step = last[key.worker]
+            seq, taken, step = last[key.worker]
             if key.seq == seq:
-                return step if digest == event.digest else errors.DivergentRetryError
+                return step if taken == event.digest else errors.DivergentRetryError
             if key.seq != seq + 1:
                 return errors.StalePushError if key.seq < seq else errors.FuturePushError
         if key.base_step != len(self.applied):
@@ -266,11 +272,11 @@ class Model:
         return None
 
     def concrete(self, wish: tuple[str, str, int]) -> events.Pushed:
-        what, worker, crc32 = wish
-        seq, digest, step = self.remembered().get(worker, (0, sessions.Digest(8, crc32), 0))
+        what, worker, data = wish
+        seq, last, step = self.remembered().get(worker, (0, digest(data), 0))
         if what == "again" and seq:
-            return push(worker, seq=seq, base=step - 1, crc32=digest.crc32)
-        return push(worker, seq=seq + 1, base=len(self.applied), crc32=crc32)
+            return dataclasses.replace(push(worker, seq=seq, base=step - 1), digest=last)
+        return push(worker, seq=seq + 1, base=len(self.applied), data=data)
 
 
 @settings(max_examples=400, deadline=None)
