@@ -46,7 +46,7 @@ out = console.Console(highlight=False)
 
 
 class FailedError(Exception):
-    """A process of the demo failed, or the trainings did not end as they must."""
+    """A process of the demo failed, or the trainings did not end as they must. Says what to print."""
 
 
 class Process:
@@ -74,13 +74,18 @@ class Process:
         """The error to raise, with what the process said."""
         return FailedError(f"{self.name}: {why}\n{self._log.read_text()[-4000:]}")
 
+    def check_health(self) -> None:
+        """Raises if the process ended, and not well."""
+        if self._process.poll():
+            raise self.failed(f"exit code {self._process.returncode}")
+
     def check_success(self) -> None:
         """Waits for the process to end and raises unless it ended well."""
         try:
             code = self._process.wait(STOP_S)
         except subprocess.TimeoutExpired as exc:
             raise self.failed(f"still running after {STOP_S:.0f} s") from exc
-        if code != 0:
+        if code:
             raise self.failed(f"exit code {code}")
 
     def terminate(self) -> None:
@@ -123,8 +128,8 @@ def wait_for_target(server: Process, port_file: pathlib.Path) -> str:
     return port_file.read_text()
 
 
-def show_progress(trainings: dict[str, Process], steps: int) -> None:
-    """Draws a bar for each training until all have ended, well or not."""
+def show_progress(trainings: dict[str, Process], steps: int, server: Process) -> None:
+    """Draws a bar for each training until all have ended; raises if one of them or the server fails."""
     columns = (
         progress.TextColumn("           {task.description:<19}"),
         progress.BarColumn(),
@@ -144,8 +149,10 @@ def show_progress(trainings: dict[str, Process], steps: int) -> None:
             threads.append(threading.Thread(target=follow, args=(training, bar), daemon=True))
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):
+            for process in (server, *trainings.values()):
+                process.check_health()
+            time.sleep(0.05)
 
 
 def report(data: demo_data.Dataset, recipe: demo_train.Recipe, results: dict[str, dict[str, npt.NDArray[Any]]]) -> None:
@@ -161,7 +168,7 @@ def report(data: demo_data.Dataset, recipe: demo_train.Recipe, results: dict[str
     say("loss", f"{remote['losses'][-1]:.6f} at the last step through the server, {local['losses'][-1]:.6f} locally")
     names = demo_train.PARAMS
     difference = max(float(np.abs(remote[name] - local[name]).max()) for name in names)
-    say("difference", f"[bold]{difference:g}[/] at most, between any parameter of the two trainings")
+    say("difference", f"[bold]{difference:g}[/] is the largest between the parameters of the two trainings")
     draw(data.name, remote["losses"], local["losses"])
     say("picture", str(PICTURE))
     if any(remote[name].tobytes() != local[name].tobytes() for name in names):
@@ -211,7 +218,7 @@ def run(folder: pathlib.Path, processes: contextlib.ExitStack) -> None:
     remote = processes.enter_context(Process(folder, "remote", script, str(folder), target))
     local = processes.enter_context(Process(folder, "local", script, str(folder)))
     say("training", f"twice at once, in processes {remote.id} and {local.id}")
-    show_progress({"through the server": remote, "locally, with JAX": local}, recipe.steps(images))
+    show_progress({"through the server": remote, "locally, with JAX": local}, recipe.steps(images), server)
     remote.check_success()
     local.check_success()
     server.terminate()
@@ -238,7 +245,7 @@ def main() -> int:
         return 130
     except FailedError as exc:
         out.print("\n[bold red]failed[/]")
-        out.print(str(exc), markup=False)
+        out.print(str(exc), markup=False, soft_wrap=True)
         return 1
     return 0
 

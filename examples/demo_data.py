@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
+PIXELS = 28 * 28  # of a Fashion-MNIST image
 CLASSES = 10
 
 
@@ -44,9 +45,9 @@ def _fashion_mnist(folder: pathlib.Path) -> Dataset:
     return Dataset(
         "Fashion-MNIST",
         "Debian's dataset-fashion-mnist",
-        _idx(folder / "train-images-idx3-ubyte.gz", header_bytes=16).reshape(60_000, 784),
+        _idx(folder / "train-images-idx3-ubyte.gz", header_bytes=16).reshape(-1, PIXELS),
         _idx(folder / "train-labels-idx1-ubyte.gz", header_bytes=8),
-        _idx(folder / "t10k-images-idx3-ubyte.gz", header_bytes=16).reshape(10_000, 784),
+        _idx(folder / "t10k-images-idx3-ubyte.gz", header_bytes=16).reshape(-1, PIXELS),
         _idx(folder / "t10k-labels-idx1-ubyte.gz", header_bytes=8),
     )
 

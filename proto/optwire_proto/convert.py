@@ -365,12 +365,14 @@ def chunk_into(frame: Any, offset: int, data: bytes) -> Any:
 
 
 def digest_to_proto(digest: sessions.Digest) -> tensor_pb.PayloadDigest:
-    return tensor_pb.PayloadDigest(length=digest.length, sum=digest.sum, weighted_sum=digest.weighted_sum)
+    return tensor_pb.PayloadDigest(
+        length=digest.length, rows_crc32=digest.rows_crc32, columns_crc32=digest.columns_crc32
+    )
 
 
 def digest_from_proto(message: tensor_pb.PayloadDigest) -> sessions.Digest:
     _served("digest", "sha256", message.sha256, (b"",))
-    return sessions.Digest(message.length, message.sum, message.weighted_sum)
+    return sessions.Digest(message.length, message.rows_crc32, message.columns_crc32)
 
 
 def end_from_proto(message: pb.PayloadEnd) -> sessions.Digest:

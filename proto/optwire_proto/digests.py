@@ -1,20 +1,22 @@
 """Digests of payloads: what tells a retry from another push, at a fraction of the cost of copying the bytes.
 
-The payload is cut into blocks of 4,096 bytes, the last one padded with zeros, and each block is summed as 64-bit
-little-endian words modulo 2**64. A digest is the sum of the block sums, and the sum of the block sums weighted by the
-block's number (from 1), both modulo 2**64. Integer sums are the same in every order, so that they may be taken while
-bytes arrive, by several threads, or on a device. Not cryptographic: whoever may push may push anything.
+The payload, padded with zeros to whole rows of 4,096 bytes, is read as a matrix of 64-bit little-endian words, 512 a row.
+A digest is the CRC-32 of the row sums and the CRC-32 of the column sums, each sum modulo 2**64 and little-endian. Another
+payload has the same digest only if all its row sums and all its column sums coincide, or by the chance of a 64-bit hash.
+Not cryptographic: whoever may push may push anything.
 """
 
 from __future__ import annotations
+
+import zlib
 
 import numpy as np
 
 from optwire_proto import sessions
 
-BLOCK_BYTES = 4096
+ROW_BYTES = 4096
 _WORD = np.dtype("<u8")
-_MODULUS = 2**64
+_ROW_WORDS = ROW_BYTES // _WORD.itemsize
 
 
 class Digester:
@@ -22,33 +24,30 @@ class Digester:
 
     def __init__(self) -> None:
         self._length = 0
-        self._blocks = 0
-        self._sum = 0
-        self._weighted_sum = 0
-        self._rest = b""  # the start of a block that is not whole yet
+        self._rows_crc32 = 0
+        self._columns = np.zeros(_ROW_WORDS, _WORD)
+        self._rest = b""  # the start of a row that is not whole yet
 
     def update(self, data: bytes) -> None:
-        """Takes the next piece; cheapest where pieces are whole blocks."""
+        """Takes the next piece; cheapest where pieces are whole rows."""
         self._length += len(data)
         if self._rest:
             data = self._rest + data
-        whole = len(data) // BLOCK_BYTES * BLOCK_BYTES
+        whole = len(data) // ROW_BYTES * ROW_BYTES
         self._add(np.frombuffer(data, _WORD, whole // _WORD.itemsize))
         self._rest = data[whole:]
 
     def digest(self) -> sessions.Digest:
         """Of what came so far; nothing may be added afterwards."""
         if self._rest:
-            self._add(np.frombuffer(self._rest.ljust(BLOCK_BYTES, b"\0"), _WORD))
+            self._add(np.frombuffer(self._rest.ljust(ROW_BYTES, b"\0"), _WORD))
             self._rest = b""
-        return sessions.Digest(self._length, self._sum, self._weighted_sum)
+        return sessions.Digest(self._length, self._rows_crc32, zlib.crc32(self._columns.data))
 
     def _add(self, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
-        sums = words.reshape(-1, BLOCK_BYTES // _WORD.itemsize).sum(axis=1, dtype=np.uint64)
-        numbers = np.arange(self._blocks + 1, self._blocks + 1 + sums.size, dtype=np.uint64)
-        self._blocks += sums.size
-        self._sum = (self._sum + int(sums.sum())) % _MODULUS
-        self._weighted_sum = (self._weighted_sum + int((sums * numbers).sum())) % _MODULUS
+        matrix = words.reshape(-1, _ROW_WORDS)
+        self._rows_crc32 = zlib.crc32(matrix.sum(axis=1, dtype=_WORD).data, self._rows_crc32)
+        self._columns += matrix.sum(axis=0, dtype=_WORD)
 
 
 def digest(data: bytes) -> sessions.Digest:

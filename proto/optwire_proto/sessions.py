@@ -76,16 +76,16 @@ class Digest:
 
     Attributes:
       length: in bytes.
-      sum: sum of the block sums, modulo 2**64.
-      weighted_sum: the same, each multiplied by its block's number.
+      rows_crc32: of the row sums.
+      columns_crc32: of the column sums.
     """
 
     length: int
-    sum: int
-    weighted_sum: int
+    rows_crc32: int
+    columns_crc32: int
 
     def __str__(self) -> str:
-        return f"{self.length} bytes, digest {self.sum:016x}{self.weighted_sum:016x}"
+        return f"{self.length} bytes, digest {self.rows_crc32:08x}{self.columns_crc32:08x}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

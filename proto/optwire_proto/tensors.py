@@ -49,7 +49,9 @@ def itemsize(name: str) -> int:
 
 def is_bf16(dtype: np.dtype[Any]) -> bool:
     """Whether ``dtype`` is bfloat16: ``ml_dtypes``' scalar type, or our tagged ``uint16``."""
-    return dtype.name == "bfloat16" or bool(dtype.metadata and dtype.metadata.get("optwire") == "bf16")
+    if dtype.kind != "u":  # asking for the name is slow, and most arrays are of other kinds
+        return dtype.kind == "V" and dtype.name == "bfloat16"
+    return bool(dtype.metadata and dtype.metadata.get("optwire") == "bf16")
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str | None:

@@ -35,8 +35,12 @@ def push_to_deleted(bench: Bench) -> object:
 
 
 PUSHES = [
-    *wrong_key("a session nobody knows", "NOT_FOUND", "SESSION_NOT_FOUND", "is not held by this server", session_id=NOBODY),
-    *wrong_key("a session id that is a name", INVALID, "INVALID_ARGUMENT", "session_id 'reference'", session_id="reference"),
+    *wrong_key(
+        "a session nobody knows", "NOT_FOUND", "SESSION_NOT_FOUND", "is not held by this server", session_id=NOBODY
+    ),
+    *wrong_key(
+        "a session id that is a name", INVALID, "INVALID_ARGUMENT", "session_id 'reference'", session_id="reference"
+    ),
     *wrong_key("a session id that climbs", INVALID, "INVALID_ARGUMENT", "session_id '../../x'", session_id="../../x"),
     *wrong_key("an empty session id", INVALID, "INVALID_ARGUMENT", "session_id '': expected 32", session_id=""),
     *wrong_key("an empty worker", INVALID, "INVALID_ARGUMENT", "worker '': expected 32 lower-case", worker=""),
@@ -45,13 +49,21 @@ PUSHES = [
     *wrong_key("a worker in other digits", INVALID, "INVALID_ARGUMENT", "worker", worker="٣" * 32),
     *wrong_key("seq 0", INVALID, "INVALID_ARGUMENT", "push.key.seq: 0, expected 1 or more", seq=0),
     *wrong_key("an old seq", "ABORTED", "STALE_PUSH", "older than its last applied push, 3", seq=1),
-    *wrong_key("a seq that skips one", "FAILED_PRECONDITION", "FUTURE_PUSH", "push 5 of this worker, expected 4", seq=5),
+    *wrong_key(
+        "a seq that skips one", "FAILED_PRECONDITION", "FUTURE_PUSH", "push 5 of this worker, expected 4", seq=5
+    ),
     *wrong_key("the greatest seq", "FAILED_PRECONDITION", "FUTURE_PUSH", "expected 4", seq=2**64 - 1),
     *wrong_key("an old step", "ABORTED", "STALE_STEP", "gradients of step 1, but the session is at 3", base_step=1),
     *wrong_key("a future step", "FAILED_PRECONDITION", "FUTURE_STEP", "gradients of step 4, but", base_step=STEPS + 1),
-    *wrong_key("the greatest step", "FAILED_PRECONDITION", "FUTURE_STEP", "gradients of step 184467", base_step=2**64 - 1),
-    *wrong_key("another incarnation", "FAILED_PRECONDITION", "WRONG_INCARNATION", "incarnation 2, expected 1", incarnation=2),
-    *wrong_key("no incarnation", "FAILED_PRECONDITION", "WRONG_INCARNATION", "incarnation 0, expected 1", incarnation=0),
+    *wrong_key(
+        "the greatest step", "FAILED_PRECONDITION", "FUTURE_STEP", "gradients of step 184467", base_step=2**64 - 1
+    ),
+    *wrong_key(
+        "another incarnation", "FAILED_PRECONDITION", "WRONG_INCARNATION", "incarnation 2, expected 1", incarnation=2
+    ),
+    *wrong_key(
+        "no incarnation", "FAILED_PRECONDITION", "WRONG_INCARNATION", "incarnation 0, expected 1", incarnation=0
+    ),
     *wrong_key("a worker epoch", "UNIMPLEMENTED", "NOT_SERVED", "key.worker_epoch: 1 is not served", worker_epoch=1),
     refused("a deleted session", "NOT_FOUND", "SESSION_NOT_FOUND", "is not held by this server", push_to_deleted),
     refused(
@@ -66,26 +78,92 @@ PUSHES = [
         "ABORTED",
         "DIVERGENT_RETRY",
         "was applied as step 3",
-        lambda b: b.peer.stream(b.begin(key={"seq": 3, "base_step": 2}), chunk(0, bytes(60)), pb.PayloadEnd(digest=wire.digest(bytes(60)))),
+        lambda b: b.peer.stream(
+            b.begin(key={"seq": 3, "base_step": 2}), chunk(0, bytes(60)), pb.PayloadEnd(digest=wire.digest(bytes(60)))
+        ),
     ),
-    refused("a push without a begin", INVALID, "INVALID_ARGUMENT", "seq: 0", lambda b: b.peer.stub.Step(pb.StepRequest(), timeout=5)),
-    refused("a push without a digest", INVALID, "INVALID_PAYLOAD", "without a digest", lambda b: b.peer.step(b.begin(), PAYLOAD, digest=None)),
-    refused("too few gradients", INVALID, "INVALID_PAYLOAD", "payload ended after 56 of 60 bytes", lambda b: b.peer.step(b.begin(), PAYLOAD[:-4])),
-    refused("too many gradients", INVALID, "INVALID_PAYLOAD", "goes past the end of the payload, 60", lambda b: b.peer.step(b.begin(), PAYLOAD + b"1234")),
-    refused("no gradients", INVALID, "INVALID_PAYLOAD", "payload ended after 0 of 60 bytes", lambda b: b.peer.step(b.begin(), b"")),
-    refused("a wrong digest", INVALID, "INVALID_PAYLOAD", "payload damaged", lambda b: b.peer.step(b.begin(), PAYLOAD, digest=wire.digest(PAYLOAD, sum=1))),
-    refused("a wrong length", INVALID, "INVALID_PAYLOAD", "digest", lambda b: b.peer.step(b.begin(), PAYLOAD, digest=wire.digest(PAYLOAD, length=61))),
-    refused("a unary payload over the limit", "RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED", "payload of 2097153 bytes in a unary Step", lambda b: b.peer.step(b.begin(), bytes(2**21 + 1))),
-    refused("a message over 4 MiB", "RESOURCE_EXHAUSTED", "", "larger than max", lambda b: b.peer.step(b.begin(), bytes(2**22))),
-    refused("a chunk that makes a message over 4 MiB", "RESOURCE_EXHAUSTED", "", "larger than max", lambda b: b.peer.stream(b.begin(), chunk(0, bytes(2**22)))),
+    refused(
+        "a push without a begin",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "seq: 0",
+        lambda b: b.peer.stub.Step(pb.StepRequest(), timeout=5),
+    ),
+    refused(
+        "a push without a digest",
+        INVALID,
+        "INVALID_PAYLOAD",
+        "without a digest",
+        lambda b: b.peer.step(b.begin(), PAYLOAD, digest=None),
+    ),
+    refused(
+        "too few gradients",
+        INVALID,
+        "INVALID_PAYLOAD",
+        "payload ended after 56 of 60 bytes",
+        lambda b: b.peer.step(b.begin(), PAYLOAD[:-4]),
+    ),
+    refused(
+        "too many gradients",
+        INVALID,
+        "INVALID_PAYLOAD",
+        "goes past the end of the payload, 60",
+        lambda b: b.peer.step(b.begin(), PAYLOAD + b"1234"),
+    ),
+    refused(
+        "no gradients",
+        INVALID,
+        "INVALID_PAYLOAD",
+        "payload ended after 0 of 60 bytes",
+        lambda b: b.peer.step(b.begin(), b""),
+    ),
+    refused(
+        "a wrong digest",
+        INVALID,
+        "INVALID_PAYLOAD",
+        "payload damaged",
+        lambda b: b.peer.step(b.begin(), PAYLOAD, digest=wire.digest(PAYLOAD, sum=1)),
+    ),
+    refused(
+        "a wrong length",
+        INVALID,
+        "INVALID_PAYLOAD",
+        "digest",
+        lambda b: b.peer.step(b.begin(), PAYLOAD, digest=wire.digest(PAYLOAD, length=61)),
+    ),
+    refused(
+        "a unary payload over the limit",
+        "RESOURCE_EXHAUSTED",
+        "LIMIT_EXCEEDED",
+        "payload of 2097153 bytes in a unary Step",
+        lambda b: b.peer.step(b.begin(), bytes(2**21 + 1)),
+    ),
+    refused(
+        "a message over 4 MiB",
+        "RESOURCE_EXHAUSTED",
+        "",
+        "larger than max",
+        lambda b: b.peer.step(b.begin(), bytes(2**22)),
+    ),
+    refused(
+        "a chunk that makes a message over 4 MiB",
+        "RESOURCE_EXHAUSTED",
+        "",
+        "larger than max",
+        lambda b: b.peer.stream(b.begin(), chunk(0, bytes(2**22))),
+    ),
     refused("a creation over 4 MiB", "RESOURCE_EXHAUSTED", "", "larger than max", lambda b: b.create(name="x" * 2**22)),
 ]
 
 STREAMS = [
     wrong_bytes("a gap", "leaves a gap: expected offset 20", chunk(0, PAYLOAD[:20]), chunk(24, PAYLOAD[24:]), END),
     wrong_bytes("an overlap", "overlaps: expected offset 20", chunk(0, PAYLOAD[:20]), chunk(19, PAYLOAD[19:]), END),
-    wrong_bytes("chunks in reverse", "leaves a gap: expected offset 0", chunk(20, PAYLOAD[20:]), chunk(0, PAYLOAD[:20]), END),
-    wrong_bytes("a chunk that comes twice", "overlaps: expected offset 20", chunk(0, PAYLOAD[:20]), chunk(0, PAYLOAD[:20]), END),
+    wrong_bytes(
+        "chunks in reverse", "leaves a gap: expected offset 0", chunk(20, PAYLOAD[20:]), chunk(0, PAYLOAD[:20]), END
+    ),
+    wrong_bytes(
+        "a chunk that comes twice", "overlaps: expected offset 20", chunk(0, PAYLOAD[:20]), chunk(0, PAYLOAD[:20]), END
+    ),
     wrong_bytes("a chunk past the end", "goes past the end", ALL, chunk(60, b"1"), END),
     wrong_bytes("an offset near 2^64", "leaves a gap", chunk(2**64 - 1, b"12"), END),
     wrong_bytes("an empty chunk, streamed", "is empty", chunk(0, b""), END),
@@ -96,23 +174,75 @@ STREAMS = [
     wrong_bytes("a stream without an end", "the stream ended before the payload did", ALL),
     wrong_bytes("a begin and nothing else", "the stream ended before the payload did"),
     wrong_bytes("an end that lacks a digest", "without a digest", ALL, pb.PayloadEnd()),
-    wrong_bytes("a wrong digest, streamed", "payload damaged", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD, weighted_sum=1))),
-    wrong_bytes("a wrong length, streamed", "payload damaged", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD, length=1))),
+    wrong_bytes(
+        "a wrong digest, streamed", "payload damaged", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD, weighted_sum=1))
+    ),
+    wrong_bytes(
+        "a wrong length, streamed", "payload damaged", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD, length=1))
+    ),
     wrong_bytes("flipped bits", "payload damaged", chunk(0, bytes(byte ^ 1 for byte in PAYLOAD)), END),
-    wrong_bytes("a SHA-256, streamed", "sha256", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD, sha256=b"1" * 32)), code="UNIMPLEMENTED", reason="NOT_SERVED"),
-    wrong_bytes("a shard, streamed", "chunk.shard: 1", chunk(0, PAYLOAD, shard=1), END, code="UNIMPLEMENTED", reason="NOT_SERVED"),
-    wrong_bytes("a chunk over 2 MiB, streamed", "chunk of 2097153 bytes", chunk(0, bytes(2**21 + 1)), code="RESOURCE_EXHAUSTED", reason="LIMIT_EXCEEDED"),
-    refused("two begins, streamed", INVALID, "MALFORMED_REQUEST", "frame 'begin', expected 'end'", lambda b: b.peer.stream(b.begin(), b.begin(), ALL, END)),
-    refused("a begin among the chunks", INVALID, "MALFORMED_REQUEST", "frame 'begin', expected 'end'", lambda b: b.peer.stream(b.begin(), ALL, b.begin(), END)),
-    refused("a chunk before the begin", INVALID, "MALFORMED_REQUEST", "frame 'chunk', expected 'begin'", lambda b: b.peer.stream(ALL, b.begin(), END)),
-    refused("an end first", INVALID, "MALFORMED_REQUEST", "frame 'end', expected 'begin'", lambda b: b.peer.stream(END)),
-    refused("a frame without content", INVALID, "MALFORMED_REQUEST", "'without content', expected 'begin'", lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/StreamSteps", b"")),
+    wrong_bytes(
+        "a SHA-256, streamed",
+        "sha256",
+        ALL,
+        pb.PayloadEnd(digest=wire.digest(PAYLOAD, sha256=b"1" * 32)),
+        code="UNIMPLEMENTED",
+        reason="NOT_SERVED",
+    ),
+    wrong_bytes(
+        "a shard, streamed",
+        "chunk.shard: 1",
+        chunk(0, PAYLOAD, shard=1),
+        END,
+        code="UNIMPLEMENTED",
+        reason="NOT_SERVED",
+    ),
+    wrong_bytes(
+        "a chunk over 2 MiB, streamed",
+        "chunk of 2097153 bytes",
+        chunk(0, bytes(2**21 + 1)),
+        code="RESOURCE_EXHAUSTED",
+        reason="LIMIT_EXCEEDED",
+    ),
+    refused(
+        "two begins, streamed",
+        INVALID,
+        "MALFORMED_REQUEST",
+        "frame 'begin', expected 'end'",
+        lambda b: b.peer.stream(b.begin(), b.begin(), ALL, END),
+    ),
+    refused(
+        "a begin among the chunks",
+        INVALID,
+        "MALFORMED_REQUEST",
+        "frame 'begin', expected 'end'",
+        lambda b: b.peer.stream(b.begin(), ALL, b.begin(), END),
+    ),
+    refused(
+        "a chunk before the begin",
+        INVALID,
+        "MALFORMED_REQUEST",
+        "frame 'chunk', expected 'begin'",
+        lambda b: b.peer.stream(ALL, b.begin(), END),
+    ),
+    refused(
+        "an end first", INVALID, "MALFORMED_REQUEST", "frame 'end', expected 'begin'", lambda b: b.peer.stream(END)
+    ),
+    refused(
+        "a frame without content",
+        INVALID,
+        "MALFORMED_REQUEST",
+        "'without content', expected 'begin'",
+        lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/StreamSteps", b""),
+    ),
     refused(
         "a frame without content among chunks",
         INVALID,
         "MALFORMED_REQUEST",
         "'without content', expected 'end'",
-        lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/StreamSteps", pb.StreamStepsRequest(begin=b.begin()).SerializeToString(), b""),
+        lambda b: b.peer.raw(
+            f"/{wire.SERVICE.full_name}/StreamSteps", pb.StreamStepsRequest(begin=b.begin()).SerializeToString(), b""
+        ),
     ),
 ]
 
@@ -120,8 +250,20 @@ STREAMS = [
 def not_served(name: str, fragment: str, **changes: Any) -> list[Any]:
     """A capability that the protocol names, asked for by a push on both roads."""
     return [
-        refused(f"{name}, unary", "UNIMPLEMENTED", "NOT_SERVED", fragment, lambda b: b.peer.step(b.begin(**changes), PAYLOAD)),
-        refused(f"{name}, streamed", "UNIMPLEMENTED", "NOT_SERVED", fragment, lambda b: b.peer.stream(b.begin(**changes), ALL, END)),
+        refused(
+            f"{name}, unary",
+            "UNIMPLEMENTED",
+            "NOT_SERVED",
+            fragment,
+            lambda b: b.peer.step(b.begin(**changes), PAYLOAD),
+        ),
+        refused(
+            f"{name}, streamed",
+            "UNIMPLEMENTED",
+            "NOT_SERVED",
+            fragment,
+            lambda b: b.peer.stream(b.begin(**changes), ALL, END),
+        ),
     ]
 
 
@@ -168,7 +310,9 @@ def wrong_read(name: str, code: str, reason: str, fragment: str, **request: Any)
     return refused(name, code, reason, fragment, lambda b: list(b.peer.stub.ReadParams(asked, timeout=5)))
 
 
-def wrong_rate(name: str, code: str, reason: str, fragment: str, *values: pb.Value, argument: str = "learning_rate", **request: Any) -> Any:
+def wrong_rate(
+    name: str, code: str, reason: str, fragment: str, *values: pb.Value, argument: str = "learning_rate", **request: Any
+) -> Any:
     hyperparams = [pb.Argument(name=argument, value=value) for value in values]
     asked = pb.UpdateHyperparamsRequest(session=wire.named("reference"), hyperparams=hyperparams, **request)
     return refused(name, code, reason, fragment, lambda b: b.peer.stub.UpdateHyperparams(asked, timeout=5))
@@ -179,38 +323,149 @@ UNKNOWN_REF = pb.SessionRef(id=NOBODY)
 
 OTHERS = [
     wrong_read("parameters of another kind", "UNIMPLEMENTED", "NOT_SERVED", "which: ema is not served", which="ema"),
-    wrong_read("a very long kind of parameters", "UNIMPLEMENTED", "NOT_SERVED", "which: \U0001f600", which="\U0001f600" * 2000),
+    wrong_read(
+        "a very long kind of parameters", "UNIMPLEMENTED", "NOT_SERVED", "which: \U0001f600", which="\U0001f600" * 2000
+    ),
     wrong_read("parameters of an old step", "UNIMPLEMENTED", "NOT_SERVED", "ReadParams.step", step=1),
     wrong_read("parameters of step 0", "UNIMPLEMENTED", "NOT_SERVED", "ReadParams.step", step=0),
-    wrong_read("parameters of nothing", INVALID, "INVALID_ARGUMENT", "neither id nor name given", session=pb.SessionRef()),
+    wrong_read(
+        "parameters of nothing", INVALID, "INVALID_ARGUMENT", "neither id nor name given", session=pb.SessionRef()
+    ),
     wrong_read("parameters of a path", INVALID, "INVALID_ARGUMENT", "session name '../x'", session=wire.named("../x")),
     wrong_read("parameters for a bad worker", INVALID, "INVALID_ARGUMENT", "worker 'w0'", worker="w0"),
-    wrong_read("parameters of an unknown session", "NOT_FOUND", "SESSION_NOT_FOUND", "'gone' is not held", session=wire.named("gone")),
+    wrong_read(
+        "parameters of an unknown session",
+        "NOT_FOUND",
+        "SESSION_NOT_FOUND",
+        "'gone' is not held",
+        session=wire.named("gone"),
+    ),
     wrong_rate("no hyperparameter", INVALID, "INVALID_ARGUMENT", "learning_rate=nothing, expected one number"),
-    wrong_rate("a rate that is not a number", INVALID, "INVALID_ARGUMENT", "learning_rate: nan, expected a finite", pb.Value(number=NAN)),
+    wrong_rate(
+        "a rate that is not a number",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "learning_rate: nan, expected a finite",
+        pb.Value(number=NAN),
+    ),
     wrong_rate("an infinite rate", INVALID, "INVALID_ARGUMENT", "learning_rate: inf", pb.Value(number=float("inf"))),
-    wrong_rate("a rate in words", INVALID, "INVALID_ARGUMENT", "learning_rate=fast, expected one number", pb.Value(text="fast")),
-    wrong_rate("a flag as rate", INVALID, "INVALID_ARGUMENT", "learning_rate=True, expected one number", pb.Value(flag=True)),
-    wrong_rate("a schedule as rate", INVALID, "INVALID_ARGUMENT", "expected one number", pb.Value(spec=pb.Spec(name="constant"))),
+    wrong_rate(
+        "a rate in words", INVALID, "INVALID_ARGUMENT", "learning_rate=fast, expected one number", pb.Value(text="fast")
+    ),
+    wrong_rate(
+        "a flag as rate", INVALID, "INVALID_ARGUMENT", "learning_rate=True, expected one number", pb.Value(flag=True)
+    ),
+    wrong_rate(
+        "a schedule as rate",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "expected one number",
+        pb.Value(spec=pb.Spec(name="constant")),
+    ),
     wrong_rate("two rates", INVALID, "INVALID_ARGUMENT", "learning_rate=0.1, 0.1, expected one number", ONE, ONE),
     wrong_rate("a rate without a value", INVALID, "INVALID_SPEC", "learning_rate: no value", pb.Value()),
-    wrong_rate("an array as rate", "UNIMPLEMENTED", "NOT_SERVED", "arrays as arguments", pb.Value(tensor=pb.TensorValue())),
-    wrong_rate("another hyperparameter", "UNIMPLEMENTED", "NOT_SERVED", "hyperparams: b1 is not served", ONE, argument="b1"),
+    wrong_rate(
+        "an array as rate", "UNIMPLEMENTED", "NOT_SERVED", "arrays as arguments", pb.Value(tensor=pb.TensorValue())
+    ),
+    wrong_rate(
+        "another hyperparameter", "UNIMPLEMENTED", "NOT_SERVED", "hyperparams: b1 is not served", ONE, argument="b1"
+    ),
     wrong_rate("a rate from a later step", "UNIMPLEMENTED", "NOT_SERVED", "from_step: 9", ONE, from_step=9),
     wrong_rate("a rate from step 0", "UNIMPLEMENTED", "NOT_SERVED", "from_step: 0", ONE, from_step=0),
-    wrong_rate("a rate for another incarnation", "FAILED_PRECONDITION", "WRONG_INCARNATION", "incarnation 2, expected 1", ONE, incarnation=2),
-    refused("a page of 1,001", INVALID, "INVALID_ARGUMENT", "page_size: 1001, expected at most 1000", lambda b: b.peer.stub.ListSessions(pb.ListSessionsRequest(page_size=1001))),
-    refused("a session of no name", INVALID, "INVALID_ARGUMENT", "neither id nor name given", lambda b: b.peer.stub.GetSession(pb.GetSessionRequest())),
-    refused("a session of an empty name", INVALID, "INVALID_ARGUMENT", "session name ''", lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=wire.named("")))),
-    refused("a session of an empty id", INVALID, "INVALID_ARGUMENT", "session id ''", lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=pb.SessionRef(id="")))),
-    refused("an unknown session", "NOT_FOUND", "SESSION_NOT_FOUND", "is not held", lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=UNKNOWN_REF))),
-    refused("a bad worker", INVALID, "INVALID_ARGUMENT", "worker 'x'", lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=wire.named("reference"), worker="x"))),
-    refused("the end of no session", INVALID, "INVALID_ARGUMENT", "neither id nor name", lambda b: b.peer.stub.DeleteSession(pb.DeleteSessionRequest())),
-    refused("the end of an unknown session", "NOT_FOUND", "SESSION_NOT_FOUND", "'gone' is not held", lambda b: b.peer.stub.DeleteSession(pb.DeleteSessionRequest(session=wire.named("gone")))),
-    refused("a snapshot", "UNIMPLEMENTED", "NOT_SERVED", "not served", lambda b: b.peer.stub.SnapshotSession(pb.SnapshotSessionRequest(session=wire.named("reference")))),
-    refused("a fork", "UNIMPLEMENTED", "NOT_SERVED", "not served", lambda b: b.peer.stub.ForkSession(pb.ForkSessionRequest(session=wire.named("reference"), name="fork"))),
-    refused("a rollback", "UNIMPLEMENTED", "NOT_SERVED", "not served", lambda b: b.peer.stub.RollbackSession(pb.RollbackSessionRequest(session=wire.named("reference"), step=1))),
-    refused("a method nobody knows", "UNIMPLEMENTED", "", "", lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/Nope", b"")),
-    refused("a service nobody knows", "UNIMPLEMENTED", "", "", lambda b: b.peer.raw("/optwire.v2.OptimizerService/Step", b"")),
+    wrong_rate(
+        "a rate for another incarnation",
+        "FAILED_PRECONDITION",
+        "WRONG_INCARNATION",
+        "incarnation 2, expected 1",
+        ONE,
+        incarnation=2,
+    ),
+    refused(
+        "a page of 1,001",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "page_size: 1001, expected at most 1000",
+        lambda b: b.peer.stub.ListSessions(pb.ListSessionsRequest(page_size=1001)),
+    ),
+    refused(
+        "a session of no name",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "neither id nor name given",
+        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest()),
+    ),
+    refused(
+        "a session of an empty name",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "session name ''",
+        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=wire.named(""))),
+    ),
+    refused(
+        "a session of an empty id",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "session id ''",
+        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=pb.SessionRef(id=""))),
+    ),
+    refused(
+        "an unknown session",
+        "NOT_FOUND",
+        "SESSION_NOT_FOUND",
+        "is not held",
+        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=UNKNOWN_REF)),
+    ),
+    refused(
+        "a bad worker",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "worker 'x'",
+        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=wire.named("reference"), worker="x")),
+    ),
+    refused(
+        "the end of no session",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "neither id nor name",
+        lambda b: b.peer.stub.DeleteSession(pb.DeleteSessionRequest()),
+    ),
+    refused(
+        "the end of an unknown session",
+        "NOT_FOUND",
+        "SESSION_NOT_FOUND",
+        "'gone' is not held",
+        lambda b: b.peer.stub.DeleteSession(pb.DeleteSessionRequest(session=wire.named("gone"))),
+    ),
+    refused(
+        "a snapshot",
+        "UNIMPLEMENTED",
+        "NOT_SERVED",
+        "not served",
+        lambda b: b.peer.stub.SnapshotSession(pb.SnapshotSessionRequest(session=wire.named("reference"))),
+    ),
+    refused(
+        "a fork",
+        "UNIMPLEMENTED",
+        "NOT_SERVED",
+        "not served",
+        lambda b: b.peer.stub.ForkSession(pb.ForkSessionRequest(session=wire.named("reference"), name="fork")),
+    ),
+    refused(
+        "a rollback",
+        "UNIMPLEMENTED",
+        "NOT_SERVED",
+        "not served",
+        lambda b: b.peer.stub.RollbackSession(pb.RollbackSessionRequest(session=wire.named("reference"), step=1)),
+    ),
+    refused(
+        "a method nobody knows", "UNIMPLEMENTED", "", "", lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/Nope", b"")
+    ),
+    refused(
+        "a service nobody knows",
+        "UNIMPLEMENTED",
+        "",
+        "",
+        lambda b: b.peer.raw("/optwire.v2.OptimizerService/Step", b""),
+    ),
     refused("a path that is none", "UNIMPLEMENTED", "", "", lambda b: b.peer.raw("/../../etc/passwd", b"")),
 ]

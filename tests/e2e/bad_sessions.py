@@ -34,12 +34,16 @@ def wrong_spec(name: str, described: Spec, fragment: str, code: str = "INVALID_A
     return refused(name, code, reason, fragment, lambda b: b.create(spec=convert.spec_to_proto(described)))
 
 
-def wrong_value(name: str, value: pb.Value, fragment: str, code: str = "INVALID_ARGUMENT", reason: str = "INVALID_SPEC") -> Any:
+def wrong_value(
+    name: str, value: pb.Value, fragment: str, code: str = "INVALID_ARGUMENT", reason: str = "INVALID_SPEC"
+) -> Any:
     described = pb.Spec(name="sgd", arguments=[pb.Argument(name="step_size", value=value)])
     return refused(name, code, reason, fragment, lambda b: b.create(spec=described))
 
 
-def wrong_tree(name: str, leaves: list[Leaf], fragment: str, *, nodes: list[Node] | None = None, optimizer: str = "adam") -> Any:
+def wrong_tree(
+    name: str, leaves: list[Leaf], fragment: str, *, nodes: list[Node] | None = None, optimizer: str = "adam"
+) -> Any:
     tree = tensor_pb.TreeSpec(leaves=leaves, nodes=nodes or [])
     described = convert.spec_to_proto(spec(optimizer, step_size=0.1))
     return refused(name, "INVALID_ARGUMENT", "INVALID_TREE", fragment, lambda b: b.create(tree=tree, spec=described))
@@ -88,7 +92,9 @@ SPECS = [
     wrong_spec("a Python attribute as optimizer", spec("__class__", **RATE), "unknown optimizer"),
     wrong_spec("a schedule as optimizer", spec("constant", **RATE), "a schedule, expected a optimizer"),
     wrong_spec("a transformation as optimizer", CLIP, "a transformation, expected a optimizer"),
-    wrong_spec("an unknown argument", spec("adam", **RATE, beta1=0.9), "beta1=…): unknown argument; expected step_size, b1"),
+    wrong_spec(
+        "an unknown argument", spec("adam", **RATE, beta1=0.9), "beta1=…): unknown argument; expected step_size, b1"
+    ),
     wrong_spec("an argument given twice", Spec("sgd", (("step_size", 0.1), ("step_size", 0.2))), "given twice"),
     wrong_spec("a missing learning rate", spec("adam"), "adam: missing argument 'step_size'"),
     wrong_spec("a missing mass", spec("momentum", **RATE), "momentum: missing argument 'mass'"),
@@ -96,18 +102,36 @@ SPECS = [
     wrong_spec("a flag for a number", spec("sgd", step_size=True), "sgd.step_size: True, expected a finite number"),
     wrong_spec("a list for a number", spec("sgd", step_size=(0.1,)), "sgd.step_size: [0.1], expected a finite number"),
     wrong_spec("nothing for a number", spec("sgd", step_size=None), "sgd.step_size: None, expected a finite number"),
-    wrong_spec("a spec for a number", spec("momentum", **RATE, mass=SGD), "momentum.mass: sgd(step_size=0.1), expected"),
+    wrong_spec(
+        "a spec for a number", spec("momentum", **RATE, mass=SGD), "momentum.mass: sgd(step_size=0.1), expected"
+    ),
     wrong_spec("an optimizer where a schedule belongs", spec("sgd", step_size=SGD), "expected a schedule"),
-    wrong_spec("an unknown schedule", spec("sgd", step_size=spec("cosine", **RATE)), "unknown schedule; expected one of constant"),
-    wrong_spec("a learning rate that is not a number", spec("sgd", step_size=NAN), "sgd.step_size: nan, expected a finite"),
-    wrong_spec("an infinite learning rate", spec("adam", step_size=INF), "adam.step_size: inf, expected a finite number"),
-    wrong_spec("a schedule without end", spec("sgd", step_size=spec("constant", step_size=-INF)), "-inf, expected a finite"),
-    wrong_spec("b1 of 1", spec("adam", **RATE, b1=1.0), "adam.b1: 1.0, expected a number from 0 up to, not including, 1"),
+    wrong_spec(
+        "an unknown schedule",
+        spec("sgd", step_size=spec("cosine", **RATE)),
+        "unknown schedule; expected one of constant",
+    ),
+    wrong_spec(
+        "a learning rate that is not a number", spec("sgd", step_size=NAN), "sgd.step_size: nan, expected a finite"
+    ),
+    wrong_spec(
+        "an infinite learning rate", spec("adam", step_size=INF), "adam.step_size: inf, expected a finite number"
+    ),
+    wrong_spec(
+        "a schedule without end", spec("sgd", step_size=spec("constant", step_size=-INF)), "-inf, expected a finite"
+    ),
+    wrong_spec(
+        "b1 of 1", spec("adam", **RATE, b1=1.0), "adam.b1: 1.0, expected a number from 0 up to, not including, 1"
+    ),
     wrong_spec("b1 below 0", spec("adam", **RATE, b1=-0.1), "adam.b1: -0.1"),
     wrong_spec("b2 of 1 as a whole number", spec("adamax", **RATE, b2=1), "adamax.b2: 1, expected a number from 0"),
     wrong_spec("eps of 0", spec("adam", **RATE, eps=0.0), "adam.eps: 0.0, expected a positive number"),
     wrong_spec("eps that is not a number", spec("rmsprop", **RATE, eps=NAN), "rmsprop.eps: nan"),
-    wrong_spec("max_norm of 0", spec("chain", members=(spec("clip_grads", max_norm=0), SGD)), "clip_grads.max_norm: 0, expected a positive"),
+    wrong_spec(
+        "max_norm of 0",
+        spec("chain", members=(spec("clip_grads", max_norm=0), SGD)),
+        "clip_grads.max_norm: 0, expected a positive",
+    ),
     wrong_spec("mass beyond 32 bits", spec("momentum", **RATE, mass=2**40), "1099511627776"),
     wrong_spec(
         "decay_steps of 0",
@@ -154,11 +178,21 @@ SPECS = [
         spec("sgd", step_size=spec("piecewise_constant", boundaries=(1,) * 4097, values=(1.0,) * 4098)),
         "expected a list of at most 4096 values",
     ),
-    wrong_spec("an empty chain", spec("chain", members=()), "chain.members: [], expected transformations and one optimizer"),
-    wrong_spec("a chain without an optimizer", spec("chain", members=(CLIP, CLIP)), "a transformation, expected a optimizer"),
-    wrong_spec("a chain with its optimizer first", spec("chain", members=(SGD, CLIP)), "a optimizer, expected a transformation"),
+    wrong_spec(
+        "an empty chain", spec("chain", members=()), "chain.members: [], expected transformations and one optimizer"
+    ),
+    wrong_spec(
+        "a chain without an optimizer", spec("chain", members=(CLIP, CLIP)), "a transformation, expected a optimizer"
+    ),
+    wrong_spec(
+        "a chain with its optimizer first", spec("chain", members=(SGD, CLIP)), "a optimizer, expected a transformation"
+    ),
     wrong_spec("a chain of numbers", spec("chain", members=(1.0, SGD)), "chain.members: 1.0, expected specs"),
-    wrong_spec("a chain that is a single spec", spec("chain", members=SGD), "chain.members: sgd(step_size=0.1), expected a list"),
+    wrong_spec(
+        "a chain that is a single spec",
+        spec("chain", members=SGD),
+        "chain.members: sgd(step_size=0.1), expected a list",
+    ),
     wrong_spec("chains in chains, 17 deep", chains(17), "nested deeper than 16"),
     wrong_value("lists in lists, 20 deep", lists(20), "nested deeper than 16"),
     refused(
@@ -166,10 +200,14 @@ SPECS = [
         "INVALID_ARGUMENT",
         "MALFORMED_REQUEST",
         "bytes that are not its request message",
-        lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/CreateSession", wrapped(b"\x0a\x1a\x12\x12" + b"\x32\x0a" * 200)),
+        lambda b: b.peer.raw(
+            f"/{wire.SERVICE.full_name}/CreateSession", wrapped(b"\x0a\x1a\x12\x12" + b"\x32\x0a" * 200)
+        ),
     ),
     wrong_value("an argument without a value", pb.Value(), "sgd.step_size: no value"),
-    wrong_value("an array for a number", pb.Value(tensor=pb.TensorValue()), "arrays as arguments", "UNIMPLEMENTED", "NOT_SERVED"),
+    wrong_value(
+        "an array for a number", pb.Value(tensor=pb.TensorValue()), "arrays as arguments", "UNIMPLEMENTED", "NOT_SERVED"
+    ),
     refused("no spec", "INVALID_ARGUMENT", "INVALID_SPEC", "unknown optimizer", lambda b: b.create(spec=pb.Spec())),
 ]
 
@@ -192,33 +230,54 @@ TREES = [
     wrong_tree("a name of 400 characters and 1,200 bytes", [leaf("語" * 400)], "1200 bytes, expected at most 1024"),
     wrong_tree("an empty name beside another", [leaf(""), X], "a leaf has an empty name"),
     wrong_tree("rank 9", [leaf(shape=(1,) * 9)], "expected at most 8 dimensions"),
-    wrong_tree("a negative dimension", [leaf(shape=(3, -1))], "shape (3, -1), expected at most 8 dimensions, each from 0"),
+    wrong_tree(
+        "a negative dimension", [leaf(shape=(3, -1))], "shape (3, -1), expected at most 8 dimensions, each from 0"
+    ),
     wrong_tree("the least dimension there is", [leaf(shape=(-(2**63),))], "expected at most 8 dimensions, each from 0"),
     wrong_tree("a huge dimension beside a zero", [leaf(shape=(0, 2**62))], "each from 0 to 1099511627776"),
-    wrong_tree("dimensions whose product overflows to little", [leaf(shape=(4194305, 4194305, 211106198978564))], "each from 0 to"),
+    wrong_tree(
+        "dimensions whose product overflows to little",
+        [leaf(shape=(4194305, 4194305, 211106198978564))],
+        "each from 0 to",
+    ),
     wrong_tree("dimensions whose product overflows", [leaf(shape=(2**31, 2**31))], "leaf 'w'"),
     wrong_tree("dimensions whose product overflows to zero", [leaf(shape=(2**40, 2**40))], "leaf 'w'"),
     wrong_tree("great dimensions beside a zero", [leaf(shape=(0, 2**40, 2**40))], "leaf 'w'"),
     wrong_tree("an unspecified element type", [leaf(data_type=0)], "unknown element type number 0"),
     wrong_tree("an unknown element type", [leaf(data_type=77)], "leaf 'w': unknown element type number 77"),
     wrong_tree("a negative element type", [leaf(data_type=-1)], "unknown element type number -1"),
-    wrong_tree("whole numbers for adam", [leaf(data_type=tensor_pb.DATA_TYPE_I32)], "adam is not defined for element type i32"),
+    wrong_tree(
+        "whole numbers for adam", [leaf(data_type=tensor_pb.DATA_TYPE_I32)], "adam is not defined for element type i32"
+    ),
     wrong_tree("flags for sgd", [leaf(data_type=tensor_pb.DATA_TYPE_BOOL)], "sgd is not defined", optimizer="sgd"),
-    wrong_tree("complex numbers for adam", [leaf(data_type=tensor_pb.DATA_TYPE_C64)], "adam is not defined for element type c64"),
+    wrong_tree(
+        "complex numbers for adam",
+        [leaf(data_type=tensor_pb.DATA_TYPE_C64)],
+        "adam is not defined for element type c64",
+    ),
     wrong_tree("a node of no kind", [X], "unknown kind of node, number 0", nodes=[Node()]),
     wrong_tree("a node of an unknown kind", [X], "unknown kind of node, number 99", nodes=[Node(kind=99)]),  # type: ignore[arg-type]
     wrong_tree("a nest without leaves", [X], "does not name the same leaves", nodes=[node("NONE")]),
     wrong_tree("a nest of other leaves", [X], "does not name the same leaves", nodes=[node("DICT", "y"), LEAF]),
-    wrong_tree("a nest in another order", [Y, X], "does not name the same leaves", nodes=[node("DICT", "x", "y"), LEAF, LEAF]),
+    wrong_tree(
+        "a nest in another order", [Y, X], "does not name the same leaves", nodes=[node("DICT", "x", "y"), LEAF, LEAF]
+    ),
     wrong_tree("a nest that ends early", [X], "ends before its last container is full", nodes=[node("DICT", "x")]),
     wrong_tree("a nest with nodes after its end", [X], "nodes after its end", nodes=[node("DICT", "x"), LEAF, LEAF]),
     wrong_tree("a leaf with children", [X], "has 1 children, expected none", nodes=[node("LEAF", children=1), LEAF]),
     wrong_tree("a leaf with a key", [X], "1 keys for 0 children", nodes=[node("LEAF", "x", children=0)]),
-    wrong_tree("a dict with fewer keys than children", [X, Y], "1 keys for 2 children", nodes=[node("DICT", "x", children=2), LEAF, LEAF]),
+    wrong_tree(
+        "a dict with fewer keys than children",
+        [X, Y],
+        "1 keys for 2 children",
+        nodes=[node("DICT", "x", children=2), LEAF, LEAF],
+    ),
     wrong_tree("a list with keys", [leaf("0")], "1 keys for 1 children", nodes=[node("LIST", 0), LEAF]),
     wrong_tree("a key that comes twice", [X, Y], "a key comes twice", nodes=[node("DICT", "x", "x"), LEAF, LEAF]),
     wrong_tree("keys out of order", [Y, X], "keys are not sorted", nodes=[node("DICT", "y", "x"), LEAF, LEAF]),
-    wrong_tree("keys of two kinds", [leaf("0"), X], "expected all str or all int", nodes=[node("DICT", 0, "x"), LEAF, LEAF]),
+    wrong_tree(
+        "keys of two kinds", [leaf("0"), X], "expected all str or all int", nodes=[node("DICT", 0, "x"), LEAF, LEAF]
+    ),
     wrong_tree(
         "a key without a value",
         [leaf("0")],
@@ -227,20 +286,50 @@ TREES = [
     ),
     wrong_tree("a dict with a type name", [X], "type name", nodes=[node("DICT", "x", type_name=NT), LEAF]),
     wrong_tree("a named tuple without a name", [X], "not an identifier", nodes=[node("NAMEDTUPLE", "x"), LEAF]),
-    wrong_tree("a named tuple whose name is code", [X], "not an identifier", nodes=[node("NAMEDTUPLE", "x", type_name="P(x)"), LEAF]),
-    wrong_tree("a field that is a keyword", [leaf("def")], "not an identifier", nodes=[node("NAMEDTUPLE", "def", type_name=NT), LEAF]),
-    wrong_tree("a field with an underscore first", [leaf("_x")], "underscore", nodes=[node("NAMEDTUPLE", "_x", type_name=NT), LEAF]),
-    wrong_tree("a field that is a number", [leaf("0")], "not an identifier", nodes=[node("NAMEDTUPLE", 0, type_name=NT), LEAF]),
+    wrong_tree(
+        "a named tuple whose name is code",
+        [X],
+        "not an identifier",
+        nodes=[node("NAMEDTUPLE", "x", type_name="P(x)"), LEAF],
+    ),
+    wrong_tree(
+        "a field that is a keyword",
+        [leaf("def")],
+        "not an identifier",
+        nodes=[node("NAMEDTUPLE", "def", type_name=NT), LEAF],
+    ),
+    wrong_tree(
+        "a field with an underscore first",
+        [leaf("_x")],
+        "underscore",
+        nodes=[node("NAMEDTUPLE", "_x", type_name=NT), LEAF],
+    ),
+    wrong_tree(
+        "a field that is a number", [leaf("0")], "not an identifier", nodes=[node("NAMEDTUPLE", 0, type_name=NT), LEAF]
+    ),
     wrong_tree("a long type name", [X], "too long", nodes=[node("NAMEDTUPLE", "x", type_name="P" * 256), LEAF]),
-    wrong_tree("a nest 66 deep", [leaf("/".join("0" * 66))], "deeper than 64", nodes=[*[node("LIST", children=1)] * 66, LEAF]),
-    wrong_tree("a list that lacks nearly all its children", [leaf("0")], "ends before", nodes=[node("LIST", children=2**32 - 1), LEAF]),
-    wrong_tree("too many leaves", [leaf(f"{i}", ()) for i in range(limits.LEAVES_MAX + 1)], "65537 leaves, expected at most 65536"),
+    wrong_tree(
+        "a nest 66 deep", [leaf("/".join("0" * 66))], "deeper than 64", nodes=[*[node("LIST", children=1)] * 66, LEAF]
+    ),
+    wrong_tree(
+        "a list that lacks nearly all its children",
+        [leaf("0")],
+        "ends before",
+        nodes=[node("LIST", children=2**32 - 1), LEAF],
+    ),
+    wrong_tree(
+        "too many leaves",
+        [leaf(f"{i}", ()) for i in range(limits.LEAVES_MAX + 1)],
+        "65537 leaves, expected at most 65536",
+    ),
     wrong_tree("too many nodes", [X], "nodes, expected at most 131072", nodes=[node("NONE")] * (limits.NODES_MAX + 1)),
 ]
 
 
 def wrong_name(name: str, value: str) -> Any:
-    return refused(name, "INVALID_ARGUMENT", "INVALID_ARGUMENT", "expected 1 to 128 characters", lambda b: b.create(name=value))
+    return refused(
+        name, "INVALID_ARGUMENT", "INVALID_ARGUMENT", "expected 1 to 128 characters", lambda b: b.create(name=value)
+    )
 
 
 NAMES = [
@@ -253,9 +342,21 @@ NAMES = [
     wrong_name("a session name of 129 characters", "x" * 129),
     wrong_name("a session name written from right to left", "\u202eexe.txt"),
     wrong_name("a session name in other digits", "٣"),
-    refused("a name that is taken", "ALREADY_EXISTS", "SESSION_EXISTS", "'reference' exists already", lambda b: b.create(name="reference")),
+    refused(
+        "a name that is taken",
+        "ALREADY_EXISTS",
+        "SESSION_EXISTS",
+        "'reference' exists already",
+        lambda b: b.create(name="reference"),
+    ),
     *(
-        refused(f"a create_key {what}", "INVALID_ARGUMENT", "INVALID_ARGUMENT", "create_key", lambda b, k=key: b.create(create_key=k))
+        refused(
+            f"a create_key {what}",
+            "INVALID_ARGUMENT",
+            "INVALID_ARGUMENT",
+            "create_key",
+            lambda b, k=key: b.create(create_key=k),
+        )
         for what, key in {
             "that is empty": "",
             "that is short": "ab",
@@ -267,7 +368,9 @@ NAMES = [
 ]
 
 
-def wrong_upload(name: str, fragment: str, *frames: Any, reason: str = "INVALID_PAYLOAD", code: str = "INVALID_ARGUMENT") -> Any:
+def wrong_upload(
+    name: str, fragment: str, *frames: Any, reason: str = "INVALID_PAYLOAD", code: str = "INVALID_ARGUMENT"
+) -> Any:
     return refused(name, code, reason, fragment, lambda b: b.peer.create_from(b.create_begin(), *frames))
 
 
@@ -280,9 +383,15 @@ def chunk(offset: int, data: bytes, **more: Any) -> tensor_pb.Chunk:
 
 
 UPLOADS = [
-    wrong_upload("parameters with a gap", "leaves a gap: expected offset 20", chunk(0, GOOD[:20]), chunk(24, GOOD[24:]), END),
-    wrong_upload("parameters that overlap", "overlaps: expected offset 20", chunk(0, GOOD[:20]), chunk(16, GOOD[16:]), END),
-    wrong_upload("parameters past the end", "goes past the end of the payload, 60 bytes", chunk(0, GOOD + b"1234"), END),
+    wrong_upload(
+        "parameters with a gap", "leaves a gap: expected offset 20", chunk(0, GOOD[:20]), chunk(24, GOOD[24:]), END
+    ),
+    wrong_upload(
+        "parameters that overlap", "overlaps: expected offset 20", chunk(0, GOOD[:20]), chunk(16, GOOD[16:]), END
+    ),
+    wrong_upload(
+        "parameters past the end", "goes past the end of the payload, 60 bytes", chunk(0, GOOD + b"1234"), END
+    ),
     wrong_upload("parameters far beyond", "leaves a gap", chunk(2**64 - 1, b"1234"), END),
     wrong_upload("an empty chunk", "is empty", chunk(0, b""), END),
     wrong_upload("parameters that end early", "payload ended after 20 of 60 bytes", chunk(0, GOOD[:20]), END),
@@ -290,11 +399,46 @@ UPLOADS = [
     wrong_upload("parameters without an end", "the stream ended before the payload did", chunk(0, GOOD)),
     wrong_upload("an end without a digest", "without a digest", chunk(0, GOOD), pb.PayloadEnd()),
     wrong_upload("parameters damaged on the way", "payload damaged", chunk(0, GOOD[::-1]), END),
-    wrong_upload("two begins", "frame 'begin', expected 'end'", pb.CreateSessionBegin(), END, reason="MALFORMED_REQUEST"),
-    wrong_upload("a SHA-256", "sha256", chunk(0, GOOD), pb.PayloadEnd(digest=wire.digest(GOOD, sha256=b"1" * 32)), code="UNIMPLEMENTED", reason="NOT_SERVED"),
-    wrong_upload("a chunk for a shard", "shard", chunk(0, GOOD, shard=1), END, code="UNIMPLEMENTED", reason="NOT_SERVED"),
-    wrong_upload("a chunk over 2 MiB", "expected at most 2097152", chunk(0, bytes(2**21 + 1)), code="RESOURCE_EXHAUSTED", reason="LIMIT_EXCEEDED"),
-    refused("parameters before their begin", "INVALID_ARGUMENT", "MALFORMED_REQUEST", "frame 'chunk', expected 'begin'", lambda b: b.peer.create_from(chunk(0, GOOD))),
-    refused("an end and nothing else", "INVALID_ARGUMENT", "MALFORMED_REQUEST", "frame 'end', expected 'begin'", lambda b: b.peer.create_from(END)),
-    refused("a creation without frames", "INVALID_ARGUMENT", "MALFORMED_REQUEST", "the stream ended before its begin frame", lambda b: b.peer.create_from()),
+    wrong_upload(
+        "two begins", "frame 'begin', expected 'end'", pb.CreateSessionBegin(), END, reason="MALFORMED_REQUEST"
+    ),
+    wrong_upload(
+        "a SHA-256",
+        "sha256",
+        chunk(0, GOOD),
+        pb.PayloadEnd(digest=wire.digest(GOOD, sha256=b"1" * 32)),
+        code="UNIMPLEMENTED",
+        reason="NOT_SERVED",
+    ),
+    wrong_upload(
+        "a chunk for a shard", "shard", chunk(0, GOOD, shard=1), END, code="UNIMPLEMENTED", reason="NOT_SERVED"
+    ),
+    wrong_upload(
+        "a chunk over 2 MiB",
+        "expected at most 2097152",
+        chunk(0, bytes(2**21 + 1)),
+        code="RESOURCE_EXHAUSTED",
+        reason="LIMIT_EXCEEDED",
+    ),
+    refused(
+        "parameters before their begin",
+        "INVALID_ARGUMENT",
+        "MALFORMED_REQUEST",
+        "frame 'chunk', expected 'begin'",
+        lambda b: b.peer.create_from(chunk(0, GOOD)),
+    ),
+    refused(
+        "an end and nothing else",
+        "INVALID_ARGUMENT",
+        "MALFORMED_REQUEST",
+        "frame 'end', expected 'begin'",
+        lambda b: b.peer.create_from(END),
+    ),
+    refused(
+        "a creation without frames",
+        "INVALID_ARGUMENT",
+        "MALFORMED_REQUEST",
+        "the stream ended before its begin frame",
+        lambda b: b.peer.create_from(),
+    ),
 ]

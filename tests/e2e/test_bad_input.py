@@ -121,7 +121,10 @@ def inside(message: Any, *path: str) -> bytes:
 
 
 NESTED = {
-    "in a leaf": ("CreateSession", lambda b: [inside(pb.CreateSessionRequest(begin=b.create_begin()), "begin", "tree", "leaves")]),
+    "in a leaf": (
+        "CreateSession",
+        lambda b: [inside(pb.CreateSessionRequest(begin=b.create_begin()), "begin", "tree", "leaves")],
+    ),
     "in a value": (
         "CreateSession",
         lambda b: [inside(pb.CreateSessionRequest(begin=b.create_begin()), "begin", "spec", "arguments", "value")],
@@ -134,7 +137,10 @@ NESTED = {
             inside(pb.StreamStepsRequest(chunk=bad_pushes.ALL), "chunk"),
         ],
     ),
-    "in a session's name": ("GetSession", lambda b: [inside(pb.GetSessionRequest(session=wire.named("reference")), "session")]),
+    "in a session's name": (
+        "GetSession",
+        lambda b: [inside(pb.GetSessionRequest(session=wire.named("reference")), "session")],
+    ),
     "in place of a field of another type": ("ListSessions", lambda b: [b"\x0a\x01x"]),
 }
 

@@ -55,9 +55,7 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(
-    directory: pathlib.Path, address: str = "127.0.0.1:0", drain_s: float = PATIENT_S
-) -> Iterator[Process]:
+def serving(directory: pathlib.Path, address: str = "127.0.0.1:0", drain_s: float = PATIENT_S) -> Iterator[Process]:
     process = Process(directory, address, drain_s)
     try:
         yield process

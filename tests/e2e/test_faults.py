@@ -203,8 +203,13 @@ def test_a_deletion_whose_answer_is_lost_is_no_error(serving: testing.Serving):
 
 @pytest.mark.parametrize("direction", [UP, DOWN])
 @pytest.mark.parametrize("transport", ["stream", "unary"])
-def test_a_push_of_unknown_outcome_is_found_out_by_the_next_call(serving: testing.Serving, direction: str, transport: str):
-    with proxies.before(serving.target) as proxy, optwire.connect(proxy.target, transport=transport, timeout=1) as client:
+def test_a_push_of_unknown_outcome_is_found_out_by_the_next_call(
+    serving: testing.Serving, direction: str, transport: str
+):
+    with (
+        proxies.before(serving.target) as proxy,
+        optwire.connect(proxy.target, transport=transport, timeout=1) as client,
+    ):
         params = {"w": np.ones(50, np.float32)}
         local = Local(params)
         session = client.create_session(params, opt.adam(RATE))

@@ -320,32 +320,33 @@ global___Chunk = Chunk
 
 @typing.final
 class PayloadDigest(google.protobuf.message.Message):
-    """What a payload's bytes were, to tell a retry from a different push and to notice damage on the way. The payload is cut
-    into blocks of 4,096 bytes, the last one padded with zeros; each is summed as 64-bit little-endian words modulo 2^64.
+    """What a payload's bytes were, to tell a retry from a different push and to notice damage on the way. The payload, padded
+    with zeros to whole rows of 4,096 bytes, is read as a matrix of 64-bit little-endian words, 512 a row; the sums of its
+    rows and of its columns, modulo 2^64, are written as 64-bit little-endian words, and each of the two series is hashed.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LENGTH_FIELD_NUMBER: builtins.int
-    SUM_FIELD_NUMBER: builtins.int
-    WEIGHTED_SUM_FIELD_NUMBER: builtins.int
+    ROWS_CRC32_FIELD_NUMBER: builtins.int
+    COLUMNS_CRC32_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     length: builtins.int
     """Total length, in bytes."""
-    sum: builtins.int
-    """Sum of the block sums, modulo 2^64."""
-    weighted_sum: builtins.int
-    """Sum of the block sums, each multiplied by its block's number, counted from 1; modulo 2^64."""
+    rows_crc32: builtins.int
+    """CRC-32 (IEEE 802.3, as in zlib) of the row sums."""
+    columns_crc32: builtins.int
+    """CRC-32 of the 512 column sums."""
     sha256: builtins.bytes
     """Reserved for durability: SHA-256 over the whole payload, 32 bytes. Empty: not given."""
     def __init__(
         self,
         *,
         length: builtins.int = ...,
-        sum: builtins.int = ...,
-        weighted_sum: builtins.int = ...,
+        rows_crc32: builtins.int = ...,
+        columns_crc32: builtins.int = ...,
         sha256: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["length", b"length", "sha256", b"sha256", "sum", b"sum", "weighted_sum", b"weighted_sum"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["columns_crc32", b"columns_crc32", "length", b"length", "rows_crc32", b"rows_crc32", "sha256", b"sha256"]) -> None: ...
 
 global___PayloadDigest = PayloadDigest

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, register_pytree_node, tree_flatten
 
@@ -100,7 +101,7 @@ def _lift(
     @functools.wraps(init)
     def init_fun(params: Tree) -> OptimizerState:
         leaves, tree_def = tree_flatten(params)
-        return _pack([_in_own_precision(init, x0) for x0 in leaves], tree_def)
+        return _pack([_in_own_precision(_init_leaf, init, x0) for x0 in leaves], tree_def)
 
     @functools.wraps(update)
     def update_fun(i: Step, grads: Tree, opt_state: OptimizerState) -> OptimizerState:
@@ -117,6 +118,12 @@ def _lift(
         return opt_state.tree_def.unflatten(params)
 
     return Optimizer(init_fun, update_fun, params_fun)
+
+
+def _init_leaf(init: Callable[[Any], Any], x0: Any) -> Any:
+    """Gives the leaf's first state. A NumPy array becomes a jax array, which `jit` takes as it is: NumPy's float64 it
+    would narrow without a word."""
+    return init(jnp.asarray(x0) if isinstance(x0, np.ndarray) else x0)
 
 
 def _in_own_precision(function: Callable[..., Any], *args: Any) -> Any:
@@ -142,18 +149,6 @@ def _pack(states: list[Any], tree_def: PyTreeDef) -> OptimizerState:
 def _leaf_states(opt_state: OptimizerState) -> list[Any]:
     pairs = zip(opt_state.subtree_defs, opt_state.packed_state, strict=True)
     return [subtree_def.unflatten(slots) for subtree_def, slots in pairs]
-
-
-def _keep_slots(new: OptimizerState, old: OptimizerState) -> OptimizerState:
-    """Gives `new`, each slot in the dtype it has in `old`; refuses a rule that changed the structure of its state."""
-    packed = []
-    for new_def, old_def, slots, old_slots in zip(
-        new.subtree_defs, old.subtree_defs, new.packed_state, old.packed_state, strict=True
-    ):
-        if new_def != old_def:
-            raise TypeError(f"the rule's update changed the structure of its state from {old_def} to {new_def}")
-        packed.append([keep_dtype(value, was) for value, was in zip(slots, old_slots, strict=True)])
-    return OptimizerState(tuple(packed), old.tree_def, old.subtree_defs)
 
 
 class JoinPoint:
