@@ -188,8 +188,8 @@ def draw(title: str, remote: npt.NDArray[np.float64], local: npt.NDArray[np.floa
     steps = np.arange(window, len(remote) + 1)
     mean = np.ones(window) / window
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, np.convolve(remote, mean, "valid"), color="tab:blue", linewidth=2, label="optimizer on a server")
-    axes.plot(steps, np.convolve(local, mean, "valid"), color="black", linestyle=(0, (3, 6)), label="optimizer local")
+    axes.plot(steps, np.convolve(remote, mean, "valid"), color="tab:blue", linewidth=2, label="server's optimizer")
+    axes.plot(steps, np.convolve(local, mean, "valid"), color="black", linestyle=(0, (3, 6)), label="local optimizer")
     axes.set(
         title=f"{title}: training loss", xlabel="step", ylabel=f"cross-entropy, mean of {window} steps", yscale="log"
     )

@@ -426,7 +426,10 @@ def cut(text: str, bytes_max: int) -> str:
 
 def error_from_proto(code: str, message: str, detail: bytes | None) -> errors.OptwireError:
     """The error of a status; ``detail`` as ``error_to_proto`` made it, or None where the status is not ours."""
-    parsed = pb.ErrorDetail.FromString(detail or b"")
+    try:
+        parsed = pb.ErrorDetail.FromString(detail or b"")
+    except protobuf_message.DecodeError:  # damaged on the way; the status itself still says what matters
+        parsed = pb.ErrorDetail()
     return errors.from_status(
         code,
         parsed.reason,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pathlib
 import signal
 import sys
@@ -31,6 +32,7 @@ def _serve(flags: argparse.Namespace) -> int:
         print(f"optwire serve: {exc.name} is not installed; pip install 'optwire[server]'", file=sys.stderr)
         return 64
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # which accelerators it did not find is no news
     allocator.tune()
     try:
         config = configs.from_flags(flags)
@@ -48,7 +50,10 @@ def _serve(flags: argparse.Namespace) -> int:
     example = f"import optwire; print(optwire.connect({server.addresses[0]!r}).list_sessions())"
     print(f'try        python -c "{example}"', flush=True)
     if flags.port_file:
-        pathlib.Path(flags.port_file).write_text(server.addresses[0])
+        # Appears whole: whoever waits for the file must not read half of it.
+        unfinished = pathlib.Path(f"{flags.port_file}.{os.getpid()}")
+        unfinished.write_text(server.addresses[0])
+        unfinished.replace(flags.port_file)
     ended.wait()
     _log.info("draining")
     server.stop()

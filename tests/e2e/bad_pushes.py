@@ -1,14 +1,14 @@
-"""Requests about pushes, reads and hyperparameters that a server must refuse."""
+"""Requests about pushes that a server must refuse."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from optwire_proto.v1 import optimizer_pb2 as pb
-from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from tests.e2e import wire
-from tests.e2e.bad_sessions import NAN, chunk, refused
-from tests.e2e.bench import PARAMS, PAYLOAD, ADAM, STEPS, Bench
+from tests.e2e.bad_sessions import chunk, refused
+from tests.e2e.bench import ADAM, PARAMS, PAYLOAD, STEPS, Bench
+
+from optwire_proto.v1 import optimizer_pb2 as pb
 
 INVALID = "INVALID_ARGUMENT"
 NOBODY = "0" * 32
@@ -122,7 +122,7 @@ PUSHES = [
         INVALID,
         "INVALID_PAYLOAD",
         "payload damaged",
-        lambda b: b.peer.step(b.begin(), PAYLOAD, digest=wire.digest(PAYLOAD, sum=1)),
+        lambda b: b.peer.step(b.begin(), PAYLOAD, digest=wire.digest(PAYLOAD[::-1])),
     ),
     refused(
         "a wrong length",
@@ -174,9 +174,7 @@ STREAMS = [
     wrong_bytes("a stream without an end", "the stream ended before the payload did", ALL),
     wrong_bytes("a begin and nothing else", "the stream ended before the payload did"),
     wrong_bytes("an end that lacks a digest", "without a digest", ALL, pb.PayloadEnd()),
-    wrong_bytes(
-        "a wrong digest, streamed", "payload damaged", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD, weighted_sum=1))
-    ),
+    wrong_bytes("a wrong digest, streamed", "payload damaged", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD[::-1]))),
     wrong_bytes(
         "a wrong length, streamed", "payload damaged", ALL, pb.PayloadEnd(digest=wire.digest(PAYLOAD, length=1))
     ),
@@ -244,228 +242,4 @@ STREAMS = [
             f"/{wire.SERVICE.full_name}/StreamSteps", pb.StreamStepsRequest(begin=b.begin()).SerializeToString(), b""
         ),
     ),
-]
-
-
-def not_served(name: str, fragment: str, **changes: Any) -> list[Any]:
-    """A capability that the protocol names, asked for by a push on both roads."""
-    return [
-        refused(
-            f"{name}, unary",
-            "UNIMPLEMENTED",
-            "NOT_SERVED",
-            fragment,
-            lambda b: b.peer.step(b.begin(**changes), PAYLOAD),
-        ),
-        refused(
-            f"{name}, streamed",
-            "UNIMPLEMENTED",
-            "NOT_SERVED",
-            fragment,
-            lambda b: b.peer.stream(b.begin(**changes), ALL, END),
-        ),
-    ]
-
-
-def not_created(name: str, fragment: str, **changes: Any) -> Any:
-    return refused(name, "UNIMPLEMENTED", "NOT_SERVED", fragment, lambda b: b.create(**changes))
-
-
-RATE = pb.Argument(name="learning_rate", value=pb.Value(number=0.1))
-
-LATER = [
-    *not_served("a codec", "push.codec: 2 is not served by this version", codec=tensor_pb.CODEC_BF16),
-    *not_served("an unknown codec", "push.codec: 99", codec=99),
-    *not_served("a weight", "push.weight: 2.0", weight=2.0),
-    *not_served("a weight that is not a number", "push.weight: nan", weight=NAN),
-    *not_served("a negative weight", "push.weight: -1.0", weight=-1.0),
-    *not_served("a gradient scale", "push.grad_scale: 65536.0", grad_scale=65536.0),
-    *not_served("hyperparameters in a push", "push.hyperparams", hyperparams=[RATE]),
-    *not_served("extras", "push.extras", extras=[RATE]),
-    *not_served("absent leaves", "push.absent_leaves", absent_leaves=[0]),
-    *not_served("a slot of shared memory", "push.shared_memory_slot: 1", shared_memory_slot=1),
-    *not_served("updates as reply", "push.reply: 3", reply=pb.REPLY_CONTENT_UPDATES),
-    *not_served("an unknown reply", "push.reply: 99", reply=99),
-    *(
-        not_created(f"durability {level}", f"durability: {level} is not served", durability=level)
-        for level in (pb.DURABILITY_SNAPSHOT, pb.DURABILITY_LOG, pb.DURABILITY_LOG_SYNC, 99)
-    ),
-    *(
-        not_created(f"aggregation mode {mode}", f"aggregation.mode: {mode}", aggregation=pb.Aggregation(mode=mode))
-        for mode in (*range(2, 9), 99)
-    ),
-    *(
-        not_created(f"aggregation with {field}", f"aggregation.{field}: 1", aggregation=pb.Aggregation(**{field: 1}))
-        for field in ("workers", "k", "staleness_steps_max", "deadline_s")
-    ),
-    not_created("a codec of gradients", "grads_codec: 2", grads_codec=tensor_pb.CODEC_BF16),
-    not_created("a codec of parameters", "params_codec: 4", params_codec=tensor_pb.CODEC_INT8),
-    not_created("an unknown codec of parameters", "params_codec: 99", params_codec=99),
-    not_created("a seed", "seed: 1 is not served", seed=1),
-]
-
-
-def wrong_read(name: str, code: str, reason: str, fragment: str, **request: Any) -> Any:
-    asked = pb.ReadParamsRequest(**{"session": wire.named("reference")} | request)
-    return refused(name, code, reason, fragment, lambda b: list(b.peer.stub.ReadParams(asked, timeout=5)))
-
-
-def wrong_rate(
-    name: str, code: str, reason: str, fragment: str, *values: pb.Value, argument: str = "learning_rate", **request: Any
-) -> Any:
-    hyperparams = [pb.Argument(name=argument, value=value) for value in values]
-    asked = pb.UpdateHyperparamsRequest(session=wire.named("reference"), hyperparams=hyperparams, **request)
-    return refused(name, code, reason, fragment, lambda b: b.peer.stub.UpdateHyperparams(asked, timeout=5))
-
-
-ONE = pb.Value(number=0.1)
-UNKNOWN_REF = pb.SessionRef(id=NOBODY)
-
-OTHERS = [
-    wrong_read("parameters of another kind", "UNIMPLEMENTED", "NOT_SERVED", "which: ema is not served", which="ema"),
-    wrong_read(
-        "a very long kind of parameters", "UNIMPLEMENTED", "NOT_SERVED", "which: \U0001f600", which="\U0001f600" * 2000
-    ),
-    wrong_read("parameters of an old step", "UNIMPLEMENTED", "NOT_SERVED", "ReadParams.step", step=1),
-    wrong_read("parameters of step 0", "UNIMPLEMENTED", "NOT_SERVED", "ReadParams.step", step=0),
-    wrong_read(
-        "parameters of nothing", INVALID, "INVALID_ARGUMENT", "neither id nor name given", session=pb.SessionRef()
-    ),
-    wrong_read("parameters of a path", INVALID, "INVALID_ARGUMENT", "session name '../x'", session=wire.named("../x")),
-    wrong_read("parameters for a bad worker", INVALID, "INVALID_ARGUMENT", "worker 'w0'", worker="w0"),
-    wrong_read(
-        "parameters of an unknown session",
-        "NOT_FOUND",
-        "SESSION_NOT_FOUND",
-        "'gone' is not held",
-        session=wire.named("gone"),
-    ),
-    wrong_rate("no hyperparameter", INVALID, "INVALID_ARGUMENT", "learning_rate=nothing, expected one number"),
-    wrong_rate(
-        "a rate that is not a number",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "learning_rate: nan, expected a finite",
-        pb.Value(number=NAN),
-    ),
-    wrong_rate("an infinite rate", INVALID, "INVALID_ARGUMENT", "learning_rate: inf", pb.Value(number=float("inf"))),
-    wrong_rate(
-        "a rate in words", INVALID, "INVALID_ARGUMENT", "learning_rate=fast, expected one number", pb.Value(text="fast")
-    ),
-    wrong_rate(
-        "a flag as rate", INVALID, "INVALID_ARGUMENT", "learning_rate=True, expected one number", pb.Value(flag=True)
-    ),
-    wrong_rate(
-        "a schedule as rate",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "expected one number",
-        pb.Value(spec=pb.Spec(name="constant")),
-    ),
-    wrong_rate("two rates", INVALID, "INVALID_ARGUMENT", "learning_rate=0.1, 0.1, expected one number", ONE, ONE),
-    wrong_rate("a rate without a value", INVALID, "INVALID_SPEC", "learning_rate: no value", pb.Value()),
-    wrong_rate(
-        "an array as rate", "UNIMPLEMENTED", "NOT_SERVED", "arrays as arguments", pb.Value(tensor=pb.TensorValue())
-    ),
-    wrong_rate(
-        "another hyperparameter", "UNIMPLEMENTED", "NOT_SERVED", "hyperparams: b1 is not served", ONE, argument="b1"
-    ),
-    wrong_rate("a rate from a later step", "UNIMPLEMENTED", "NOT_SERVED", "from_step: 9", ONE, from_step=9),
-    wrong_rate("a rate from step 0", "UNIMPLEMENTED", "NOT_SERVED", "from_step: 0", ONE, from_step=0),
-    wrong_rate(
-        "a rate for another incarnation",
-        "FAILED_PRECONDITION",
-        "WRONG_INCARNATION",
-        "incarnation 2, expected 1",
-        ONE,
-        incarnation=2,
-    ),
-    refused(
-        "a page of 1,001",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "page_size: 1001, expected at most 1000",
-        lambda b: b.peer.stub.ListSessions(pb.ListSessionsRequest(page_size=1001)),
-    ),
-    refused(
-        "a session of no name",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "neither id nor name given",
-        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest()),
-    ),
-    refused(
-        "a session of an empty name",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "session name ''",
-        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=wire.named(""))),
-    ),
-    refused(
-        "a session of an empty id",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "session id ''",
-        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=pb.SessionRef(id=""))),
-    ),
-    refused(
-        "an unknown session",
-        "NOT_FOUND",
-        "SESSION_NOT_FOUND",
-        "is not held",
-        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=UNKNOWN_REF)),
-    ),
-    refused(
-        "a bad worker",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "worker 'x'",
-        lambda b: b.peer.stub.GetSession(pb.GetSessionRequest(session=wire.named("reference"), worker="x")),
-    ),
-    refused(
-        "the end of no session",
-        INVALID,
-        "INVALID_ARGUMENT",
-        "neither id nor name",
-        lambda b: b.peer.stub.DeleteSession(pb.DeleteSessionRequest()),
-    ),
-    refused(
-        "the end of an unknown session",
-        "NOT_FOUND",
-        "SESSION_NOT_FOUND",
-        "'gone' is not held",
-        lambda b: b.peer.stub.DeleteSession(pb.DeleteSessionRequest(session=wire.named("gone"))),
-    ),
-    refused(
-        "a snapshot",
-        "UNIMPLEMENTED",
-        "NOT_SERVED",
-        "not served",
-        lambda b: b.peer.stub.SnapshotSession(pb.SnapshotSessionRequest(session=wire.named("reference"))),
-    ),
-    refused(
-        "a fork",
-        "UNIMPLEMENTED",
-        "NOT_SERVED",
-        "not served",
-        lambda b: b.peer.stub.ForkSession(pb.ForkSessionRequest(session=wire.named("reference"), name="fork")),
-    ),
-    refused(
-        "a rollback",
-        "UNIMPLEMENTED",
-        "NOT_SERVED",
-        "not served",
-        lambda b: b.peer.stub.RollbackSession(pb.RollbackSessionRequest(session=wire.named("reference"), step=1)),
-    ),
-    refused(
-        "a method nobody knows", "UNIMPLEMENTED", "", "", lambda b: b.peer.raw(f"/{wire.SERVICE.full_name}/Nope", b"")
-    ),
-    refused(
-        "a service nobody knows",
-        "UNIMPLEMENTED",
-        "",
-        "",
-        lambda b: b.peer.raw("/optwire.v2.OptimizerService/Step", b""),
-    ),
-    refused("a path that is none", "UNIMPLEMENTED", "", "", lambda b: b.peer.raw("/../../etc/passwd", b"")),
 ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from tests.e2e import wire
 
 from optwire_proto import convert, specs, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
-from tests.e2e import wire
 
 PARAMS = {"b": np.zeros(3, np.float32), "w": np.ones((4, 3), np.float32)}
 GRADS = {"b": np.full(3, 0.5, np.float32), "w": np.arange(12, dtype=np.float32).reshape(4, 3)}
@@ -73,11 +72,3 @@ class Bench:
         response = self.peer.step(wire.push(self.other, self.good, self.good - 1), PAYLOAD)
         assert response.ack.step == self.good
         wire.until(wire.idle(self.server), "landing buffers and streams given back")
-
-
-@contextlib.contextmanager
-def deleted(bench: Bench) -> Iterator[pb.Session]:
-    """A session that was just deleted."""
-    session = bench.peer.create(PARAMS, ADAM, "gone")
-    bench.peer.stub.DeleteSession(pb.DeleteSessionRequest(session=wire.named("gone")), timeout=wire.TIMEOUT_S)
-    yield session

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.e2e import bad_pushes, bad_sessions, bad_trees, bad_wishes, wire
+from tests.e2e.bench import Bench, Case
 
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_server import testing
-from tests.e2e import bad_pushes, bad_sessions, wire
-from tests.e2e.bench import Bench, Case
 
 METHODS = {method.name: f"/{method.containing_service.full_name}/{method.name}" for method in wire.SERVICE.methods}
 HEALTH = {name: f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")}
@@ -51,7 +51,7 @@ def test_an_optimizer_that_cannot_be_is_refused(bench: Bench, case: Case):
     check(bench, case)
 
 
-@pytest.mark.parametrize("case", bad_sessions.TREES)
+@pytest.mark.parametrize("case", bad_trees.TREES)
 def test_a_tree_that_cannot_be_is_refused(bench: Bench, case: Case):
     check(bench, case)
 
@@ -76,12 +76,12 @@ def test_gradients_that_do_not_add_up_are_refused(bench: Bench, case: Case):
     check(bench, case)
 
 
-@pytest.mark.parametrize("case", bad_pushes.LATER)
+@pytest.mark.parametrize("case", bad_wishes.LATER)
 def test_a_capability_of_later_is_refused_and_never_ignored(bench: Bench, case: Case):
     check(bench, case)
 
 
-@pytest.mark.parametrize("case", bad_pushes.OTHERS)
+@pytest.mark.parametrize("case", bad_wishes.OTHERS)
 def test_a_question_that_cannot_be_answered_is_refused(bench: Bench, case: Case):
     check(bench, case)
 
@@ -111,7 +111,7 @@ def test_a_field_nobody_knows_is_refused_by_every_method(bench: Bench, method: s
 
 
 def inside(message: Any, *path: str) -> bytes:
-    """A message with a field nobody knows in the message at ``path``, the last of a list taken where there are several."""
+    """A message with a field nobody knows in the message at ``path``; of several, in the last."""
     inner = message
     for name in path:
         inner = getattr(inner, name)

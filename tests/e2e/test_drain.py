@@ -15,15 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tests.e2e import wire
+from tests.e2e.test_faults import RATE, Local, assert_same
 
 import optwire
 from optwire import optimizers as opt
 from optwire_proto.v1 import optimizer_pb2 as pb
-from tests.e2e import wire
-from tests.e2e.test_faults import RATE, Local, assert_same
 
 PARAMS = {"w": np.linspace(-1, 1, 750_000, dtype=np.float32)}
 GRADS = {"w": np.linspace(2, -3, 750_000, dtype=np.float32)}
+SERVE = (sys.executable, "-m", "optwire_server", "serve", "--listen")
 PATIENT_S, HASTY_S = 20.0, 1.0  # how long servers let pushes finish
 
 
@@ -34,8 +35,7 @@ class Process:
         port_file = directory / "port"
         port_file.unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "optwire_server", "serve", "--listen", address, "--drain-s", str(drain_s)]
-            + ["--port-file", str(port_file)],
+            [*SERVE, address, "--drain-s", str(drain_s), "--port-file", str(port_file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -156,7 +156,7 @@ def test_a_server_killed_and_started_again_says_that_the_session_is_gone(tmp_pat
 def test_two_servers_do_not_share_a_port(tmp_path: pathlib.Path):
     with serving(tmp_path) as server:
         second = subprocess.run(
-            [sys.executable, "-m", "optwire_server", "serve", "--listen", server.target],
+            [*SERVE, server.target],
             capture_output=True,
             text=True,
             timeout=30,

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tests.e2e import proxy as proxies
+from tests.e2e import wire
+from tests.e2e.proxy import DOWN, UP
 
 import optwire
 from optwire import optimizers as opt
 from optwire_proto import limits
 from optwire_server import optimizers, testing
-from tests.e2e import proxy as proxies
-from tests.e2e import wire
-from tests.e2e.proxy import DOWN, UP
 
 RATE = 0.01
 FRAMES = 5  # begin, 3 chunks, end; and ack, 3 chunks, end

@@ -77,18 +77,29 @@ def test_sixteen_bit_parameters_keep_their_type_and_bits(client: optwire.Client,
     rng = np.random.default_rng(8)
     params = tree(rng, jax.numpy.dtype(dtype))
     grads = [tree(rng, jax.numpy.dtype(dtype)) for _ in range(5)]
+    # The default b2 is 1 in bfloat16: the seed's parameters stay where they are, and the server refuses.
+    arguments = (0.9, 0.98) if optimizer == "adam" else OPTIMIZERS[optimizer]
     for rate in ("scalar", "exponential_decay"):
-        init, update, get_params = getattr(seed, optimizer)(rate_of(seed, rate), *OPTIMIZERS[optimizer])
+        init, update, get_params = getattr(seed, optimizer)(rate_of(seed, rate), *arguments)
         update = jax.jit(update)
         state = init(params)
         name = f"same-{optimizer}-{dtype}-{rate}"
-        spec = getattr(opt, optimizer)(rate_of(opt, rate), *OPTIMIZERS[optimizer])
+        spec = getattr(opt, optimizer)(rate_of(opt, rate), *arguments)
         with client.create_session(params, spec, name=name) as session:
             for step in range(20):
                 state = update(step, grads[step % 5], state)
                 remote = session.step(grads[step % 5])
         client.delete_session(name)
         same_bits(remote, get_params(state))
+
+
+def test_adam_is_refused_where_it_would_never_move_a_parameter(client: optwire.Client) -> None:
+    params = {"w": jax.numpy.ones(3, jax.numpy.bfloat16)}
+    init, update, get_params = seed.adam(1e-1)
+    moved = get_params(update(0, params, init(params)))["w"]
+    assert (np.asarray(moved) == 1).all(), "the seed has mended it; so may we"
+    with pytest.raises(optwire.SpecError, match=r"adam\.b2: 0\.999 rounds to 1 in bf16"):
+        client.create_session(params, opt.adam(1e-1), name="never-moves")
 
 
 def test_clipping_by_global_norm_equals_the_jitted_seed(client: optwire.Client) -> None:

@@ -178,7 +178,7 @@ def test_nests_match_exactly_where_jax_sees_one_structure(one: Any, other: Any):
             trees.match(spec, other)
 
 
-# --------------------------------------------------------------------------------------------------- what does not match
+# -------------------------------------------------------------------------------------------------- what does not match
 
 MODEL = {"b": ones(3), "w": ones(2, 3)}
 WRONG = {
@@ -244,7 +244,7 @@ def test_memory_layout_is_no_difference(array: np.ndarray):
     assert matched.tobytes() == values.tobytes()
 
 
-# --------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 REFUSED = {
     "keys of two kinds": ({1: ones(1), "a": ones(1)}, "keys of type int, str, expected all str or all int"),

@@ -276,6 +276,22 @@ def test_float64_is_never_narrowed(rule):
     assert not jax.config.jax_enable_x64
 
 
+@every_rule
+def test_float64_is_not_narrowed_by_jit_either(rule):
+    params, grads = {"wide": np.full((2, 3), 1.5)}, {"wide": np.full((2, 3), 0.25)}
+    ours, theirs = make(optimizers, rule, 0.1), make(seed, rule, 0.1)
+    narrowed = jax.jit(theirs.update_fn)(0, grads, theirs.init_fn(params))
+    assert {x.dtype for x in jax.tree.leaves(narrowed)} == {np.dtype(np.float32)}
+    opt_state = ours.init_fn(params)
+    with pytest.raises(TypeError, match=r"float32 for a leaf kept in float64.*enable_x64"):
+        jax.jit(ours.update_fn)(0, grads, opt_state)
+    with jax.enable_x64(True):
+        after = jax.jit(ours.update_fn)(0, grads, opt_state)
+    assert {x.dtype for x in jax.tree.leaves(after)} == {np.dtype(np.float64)}
+    eager = ours.params_fn(ours.update_fn(0, grads, ours.init_fn(params)))
+    np.testing.assert_allclose(ours.params_fn(after)["wide"], eager["wide"], rtol=1e-14)
+
+
 # --- laws -------------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +365,8 @@ def test_vmap_is_a_loop(rule):
     np.testing.assert_allclose(together, apart, rtol=1e-6)
 
 
+# jax itself warns where code outside the optimizer meets a float64 array while x64 is off.
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
 @pytest.mark.parametrize("x0", [jnp.ones(1), np.ones(1)], ids=["float32", "float64"])
 def test_a_run_can_be_differentiated(x0):
     """Within a `scan` it is jax that says what a float64 array becomes."""

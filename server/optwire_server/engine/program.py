@@ -124,6 +124,23 @@ def check_tree(spec: specs.Spec, tree: trees.TreeSpec) -> None:
                 expected=", ".join(served),
                 got=leaf.dtype,
             )
+    _check_decay(spec, tree)
+
+
+def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
+    """Raises SpecError where Adam's second moment would be corrected by one minus one: its parameters never move."""
+    core = specs.core(spec)
+    if core.name != "adam":
+        return
+    for leaf in tree.leaves:
+        if tensors.numpy_dtype(leaf.dtype).type(core["b2"]) == 1:
+            raise errors.SpecError(
+                f"adam.b2: {core['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and no step would "
+                "change it; use a smaller b2, such as 0.99, or float32 parameters",
+                subject="adam.b2",
+                expected=f"a number below 1 in {leaf.dtype}",
+                got=str(core["b2"]),
+            )
 
 
 def _without_rate(spec: specs.Spec) -> specs.Spec:

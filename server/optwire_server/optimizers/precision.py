@@ -6,6 +6,7 @@ Knows dtypes and the precision jax computes in. Must not know trees, rules or sc
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,6 +26,22 @@ def own_precision(*leaves: Any) -> contextlib.AbstractContextManager[Any]:
         for dtype in (getattr(leaf, "dtype", None) for leaf in leaves)
     )
     return jax.enable_x64(True) if narrowed else contextlib.nullcontext()
+
+
+def refuse_narrowed(g: Any, slots: Iterable[Any]) -> None:
+    """Refuses a traced 32-bit gradient for slots of 64 bits while x64 is off: `jit` has narrowed it on its way in.
+
+    Raises:
+        TypeError: says what to do instead.
+    """
+    if jax.config.jax_enable_x64 or not isinstance(g, jax.core.Tracer) or g.dtype not in (np.float32, np.complex64):
+        return
+    for dtype in map(dtype_of, slots):
+        if dtype in (np.float64, np.complex128):
+            raise TypeError(
+                f"a gradient of dtype {g.dtype} for a leaf kept in {dtype}: jit narrows 64-bit NumPy arrays while x64 is "
+                "off; call the compiled function under jax.enable_x64(True)"
+            )
 
 
 def dtype_of(leaf: Any) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, register_pytree_node, tree_flatten
 
-from optwire_server.optimizers.precision import keep_dtype, own_precision, widened
+from optwire_server.optimizers.precision import keep_dtype, own_precision, refuse_narrowed, widened
 
 Tree: TypeAlias = Any
 """Any nest of containers jax knows, with arrays or numbers as leaves."""
@@ -85,7 +85,8 @@ def optimizer(make_rule: Callable[P, ArrayRule]) -> Callable[P, Optimizer]:
 
         - a tree of gradients has another structure than the params the state was made from,
         - the rule returns a state of another structure than the one it was given, or
-        - the rule returns a value its slot has no room for: a float for an integer, a complex for a real.
+        - the rule returns a value its slot has no room for: a float for an integer, a complex for a real, or
+        - `jit` has narrowed the gradient of a 64-bit leaf, as it does with NumPy arrays while x64 is off.
     """
 
     @functools.wraps(make_rule)
@@ -109,8 +110,10 @@ def _lift(
         if tree_def != opt_state.tree_def:
             raise TypeError(f"grads do not have the structure of the params: got {tree_def}, not {opt_state.tree_def}")
         step = functools.partial(_update_leaf, update, i)
-        states = [_in_own_precision(step, *pair) for pair in zip(leaves, _leaf_states(opt_state), strict=True)]
-        return _pack(states, tree_def)
+        pairs = list(zip(leaves, _leaf_states(opt_state), strict=True))
+        for g, state in pairs:
+            refuse_narrowed(g, jax.tree.leaves(state))
+        return _pack([_in_own_precision(step, g, state) for g, state in pairs], tree_def)
 
     @functools.wraps(get_params)
     def params_fun(opt_state: OptimizerState) -> Tree:
