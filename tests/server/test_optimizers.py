@@ -281,7 +281,7 @@ def test_float64_is_not_narrowed_by_jit_either(rule):
     params, grads = {"wide": np.full((2, 3), 1.5)}, {"wide": np.full((2, 3), 0.25)}
     ours, theirs = make(optimizers, rule, 0.1), make(seed, rule, 0.1)
     narrowed = jax.jit(theirs.update_fn)(0, grads, theirs.init_fn(params))
-    assert {x.dtype for x in jax.tree.leaves(narrowed)} == {np.dtype(np.float32)}
+    assert np.dtype(np.float64) not in {x.dtype for x in jax.tree.leaves(narrowed)}
     opt_state = ours.init_fn(params)
     with pytest.raises(TypeError, match=r"float32 for a leaf kept in float64.*enable_x64"):
         jax.jit(ours.update_fn)(0, grads, opt_state)

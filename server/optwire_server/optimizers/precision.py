@@ -34,7 +34,8 @@ def refuse_narrowed(g: Any, slots: Iterable[Any]) -> None:
     Raises:
         TypeError: says what to do instead.
     """
-    if jax.config.jax_enable_x64 or not isinstance(g, jax.core.Tracer) or g.dtype not in (np.float32, np.complex64):
+    x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    if x64 or not isinstance(g, jax.core.Tracer) or g.dtype not in (np.float32, np.complex64):
         return
     for dtype in map(dtype_of, slots):
         if dtype in (np.float64, np.complex128):
