@@ -40,7 +40,8 @@ class Role:
         )
 
     def ask(self, do: str, **values: int) -> Any:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -114,8 +115,8 @@ def measure(parameters: int, roles: dict[str, Role], server_pid: int, rounds: in
     reset_peak(server_pid)
     for role in used.values():
         reset_peak(role.process.pid)
-    spent = {name: 0.0 for name in used}
-    faulted = {name: 0 for name in used}
+    spent = dict.fromkeys(used, 0.0)
+    faulted = dict.fromkeys(used, 0)
     medians: dict[str, list[float]] = {name: [] for name in used}
     samples: dict[str, list[float]] = {name: [] for name in used}
     for _ in range(rounds):

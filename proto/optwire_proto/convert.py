@@ -112,8 +112,8 @@ def spec_to_proto(spec: specs.Spec) -> pb.Spec:
 
 def spec_from_proto(message: pb.Spec, depth: int = 0) -> specs.Spec:
     """Raises SpecError for an argument without a value, and for nesting that is too deep."""
-    if depth > limits.SPEC_DEPTH_MAX:
-        raise errors.SpecError(f"spec nested deeper than {limits.SPEC_DEPTH_MAX}")
+    if depth > limits.SPEC_WIRE_DEPTH_MAX:
+        raise errors.SpecError(f"spec nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}")
     arguments = []
     for argument in message.arguments:
         where = f"{message.name[:80]}.{argument.name[:80]}"
@@ -148,8 +148,8 @@ def value_from_proto(message: pb.Value, where: str, depth: int = 0) -> specs.Val
     if kind == "spec":
         return spec_from_proto(message.spec, depth + 1)
     if kind == "list":
-        if depth > limits.SPEC_DEPTH_MAX:
-            raise errors.SpecError(f"{where}: nested deeper than {limits.SPEC_DEPTH_MAX}", subject=where)
+        if depth > limits.SPEC_WIRE_DEPTH_MAX:
+            raise errors.SpecError(f"{where}: nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}", subject=where)
         return tuple(value_from_proto(item, where, depth + 1) for item in message.list.values)
     return getattr(message, kind)
 

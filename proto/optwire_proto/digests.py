@@ -1,9 +1,9 @@
 """Digests of payloads: what tells a retry from another push, at a fraction of the cost of copying the bytes.
 
-The payload, padded with zeros to whole rows of 4,096 bytes, is read as a matrix of 64-bit little-endian words, 512 a row.
-A digest is the CRC-32 of the row sums and the CRC-32 of the column sums, each sum modulo 2**64 and little-endian. Another
-payload has the same digest only if all its row sums and all its column sums coincide, or by the chance of a 64-bit hash.
-Not cryptographic: whoever may push may push anything.
+The payload, padded with zeros, is read as rows of 4,096 bytes: 512 little-endian words of 64 bits, or 1,024 of 32 bits. A
+digest is the CRC-32 of the row sums (of 64-bit words) and the CRC-32 of the column sums (of 32-bit words, so that no top
+bit is lost), both modulo 2**64 and little-endian. Another payload has the same digest only if all its row sums and all its
+column sums coincide, or by the chance of a 64-bit hash. Not cryptographic: whoever may push may push anything.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+import numpy.typing as npt
 
 from optwire_proto import sessions
 
 ROW_BYTES = 4096
 _WORD = np.dtype("<u8")
-_ROW_WORDS = ROW_BYTES // _WORD.itemsize
+_HALF_WORD = np.dtype("<u4")
 
 
 class Digester:
@@ -25,7 +26,7 @@ class Digester:
     def __init__(self) -> None:
         self._length = 0
         self._rows_crc32 = 0
-        self._columns = np.zeros(_ROW_WORDS, _WORD)
+        self._columns = np.zeros(ROW_BYTES // _HALF_WORD.itemsize, _WORD)
         self._rest = b""  # the start of a row that is not whole yet
 
     def update(self, data: bytes) -> None:
@@ -34,20 +35,20 @@ class Digester:
         if self._rest:
             data = self._rest + data
         whole = len(data) // ROW_BYTES * ROW_BYTES
-        self._add(np.frombuffer(data, _WORD, whole // _WORD.itemsize))
+        self._add(np.frombuffer(data, np.uint8, whole))
         self._rest = data[whole:]
 
     def digest(self) -> sessions.Digest:
         """Of what came so far; nothing may be added afterwards."""
         if self._rest:
-            self._add(np.frombuffer(self._rest.ljust(ROW_BYTES, b"\0"), _WORD))
+            self._add(np.frombuffer(self._rest.ljust(ROW_BYTES, b"\0"), np.uint8))
             self._rest = b""
         return sessions.Digest(self._length, self._rows_crc32, zlib.crc32(self._columns.data))
 
-    def _add(self, words: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
-        matrix = words.reshape(-1, _ROW_WORDS)
-        self._rows_crc32 = zlib.crc32(matrix.sum(axis=1, dtype=_WORD).data, self._rows_crc32)
-        self._columns += matrix.sum(axis=0, dtype=_WORD)
+    def _add(self, whole_rows: npt.NDArray[np.uint8]) -> None:
+        rows = whole_rows.reshape(-1, ROW_BYTES)
+        self._rows_crc32 = zlib.crc32(rows.view(_WORD).sum(axis=1, dtype=_WORD).data, self._rows_crc32)
+        self._columns += rows.view(_HALF_WORD).sum(axis=0, dtype=_WORD)
 
 
 def digest(data: bytes) -> sessions.Digest:

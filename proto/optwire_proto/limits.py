@@ -28,7 +28,11 @@ TYPE_NAME_BYTES_MAX = 255
 SESSION_NAME_CHARS_MAX = 128
 SPEC_NAME_BYTES_MAX = 128
 SPEC_TEXT_BYTES_MAX = 4 * KIB
+# Numbers of a spec are computed with in 32 bits or fewer, unless the parameters have 64; larger ones would be infinite.
+SPEC_NUMBER_MAX = 3.4028234663852886e38
 SPEC_DEPTH_MAX = 16
+# On the wire a chain counts twice, as a spec and as a list; a guard against bombs, the rule is the one above.
+SPEC_WIRE_DEPTH_MAX = 40
 SPEC_LIST_MAX = 4096
 
 # Trailing metadata is limited to 8 KiB by common servers and proxies, and a status message grows threefold on the way

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -236,7 +235,7 @@ def learning_rate(spec: Spec) -> float | None:
 
 # takes -> (test, what to say was expected)
 _RULES: Final[Mapping[str, tuple[Any, str]]] = {
-    "number": (lambda value: True, "a finite number (whole numbers: of 32 bits)"),
+    "number": (lambda value: True, "a finite number that fits 32 bits"),
     "positive": (lambda value: value > 0, "a positive number"),
     "count": (lambda value: value > 0, "a positive number of steps"),
     "decay": (lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1"),
@@ -248,7 +247,7 @@ def _checked(parameter: Parameter, value: Value, where: str) -> Value:
     path = f"{where}.{parameter.name}"
     if parameter.takes in _RULES or (parameter.takes == "rate" and not isinstance(value, Spec)):
         test, expected = _RULES.get(parameter.takes, _RULES["number"])
-        if not _is_number(value) or not test(value):
+        if not is_number(value) or not test(value):
             wanted = f"{expected} or a schedule" if parameter.takes == "rate" else expected
             raise _wrong(path, wanted, value)
         return value
@@ -262,7 +261,7 @@ def _checked(parameter: Parameter, value: Value, where: str) -> Value:
         raise _wrong(path, f"a list of at most {limits.SPEC_LIST_MAX} values", value)
     if parameter.takes == "numbers":
         for item in value:
-            if not _is_number(item):
+            if not is_number(item):
                 raise _wrong(path, "finite numbers", item)
         return tuple(value)
     for item in value:
@@ -287,11 +286,12 @@ def _check_whole(spec: Spec, where: str) -> None:
             raise _wrong(f"{where}.boundaries", "boundaries that do not decrease", boundaries)
 
 
-def _is_number(value: Value) -> bool:
+def is_number(value: Value) -> bool:
+    """Whether an argument can be this number: finite, also in 32 bits."""
     if isinstance(value, int):
         # JAX takes whole numbers as 32 bits; larger ones must say that they are real numbers: 2.0**40.
         return not isinstance(value, bool) and -(2**31) <= value < 2**31
-    return isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, float) and abs(value) <= limits.SPEC_NUMBER_MAX  # False for NaN
 
 
 def _wrong(path: str, expected: str, value: Value) -> errors.SpecError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import secrets
 import threading
 import time
@@ -258,11 +257,11 @@ class Registry:
         self, learning_rate: float, *, id_: str = "", name: str = "", incarnation: int = 0, from_step: int | None = None
     ) -> tuple[sessions.SessionInfo, int]:
         """Sets the learning rate of all further steps; returns the session and the first step that uses it."""
-        if not math.isfinite(learning_rate):
+        if not specs.is_number(learning_rate):
             raise errors.InvalidArgumentError(
-                f"learning_rate: {learning_rate}, expected a finite number",
+                f"learning_rate: {learning_rate}, expected a finite number that fits 32 bits",
                 subject="learning_rate",
-                expected="a finite number",
+                expected="a finite number that fits 32 bits",
                 got=str(learning_rate),
             )
         live = self._find(id_=id_, name=name)

@@ -82,11 +82,13 @@ class Road:
 @pytest.fixture(scope="module")
 def serving() -> Iterator[testing.Serving]:
     with testing.serve() as serving:
+        before = proxies.threads()
         yield serving
+        # All clients and proxies of this file are closed by now.
+        wire.until(lambda: proxies.threads() <= before, f"threads ended of {proxies.threads() - before}")
 
 
 def travelled(serving: testing.Serving, elements: int, transport: str) -> Iterator[Road]:
-    before = proxies.threads()
     with proxies.before(serving.target) as proxy:
         road = Road(serving, proxy, elements, transport)
         road.step()
@@ -96,7 +98,6 @@ def travelled(serving: testing.Serving, elements: int, transport: str) -> Iterat
         road.client.delete_session(road.session.name)
         road.client.close()
     wire.until(wire.idle(serving.server), "landing buffers and streams given back")
-    wire.until(lambda: proxies.threads() <= before, "threads ended")
 
 
 @pytest.fixture(scope="module")

@@ -119,6 +119,61 @@ def test_a_push_that_comes_twice_at_once_is_applied_once(serving: testing.Servin
         assert all(wire.params_of(frames) == expected for frames in replies)
 
 
+def begin_of(params: Any, spec: Any, name: str, key: str) -> pb.CreateSessionBegin:
+    tree = wire.convert.tree_to_proto(wire.trees.flatten(params).spec)
+    return pb.CreateSessionBegin(name=name, tree=tree, spec=wire.convert.spec_to_proto(spec), create_key=key)
+
+
+@pytest.mark.parametrize("name", ["chosen", ""])
+def test_a_creation_that_comes_several_times_at_once_makes_one_session(peer: wire.Peer, name: str):
+    payload = wire.payload_of(BIG)
+    barrier = threading.Barrier(4)
+
+    def create(key: str) -> str:
+        def frames() -> Iterator[Any]:
+            yield begin_of(BIG, opt.adam(RATE), name, key)
+            yield from wire.chunks(payload, 2**20)
+            barrier.wait(10)
+            yield pb.PayloadEnd(digest=wire.digest(payload))
+
+        return peer.create_from(frames()).id
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(5):
+            ids = set(pool.map(create, [f"{number:032x}"] * 4))
+            assert len(ids) == 1
+            listed = peer.stub.ListSessions(pb.ListSessionsRequest(), timeout=wire.TIMEOUT_S).sessions
+            assert [session.id for session in listed] == [*ids]
+            peer.stub.DeleteSession(
+                pb.DeleteSessionRequest(session=pb.SessionRef(id=ids.pop())), timeout=wire.TIMEOUT_S
+            )
+
+
+def test_of_different_creations_of_one_name_one_wins(peer: wire.Peer):
+    def create(key: str) -> str:
+        failure = wire.Failure.of(lambda: peer.create(BIG, opt.adam(RATE), "name", key))
+        return failure.code if failure else "created"
+
+    with ThreadPoolExecutor(3) as pool:
+        outcomes = sorted(pool.map(create, ["1" * 32, "2" * 32, "3" * 32]))
+    assert outcomes == ["ALREADY_EXISTS", "ALREADY_EXISTS", "created"]
+
+
+@pytest.mark.parametrize("change", ["spec", "tree", "name"])
+def test_a_create_key_stands_for_one_request(peer: wire.Peer, change: str):
+    key, small = "e" * 32, {"w": np.zeros(3, np.float32)}
+    first = peer.create(small, opt.adam(RATE), "first", key)
+    assert peer.create(small, opt.adam(RATE), "first", key).id == first.id
+    other = {"params": small, "spec": opt.adam(RATE), "name": "first"} | {
+        "spec": {"spec": opt.adam(2 * RATE)},
+        "tree": {"params": {"v": np.zeros(3, np.float32)}},
+        "name": {"name": "second"},
+    }[change]
+    failure = wire.Failure.of(lambda: peer.create(**other, key=key))
+    assert failure is not None
+    assert (failure.code, "create_key was used for session 'first'" in failure.message) == ("ALREADY_EXISTS", True)
+
+
 def test_pushes_in_the_wrong_order_are_refused_until_their_turn(peer: wire.Peer):
     session = peer.create(BIG, opt.adam(RATE), "order")
     local = Local(BIG)
@@ -230,12 +285,7 @@ def test_an_upload_that_stalls_is_given_up(serving: testing.Serving, peer: wire.
 
 def test_a_creation_that_stalls_is_given_up(serving: testing.Serving, peer: wire.Peer):
     never: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    begin = pb.CreateSessionBegin(
-        name="stalled",
-        tree=wire.convert.tree_to_proto(wire.trees.flatten(BIG).spec),
-        spec=wire.convert.spec_to_proto(opt.adam(RATE)),
-        create_key="d" * 32,
-    )
+    begin = begin_of(BIG, opt.adam(RATE), "stalled", "d" * 32)
     never.put(begin)
     started = time.monotonic()
     failure = wire.Failure.of(lambda: peer.create_from(iter(never.get, None)))

@@ -321,8 +321,8 @@ global___Chunk = Chunk
 @typing.final
 class PayloadDigest(google.protobuf.message.Message):
     """What a payload's bytes were, to tell a retry from a different push and to notice damage on the way. The payload, padded
-    with zeros to whole rows of 4,096 bytes, is read as a matrix of 64-bit little-endian words, 512 a row; the sums of its
-    rows and of its columns, modulo 2^64, are written as 64-bit little-endian words, and each of the two series is hashed.
+    with zeros, is read as rows of 4,096 bytes. Row sums are of the row's 512 little-endian 64-bit words; column sums of the
+    1,024 columns of little-endian 32-bit words; all modulo 2^64, and written as 64-bit little-endian words to be hashed.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -336,7 +336,7 @@ class PayloadDigest(google.protobuf.message.Message):
     rows_crc32: builtins.int
     """CRC-32 (IEEE 802.3, as in zlib) of the row sums."""
     columns_crc32: builtins.int
-    """CRC-32 of the 512 column sums."""
+    """CRC-32 of the 1,024 column sums."""
     sha256: builtins.bytes
     """Reserved for durability: SHA-256 over the whole payload, 32 bytes. Empty: not given."""
     def __init__(

@@ -86,7 +86,16 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 got=str(request.page_size),
             )
         page, token = self._registry.list(request.page_size or 100, request.page_token)
-        return pb.ListSessionsResponse(sessions=map(convert.session_to_proto, page), next_page_token=token)
+        response = pb.ListSessionsResponse(next_page_token=token)
+        size = 0
+        for info in page:
+            session = convert.session_to_proto(info)
+            size += session.ByteSize()
+            if size > limits.MESSAGE_BYTES_MAX // 2 and response.sessions:  # the page ends early
+                response.next_page_token = response.sessions[-1].name
+                break
+            response.sessions.append(session)
+        return response
 
     def DeleteSession(
         self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext
