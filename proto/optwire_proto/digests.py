@@ -1,9 +1,9 @@
 """Digests of payloads: what tells a retry from another push, at a fraction of the cost of copying the bytes.
 
-The payload, padded with zeros, is read as rows of 4,096 bytes: 512 little-endian words of 64 bits, or 1,024 of 32 bits. A
-digest is the CRC-32 of the row sums (of 64-bit words) and the CRC-32 of the column sums (of 32-bit words, so that no top
-bit is lost), both modulo 2**64 and little-endian. Another payload has the same digest only if all its row sums and all its
-column sums coincide, or by the chance of a 64-bit hash. Not cryptographic: whoever may push may push anything.
+The payload, padded with zeros, is read as rows of 4,096 bytes: 512 little-endian words of 64 bits, or 1,024 of 32 bits.
+A digest is the CRC-32 of the row sums (of 64-bit words) and the CRC-32 of the column sums (of 32-bit words, so that no
+top bit is lost), both modulo 2**64 and little-endian. Another payload has the same digest only if all its row sums and
+all its column sums coincide, or by the chance of a 64-bit hash. Not cryptographic: whoever may push may push anything.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -227,3 +229,43 @@ def test_a_push_of_unknown_outcome_is_found_out_by_the_next_call(
         assert ack is not None
         assert ack.duplicate == (direction == DOWN), "the push was applied where only its answer was lost"
         client.delete_session(session.name)
+
+
+def test_many_clients_on_a_bad_network_lose_and_double_nothing(serving: testing.Serving):
+    done = threading.Event()
+    steps = 60
+
+    def train(index: int) -> int:
+        rng = np.random.default_rng(index)
+        elements = (500, 20_000, 400_000)[index]
+        transport = ("unary", "stream", "stream")[index]
+        with optwire.connect(proxy.target, timeout=60, transport=transport) as client:
+            params = {"w": normal(rng, elements)}
+            local = Local(params)
+            session = client.create_session(params, opt.adam(RATE))
+            duplicates = 0
+            for _ in range(steps):
+                grads = {"w": normal(rng, elements)}
+                assert_same(session.step(grads), local.push(grads))
+                assert session.last_ack is not None
+                assert session.last_ack.applied_step == local.step
+                duplicates += session.last_ack.duplicate
+            assert session.info().step == steps
+            client.delete_session(session.name)
+        return duplicates
+
+    def disturb() -> None:
+        rng = np.random.default_rng(9)
+        while not done.wait(rng.uniform(0.01, 0.15)):
+            direction = (UP, DOWN)[rng.integers(2)]
+            proxy.fail(direction, bytes=int(rng.integers(1, 10 ** rng.integers(1, 7))))
+
+    with proxies.before(serving.target) as proxy, ThreadPoolExecutor(4) as pool:
+        disturber = pool.submit(disturb)
+        try:
+            duplicates = sum(pool.map(train, range(3)))
+        finally:
+            done.set()
+        disturber.result(10)
+    assert duplicates > 0, "no answer was ever lost: the network was too good"
+    wire.until(wire.idle(serving.server), "landing buffers and streams given back")

@@ -226,30 +226,6 @@ def test_of_two_clients_that_race_for_a_step_one_wins_and_both_go_on(serving: te
         assert handles[0].info().step == sum(wins) == 40
 
 
-def test_readers_see_whole_steps_while_others_push(peer: wire.Peer):
-    session = peer.create({"w": np.zeros(SIZE, np.float32)}, opt.sgd(1.0), "readers")
-    payload = wire.payload_of({"w": np.full(SIZE, -1.0, np.float32)})
-    done = threading.Event()
-
-    def read() -> int:
-        count = 0
-        while not done.is_set():
-            step, data = peer.read("readers")
-            assert np.unique(np.frombuffer(data, np.float32)).tolist() == [float(step)]
-            count += 1
-        return count
-
-    with ThreadPoolExecutor(2) as pool:
-        readers = [pool.submit(read) for _ in range(2)]
-        try:
-            for step in range(25):
-                frames = peer.stream(wire.upload(wire.push(session, step + 1, step), payload))
-                assert np.unique(np.frombuffer(wire.params_of(frames), np.float32)).tolist() == [step + 1.0]
-        finally:
-            done.set()
-        assert all(reader.result(20) for reader in readers)
-
-
 def test_a_session_deleted_during_an_upload_takes_nothing_more(serving: testing.Serving, peer: wire.Peer):
     session = peer.create(BIG, opt.adam(RATE), "doomed")
     half = HalfPush(peer, serving.server, wire.push(session, 1, 0), wire.payload_of(GRADS))

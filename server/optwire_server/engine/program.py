@@ -135,8 +135,8 @@ def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
     for leaf in tree.leaves:
         if tensors.numpy_dtype(leaf.dtype).type(core["b2"]) == 1:
             raise errors.SpecError(
-                f"adam.b2: {core['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and no step would "
-                "change it; use a smaller b2, such as 0.99, or float32 parameters",
+                f"adam.b2: {core['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and no step "
+                "would change it; use a smaller b2, such as 0.99, or float32 parameters",
                 subject="adam.b2",
                 expected=f"a number below 1 in {leaf.dtype}",
                 got=str(core["b2"]),

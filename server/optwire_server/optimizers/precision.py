@@ -40,8 +40,8 @@ def refuse_narrowed(g: Any, slots: Iterable[Any]) -> None:
     for dtype in map(dtype_of, slots):
         if dtype in (np.float64, np.complex128):
             raise TypeError(
-                f"a gradient of dtype {g.dtype} for a leaf kept in {dtype}: jit narrows 64-bit NumPy arrays while x64 is "
-                "off; call the compiled function under jax.enable_x64(True)"
+                f"a gradient of dtype {g.dtype} for a leaf kept in {dtype}: jit narrows 64-bit NumPy arrays while x64 "
+                "is off; call the compiled function under jax.enable_x64(True)"
             )
 
 
