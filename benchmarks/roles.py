@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 
-# A model-like tree: a few large leaves and some small ones.
-_SHARES = (0.5, 0.25, 0.125, 0.0625)
-_SMALL = 12
+# Below this, a model has two layers: kernel and bias each.
+_SMALL_PARAMETERS_MAX = 10_000
 
 
 def tree(parameters: int, seed: int) -> dict[str, np.ndarray]:
-    """A dict of float32 arrays with ``parameters`` elements in all."""
+    """A dict of float32 arrays with ``parameters`` elements in all: 4 leaves for small models, 16 for others."""
     rng = np.random.default_rng(seed)
-    sizes = [int(parameters * share) for share in _SHARES]
-    rest = parameters - sum(sizes)
-    sizes += [rest // _SMALL] * (_SMALL - 1) + [rest - rest // _SMALL * (_SMALL - 1)]
-    return {f"layer{i:02}": rng.standard_normal(size, np.float32) for i, size in enumerate(sizes)}
+    shares = (0.9, 0.03, 0.06) if parameters <= _SMALL_PARAMETERS_MAX else (0.5, 0.25, 0.125, 0.0625, *(0.005,) * 11)
+    sizes = [int(parameters * share) for share in shares]
+    sizes.append(parameters - sum(sizes))
+    return {f"leaf{i:02}": rng.standard_normal(size, np.float32) for i, size in enumerate(sizes)}
 
 
 class Local:

@@ -186,7 +186,7 @@ def growth(roles: dict[str, Role], server_pid: int) -> dict[str, float]:
 
 def report(result: dict[str, Any]) -> None:
     """Prints the table that benchmarks/README.md shows."""
-    print(f"{result['machine']}; adam, float32, 16 leaves; {result['versions']}\n")
+    print(f"{result['machine']}; adam, float32, 4 leaves at 1,000 parameters and 16 above; {result['versions']}\n")
     print("| parameters | step | median ms | min | p90 | ratio to local, median (min–max) | CPU s/step | faults/step |")
     print("|---:|---|---:|---:|---:|---:|---:|---:|")
     for row in result["steps"]:

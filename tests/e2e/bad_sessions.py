@@ -169,7 +169,7 @@ SPECS = [
         "chain.members: sgd(step_size=0.1), expected a list",
     ),
     wrong_spec("chains in chains, 17 deep", chains(17), "nested deeper than 16"),
-    wrong_value("lists in lists, 40 deep", lists(40), "nested deeper than 16"),
+    wrong_value("lists in lists, 45 deep", lists(45), "nested deeper than"),
     refused(
         "lists in lists, too deep for protobuf",
         "INVALID_ARGUMENT",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Iterator
@@ -79,6 +80,13 @@ class Road:
         ack = self.session.last_ack
         assert ack is not None
         assert (ack.applied_step, ack.step) == (self.local.step, self.local.step)
+
+
+@pytest.fixture(autouse=True)
+def no_error_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What goes wrong on the way is everyday: no traceback in anybody's log."""
+    yield
+    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +241,9 @@ def test_a_push_of_unknown_outcome_is_found_out_by_the_next_call(
 
 def test_many_clients_on_a_bad_network_lose_and_double_nothing(serving: testing.Serving):
     done = threading.Event()
-    steps = 60
+    steps = 20
 
-    def train(index: int) -> int:
+    def train(index: int) -> None:
         rng = np.random.default_rng(index)
         elements = (500, 20_000, 400_000)[index]
         transport = ("unary", "stream", "stream")[index]
@@ -243,29 +251,27 @@ def test_many_clients_on_a_bad_network_lose_and_double_nothing(serving: testing.
             params = {"w": normal(rng, elements)}
             local = Local(params)
             session = client.create_session(params, opt.adam(RATE))
-            duplicates = 0
             for _ in range(steps):
                 grads = {"w": normal(rng, elements)}
                 assert_same(session.step(grads), local.push(grads))
                 assert session.last_ack is not None
                 assert session.last_ack.applied_step == local.step
-                duplicates += session.last_ack.duplicate
             assert session.info().step == steps
             client.delete_session(session.name)
-        return duplicates
 
-    def disturb() -> None:
+    def disturb() -> int:
         rng = np.random.default_rng(9)
+        faults = []
         while not done.wait(rng.uniform(0.01, 0.15)):
             direction = (UP, DOWN)[rng.integers(2)]
-            proxy.fail(direction, bytes=int(rng.integers(1, 10 ** rng.integers(1, 7))))
+            faults.append(proxy.fail(direction, bytes=int(rng.integers(1, 10 ** rng.integers(1, 7)))))
+        return sum(fault.done.is_set() for fault in faults)
 
     with proxies.before(serving.target) as proxy, ThreadPoolExecutor(4) as pool:
         disturber = pool.submit(disturb)
         try:
-            duplicates = sum(pool.map(train, range(3)))
+            list(pool.map(train, range(3)))
         finally:
             done.set()
-        disturber.result(10)
-    assert duplicates > 0, "no answer was ever lost: the network was too good"
+        assert disturber.result(10) >= 3, "the network was too good"
     wire.until(wire.idle(serving.server), "landing buffers and streams given back")
