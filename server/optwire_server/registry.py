@@ -134,7 +134,7 @@ class Registry:
         )
         with self._lock:
             # Another request may have come first while the state was made.
-            if existing := self._existing(name, creation.create_key, creation.tree, creation.spec):
+            if existing := self._existing(creation.name, creation.create_key, creation.tree, creation.spec):
                 return self._info(existing)
             self._check_room(held.state_bytes)
             self._by_id[id_] = self._by_name[name] = live

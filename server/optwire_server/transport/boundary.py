@@ -98,10 +98,8 @@ def _statuses(context: grpc.ServicerContext) -> Iterator[None]:
     except errors.OptwireError as exc:
         error = exc
     except grpc.RpcError:
-        return  # the client has gone; there is nobody to tell
+        context.abort(grpc.StatusCode.CANCELLED, "the client has gone")
     except Exception as exc:  # noqa: BLE001  the boundary: whatever else is raised is a defect of ours
-        if not context.is_active():
-            return
         reference = secrets.token_hex(4)
         _log.exception("defect, reference %s", reference)
         error = errors.InternalError(f"the server failed, see its log under {reference}; {type(exc).__name__}")
