@@ -371,7 +371,11 @@ def digest_to_proto(digest: sessions.Digest) -> tensor_pb.PayloadDigest:
 
 
 def digest_from_proto(message: tensor_pb.PayloadDigest) -> sessions.Digest:
+    """The digest of an upload; raises PayloadError where a part of it is missing."""
     _served("digest", "sha256", message.sha256, (b"",))
+    for part in ("rows_crc32", "columns_crc32"):
+        if not message.HasField(part):
+            raise errors.PayloadError(f"digest without {part}", subject="digest", got="nothing")
     return sessions.Digest(message.length, message.rows_crc32, message.columns_crc32)
 
 

@@ -122,6 +122,12 @@ class TreeSpec:
         """Where each leaf starts in the payload, in bytes; one more entry than leaves, the last is the total."""
         return (0, *itertools.accumulate(leaf.nbytes for leaf in self.leaves))
 
+    @functools.cached_property
+    def aligned_offsets(self) -> tuple[int, ...]:
+        """Where each leaf starts in a buffer that keeps every leaf on a 64-byte boundary; the last is the total."""
+        padded = (-(-leaf.nbytes // limits.ALIGNMENT_BYTES) * limits.ALIGNMENT_BYTES for leaf in self.leaves)
+        return (0, *itertools.accumulate(padded))
+
     @property
     def payload_bytes(self) -> int:
         """Length of one payload, in bytes."""

@@ -12,7 +12,7 @@ import pytest
 
 import optwire
 from optwire import optimizers as opt
-from optwire_proto import digests, errors, payloads, specs, tensors, trees
+from optwire_proto import digests, errors, limits, payloads, specs, tensors, trees
 from optwire_server import testing
 from optwire_server.engine import engine, landing, program
 
@@ -140,7 +140,7 @@ def test_a_landing_is_adopted_by_the_device_without_a_copy() -> None:
     pool = landing.LandingPool(bytes_max=1 << 20, keep_bytes=0)
     lent = pool.land(TREE)
     for array in lent.arrays():
-        assert array.ctypes.data % landing.ALIGNMENT_BYTES == 0
+        assert array.ctypes.data % limits.ALIGNMENT_BYTES == 0
         assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
     lent.close()
 

@@ -137,7 +137,7 @@ class Channel:
                     raise _out_of_order("ReadParams", "begin", f"{begin.WhichOneof('frame')}")
                 for frame in frames:
                     if frame.HasField("end"):
-                        arrays = incoming.finish(convert.end_from_proto(frame.end))
+                        arrays = incoming.finish(frame.end.digest.length)
                         return convert.session_from_proto(begin.begin.session), begin.begin.worker_seq, arrays
                     incoming.write(frame.chunk.offset, frame.chunk.data)
         raise _out_of_order("ReadParams", "end", "nothing more")
@@ -156,7 +156,7 @@ class Channel:
             response = self._stub.Step(request, timeout=deadline.remaining_s)
         incoming = _payload.Incoming(tree)
         incoming.write(0, response.payload)
-        return convert.ack_from_proto(response.ack), incoming.finish(convert.digest_from_proto(response.digest))
+        return convert.ack_from_proto(response.ack), incoming.finish(response.digest.length)
 
     def open_stream(self) -> Stream:
         """A stream for any number of pushes, one at a time."""
@@ -224,7 +224,7 @@ class Stream:
             while True:
                 frame = self._next("chunk", "end")
                 if frame.WhichOneof("frame") == "end":
-                    return ack, incoming.finish(convert.end_from_proto(frame.end))
+                    return ack, incoming.finish(frame.end.digest.length)
                 incoming.write(frame.chunk.offset, frame.chunk.data)
 
     def close(self) -> None:

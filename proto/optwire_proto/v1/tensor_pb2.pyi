@@ -334,19 +334,24 @@ class PayloadDigest(google.protobuf.message.Message):
     length: builtins.int
     """Total length, in bytes."""
     rows_crc32: builtins.int
-    """CRC-32 (IEEE 802.3, as in zlib) of the row sums."""
+    """CRC-32 (IEEE 802.3, as in zlib) of the row sums. Required of uploads; replies, which are never retried, leave it out."""
     columns_crc32: builtins.int
-    """CRC-32 of the 1,024 column sums."""
+    """CRC-32 of the 1,024 column sums. As `rows_crc32`."""
     sha256: builtins.bytes
     """Reserved for durability: SHA-256 over the whole payload, 32 bytes. Empty: not given."""
     def __init__(
         self,
         *,
         length: builtins.int = ...,
-        rows_crc32: builtins.int = ...,
-        columns_crc32: builtins.int = ...,
+        rows_crc32: builtins.int | None = ...,
+        columns_crc32: builtins.int | None = ...,
         sha256: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["columns_crc32", b"columns_crc32", "length", b"length", "rows_crc32", b"rows_crc32", "sha256", b"sha256"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_columns_crc32", b"_columns_crc32", "_rows_crc32", b"_rows_crc32", "columns_crc32", b"columns_crc32", "rows_crc32", b"rows_crc32"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_columns_crc32", b"_columns_crc32", "_rows_crc32", b"_rows_crc32", "columns_crc32", b"columns_crc32", "length", b"length", "rows_crc32", b"rows_crc32", "sha256", b"sha256"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_columns_crc32", b"_columns_crc32"]) -> typing.Literal["columns_crc32"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rows_crc32", b"_rows_crc32"]) -> typing.Literal["rows_crc32"] | None: ...
 
 global___PayloadDigest = PayloadDigest

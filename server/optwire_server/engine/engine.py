@@ -89,7 +89,7 @@ class Engine:
         """
         old = held.state
         try:
-            # Handed over as NumPy arrays: aligned ones are adopted, at half the cost of putting them on the device first.
+            # As NumPy arrays: aligned ones are adopted, at half the cost of putting them on the device first.
             held.state = jax.block_until_ready(held.program.update(learning_rate, index, list(grads), old))
         except Exception as exc:
             lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(old))

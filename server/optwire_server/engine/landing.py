@@ -13,9 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from optwire_proto import digests, errors, sessions, tensors, trees
-
-ALIGNMENT_BYTES = 64
+from optwire_proto import digests, errors, limits, sessions, tensors, trees
 
 
 class LandingPool:
@@ -40,7 +38,7 @@ class LandingPool:
         Raises:
           LimitError: the payloads in flight would exceed the limit.
         """
-        size = _padded_offsets(tree)[-1] + ALIGNMENT_BYTES
+        size = tree.aligned_offsets[-1] + limits.ALIGNMENT_BYTES
         with self._lock:
             if self._lent_bytes + size > self._bytes_max:
                 raise errors.LimitError(
@@ -81,8 +79,7 @@ class Landing:
         self._pool = pool
         self._tree = tree
         self._buffer: np.ndarray | None = buffer
-        self._start = -buffer.ctypes.data % ALIGNMENT_BYTES
-        self._padded = _padded_offsets(tree)
+        self._start = -buffer.ctypes.data % limits.ALIGNMENT_BYTES
         self._received = 0
         self._digester = digests.Digester()
 
@@ -115,7 +112,7 @@ class Landing:
         leaf = bisect.bisect_right(offsets, offset) - 1
         while offset < end:
             stop = min(offsets[leaf + 1], end)
-            target = self._start + self._padded[leaf] + offset - offsets[leaf]
+            target = self._start + self._tree.aligned_offsets[leaf] + offset - offsets[leaf]
             self._buffer[target : target + stop - offset] = source[: stop - offset]
             source = source[stop - offset :]
             offset = stop
@@ -149,7 +146,7 @@ class Landing:
         """The leaves as aligned views of the buffer, valid until ``close``; bf16 as ``ml_dtypes`` has it."""
         assert self._buffer is not None, "read after close"
         views = []
-        for leaf, offset in zip(self._tree.leaves, self._padded, strict=False):
+        for leaf, offset in zip(self._tree.leaves, self._tree.aligned_offsets, strict=False):
             start = self._start + offset
             flat = self._buffer[start : start + leaf.nbytes].view(tensors.numpy_dtype(leaf.dtype))
             views.append(flat.reshape(leaf.shape))
@@ -160,11 +157,3 @@ class Landing:
         buffer, self._buffer = self._buffer, None
         if buffer is not None:
             self._pool.give_back(buffer)
-
-
-def _padded_offsets(tree: trees.TreeSpec) -> list[int]:
-    """Where each leaf starts in a buffer that keeps every leaf aligned; the last entry is the total."""
-    offsets = [0]
-    for leaf in tree.leaves:
-        offsets.append(offsets[-1] + -(-leaf.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
-    return offsets

@@ -9,9 +9,10 @@ import grpc
 import numpy as np
 
 import optwire_server
-from optwire_proto import convert, digests, errors, limits, payloads, sessions, specs
+from optwire_proto import convert, errors, limits, payloads, sessions, specs
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
+from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from optwire_server import registry as registries
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
@@ -138,8 +139,8 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 push.landing.write(0, request.payload)
             reply = self._registry.push(push, convert.digest_from_proto(request.digest), wants_params=wants_params)
         payload = b"".join(payloads.pieces(reply.params))
-        digest = convert.digest_to_proto(digests.digest(payload))
-        return pb.StepResponse(ack=convert.ack_to_proto(reply.ack), payload=payload, digest=digest)
+        length = tensor_pb.PayloadDigest(length=len(payload))
+        return pb.StepResponse(ack=convert.ack_to_proto(reply.ack), payload=payload, digest=length)
 
     def StreamSteps(
         self, request_iterator: Iterator[pb.StreamStepsRequest], context: grpc.ServicerContext
@@ -173,14 +174,13 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
 
 def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], stream: streams.Stream) -> Iterator[F]:
     """Chunks and the end of the parameters; empties ``params``."""
-    digester, offset = digests.Digester(), 0
+    offset = 0
     with stream.transferring():
         for data in payloads.pieces(params):
-            digester.update(data)
             yield convert.chunk_into(response(), offset, data)
             offset += len(data)
             stream.progressed()
-        yield response(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
+        yield response(end=pb.PayloadEnd(digest=tensor_pb.PayloadDigest(length=offset)))
 
 
 def _check_unary(expected: int, came: int) -> None:
