@@ -8,41 +8,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
 import functools
 import itertools
-import keyword
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from optwire_proto import errors, limits, tensors
-
-Key = str | int
-
-
-class Kind(enum.IntEnum):
-    """What a node of the nest is; the values are the protocol's."""
-
-    LEAF = 1
-    NONE = 2
-    DICT = 3
-    ORDERED_DICT = 4
-    LIST = 5
-    TUPLE = 6
-    NAMEDTUPLE = 7
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Node:
-    """One container or leaf of a nest, in preorder; ``children`` nodes of the next depth follow."""
-
-    kind: Kind
-    children: int = 0
-    keys: tuple[Key, ...] = ()
-    type_name: str = ""
+from optwire_proto import errors, limits, nests, tensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,18 +39,19 @@ class LeafSpec:
             )
         if len(self.shape) > limits.RANK_MAX or not all(0 <= size <= limits.DIM_MAX for size in self.shape):
             raise errors.TreeError(
-                f"leaf {self.name!r}: shape {_brief(self.shape)}, expected at most {limits.RANK_MAX} dimensions, "
+                f"leaf {self.name!r}: shape {nests.brief(self.shape)}, expected at most {limits.RANK_MAX} dimensions, "
                 f"each from 0 to {limits.DIM_MAX}",
                 subject=self.name,
-                got=_brief(self.shape),
+                got=nests.brief(self.shape),
             )
 
         # An empty leaf counts as one with its zeros taken for ones, as libraries multiply before they notice the zero.
         if math.prod(max(size, 1) for size in self.shape) * tensors.itemsize(self.dtype) > limits.PAYLOAD_BYTES_MAX:
             raise errors.TreeError(
-                f"leaf {self.name!r}: shape {_brief(self.shape)}, expected at most {limits.PAYLOAD_BYTES_MAX} bytes",
+                f"leaf {self.name!r}: shape {nests.brief(self.shape)}, expected at most {limits.PAYLOAD_BYTES_MAX} "
+                "bytes",
                 subject=self.name,
-                got=_brief(self.shape),
+                got=nests.brief(self.shape),
             )
 
     @property
@@ -94,7 +69,7 @@ class TreeSpec:
     """
 
     leaves: tuple[LeafSpec, ...]
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[nests.Node, ...] = ()
 
     def __post_init__(self) -> None:
         names = [leaf.name for leaf in self.leaves]
@@ -114,7 +89,7 @@ class TreeSpec:
             )
         if "" in names and len(names) > 1:
             raise errors.TreeError("a leaf has an empty name, which only a tree that is a single array may have")
-        if self.nodes and list(_leaf_names(self.nodes)) != names:
+        if self.nodes and list(nests.leaf_names(self.nodes)) != names:
             raise errors.TreeError("the nest does not name the same leaves in the same order as the leaves do")
 
     @functools.cached_property
@@ -152,22 +127,22 @@ def flatten(tree: Any, what: str = "params") -> Flat:
     Raises:
       TreeError: something in the nest is neither a known container nor an array of a served element type.
     """
-    nodes: list[Node] = []
+    nodes: list[nests.Node] = []
     leaves: list[LeafSpec] = []
     arrays: list[tensors.Array] = []
     types: list[type] = []
     # A stack, not a nested function that calls itself: such a function is a cycle, and would keep the arrays alive
     # until the garbage collector comes by.
-    waiting: list[tuple[tuple[Key, ...], Any]] = [((), tree)]
+    waiting: list[tuple[tuple[nests.Key, ...], Any]] = [((), tree)]
     while waiting:
         path, value = waiting.pop()
-        node, children = _open(value, path, what)
+        node, children = nests.opened(value, path, what)
         nodes.append(node)
-        if node.kind is Kind.LEAF:
-            dtype, array = tensors.wire_array(_as_array(value, path, what), _where(what, path))
+        if node.kind is nests.Kind.LEAF:
+            dtype, array = tensors.wire_array(_as_array(value, path, what), nests.where(what, path))
             leaves.append(LeafSpec("/".join(map(str, path)), array.shape, dtype))
             arrays.append(array)
-        elif node.kind is Kind.NAMEDTUPLE:
+        elif node.kind is nests.Kind.NAMEDTUPLE:
             types.append(type(value))
         waiting.extend(((*path, key), child) for key, child in reversed(children))
     return Flat(TreeSpec(tuple(leaves), tuple(nodes)), arrays, tuple(types))
@@ -183,27 +158,7 @@ def unflatten(spec: TreeSpec, arrays: Sequence[Any], types: Sequence[type] = ())
     """
     if not spec.nodes:
         return dict(zip((leaf.name for leaf in spec.leaves), arrays, strict=True))
-    return _build(iter(spec.nodes), iter(arrays), iter(types))
-
-
-def _build(nodes: Iterator[Node], leaves: Iterator[Any], types: Iterator[type]) -> Any:
-    """The nest that starts at the next node."""
-    node = next(nodes)
-    if node.kind is Kind.LEAF:
-        return next(leaves)
-    if node.kind is Kind.NONE:
-        return None
-    if node.kind is Kind.NAMEDTUPLE:
-        # The parent comes before its children in preorder, so its type must be taken first.
-        kind = next(types, None) or collections.namedtuple(node.type_name, [str(key) for key in node.keys])
-        return kind(*[_build(nodes, leaves, types) for _ in range(node.children)])
-    children = [_build(nodes, leaves, types) for _ in range(node.children)]
-    if node.kind is Kind.LIST:
-        return children
-    if node.kind is Kind.TUPLE:
-        return tuple(children)
-    mapping = dict(zip(node.keys, children, strict=True))
-    return collections.OrderedDict(mapping) if node.kind is Kind.ORDERED_DICT else mapping
+    return nests.build(iter(spec.nodes), iter(arrays), iter(types))
 
 
 def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]:
@@ -234,17 +189,17 @@ def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]
     ):
         if names:
             raise errors.TreeMismatchError(
-                f"{what}: {len(names)} of the leaves {verb}: {_brief(names)}",
+                f"{what}: {len(names)} of the leaves {verb}: {nests.brief(names)}",
                 subject=names[0],
-                expected=_brief(tuple(expected)),
-                got=_brief(tuple(got)),
+                expected=nests.brief(tuple(expected)),
+                got=nests.brief(tuple(got)),
             )
     if spec.nodes and spec.nodes != flat.spec.nodes:
         ours, theirs = next((a, b) for a, b in zip(spec.nodes, flat.spec.nodes, strict=False) if a != b)
         raise errors.TreeMismatchError(
-            f"{what}: the nest differs from the session's: {_describe(theirs)}, expected {_describe(ours)}",
-            expected=_describe(ours),
-            got=_describe(theirs),
+            f"{what}: the nest differs from the session's: {nests.describe(theirs)}, expected {nests.describe(ours)}",
+            expected=nests.describe(ours),
+            got=nests.describe(theirs),
         )
     for name, leaf in expected.items():
         for field, came, wanted in (
@@ -268,7 +223,7 @@ def _walk(spec: TreeSpec, tree: Any) -> list[tensors.Array] | None:
     waiting = [tree]
     for node in spec.nodes:
         value = waiting.pop()
-        if node.kind is Kind.LEAF:
+        if node.kind is nests.Kind.LEAF:
             leaf = next(leaves)
             if not isinstance(value, np.ndarray) or value.shape != leaf.shape:
                 return None
@@ -276,29 +231,11 @@ def _walk(spec: TreeSpec, tree: Any) -> list[tensors.Array] | None:
                 return None
             arrays.append(tensors.wire_array(value, leaf.name)[1])
             continue
-        children = _children(node, value)
+        children = nests.children_of(node, value)
         if children is None:
             return None
         waiting.extend(reversed(children))
     return arrays if spec.nodes else None
-
-
-def _children(node: Node, value: Any) -> Sequence[Any] | None:
-    """What is inside a container, in the node's order; None where ``value`` is not what the node describes."""
-    if node.kind is Kind.NONE:
-        return () if value is None else None
-    if node.kind in (Kind.DICT, Kind.ORDERED_DICT):
-        same = type(value) is (dict if node.kind is Kind.DICT else collections.OrderedDict)
-        if not same or len(value) != node.children or not all(key in value for key in node.keys):
-            return None
-        if node.kind is Kind.ORDERED_DICT and tuple(value) != node.keys:
-            return None
-        return [value[key] for key in node.keys]
-    if node.kind is Kind.NAMEDTUPLE:
-        same = type(value).__name__ == node.type_name and getattr(value, "_fields", None) == node.keys
-    else:
-        same = type(value) is (list if node.kind is Kind.LIST else tuple)
-    return value if same and len(value) == node.children else None
 
 
 def _in_order_of(spec: TreeSpec, flat: Flat) -> Flat:
@@ -309,51 +246,21 @@ def _in_order_of(spec: TreeSpec, flat: Flat) -> Flat:
     return Flat(TreeSpec(leaves), [flat.arrays[index] for index in order], flat.types)
 
 
-def _open(value: Any, path: tuple[Key, ...], what: str) -> tuple[Node, list[tuple[Key, Any]]]:
-    """What ``value`` is, and its children by key."""
-    if len(path) > limits.DEPTH_MAX:
-        raise errors.TreeError(f"{_where(what, path)[:80]}…: nested deeper than {limits.DEPTH_MAX}")
-    if value is None:
-        return Node(Kind.NONE), []
-    if type(value) is dict or type(value) is collections.OrderedDict:
-        keys = _checked_keys(list(value), path, what)
-        if type(value) is dict:
-            keys = sorted(keys)
-        kind = Kind.DICT if type(value) is dict else Kind.ORDERED_DICT
-        return Node(kind, len(keys), tuple(keys)), [(key, value[key]) for key in keys]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        fields: tuple[str, ...] = value._fields
-        return Node(Kind.NAMEDTUPLE, len(fields), fields, type(value).__name__), list(zip(fields, value, strict=True))
-    if type(value) is list or type(value) is tuple:
-        return Node(Kind.LIST if type(value) is list else Kind.TUPLE, len(value)), list(enumerate(value))
-    return Node(Kind.LEAF), []
-
-
-def _as_array(value: Any, path: tuple[Key, ...], what: str) -> tensors.Array:
+def _as_array(value: Any, path: tuple[nests.Key, ...], what: str) -> tensors.Array:
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
     if hasattr(value, "__array__"):
         try:
             return np.asarray(value)
         except Exception as exc:  # whatever a foreign array type raises, for example for memory on another device
-            raise errors.TreeError(f"{_where(what, path)}: cannot be read as a NumPy array: {exc}") from exc
+            raise errors.TreeError(f"{nests.where(what, path)}: cannot be read as a NumPy array: {exc}") from exc
     raise errors.TreeError(
-        f"{_where(what, path)}: {type(value).__name__}, expected an array or a dict, OrderedDict, list, tuple, "
+        f"{nests.where(what, path)}: {type(value).__name__}, expected an array or a dict, OrderedDict, list, tuple, "
         "named tuple or None",
         subject="/".join(map(str, path)),
         expected="array",
         got=type(value).__name__,
     )
-
-
-def _checked_keys(keys: list[Any], path: tuple[Key, ...], what: str) -> list[Key]:
-    text = all(type(key) is str for key in keys)
-    if not text and not all(type(key) is int and -(2**63) <= key < 2**63 for key in keys):
-        kinds = ", ".join(sorted({type(key).__name__ for key in keys}))
-        raise errors.TreeError(
-            f"{_where(what, path)}: keys of type {kinds}, expected all str or all int", expected="str or int", got=kinds
-        )
-    return keys
 
 
 def _check_name(name: str) -> None:
@@ -371,63 +278,3 @@ def _check_name(name: str) -> None:
     if problem:
         shown = name if len(name) <= 80 else name[:80] + "…"
         raise errors.TreeError(f"leaf name {shown!r}: {problem}", subject=shown, got=problem)
-
-
-def _leaf_names(nodes: Sequence[Node]) -> Iterator[str]:
-    """Walks nodes from outside, checking what ``flatten`` guarantees by construction."""
-    stack: list[tuple[str | None, Iterator[Key]]] = [(None, iter([""]))]  # (path of the container, keys still to come)
-    for node in nodes:
-        while stack and (key := next(stack[-1][1], None)) is None:
-            stack.pop()
-        if not stack:
-            raise errors.TreeError("the nest has nodes after its end")
-        prefix = stack[-1][0]
-        path = str(key) if not prefix else f"{prefix}/{key}"
-        if node.kind is Kind.LEAF:
-            yield path
-        keys = _node_keys(node)
-        if len(stack) > limits.DEPTH_MAX + 1:
-            raise errors.TreeError(f"the nest is deeper than {limits.DEPTH_MAX}")
-        stack.append((path, iter(keys)))
-    if any(next(keys, None) is not None for _, keys in stack):
-        raise errors.TreeError("the nest ends before its last container is full")
-
-
-def _node_keys(node: Node) -> Sequence[Key]:
-    """The keys of a node's children; raises unless they fit the node's kind."""
-    keyed = node.kind in (Kind.DICT, Kind.ORDERED_DICT, Kind.NAMEDTUPLE)
-    if len(node.keys) != (node.children if keyed else 0):
-        raise errors.TreeError(f"{_describe(node)}: {len(node.keys)} keys for {node.children} children")
-    if node.type_name and node.kind is not Kind.NAMEDTUPLE:
-        raise errors.TreeError(f"{_describe(node)}: has the type name {node.type_name[:80]!r}, expected none")
-    if node.kind in (Kind.LEAF, Kind.NONE) and node.children:
-        raise errors.TreeError(f"{_describe(node)}: has {node.children} children, expected none")
-    if not keyed:
-        return range(node.children)
-    _checked_keys(list(node.keys), (), "nest")
-    if len(set(node.keys)) != len(node.keys):
-        raise errors.TreeError(f"{_describe(node)}: a key comes twice")
-    if node.kind is Kind.DICT and list(node.keys) != sorted(node.keys):
-        raise errors.TreeError(f"{_describe(node)}: keys are not sorted")
-    if node.kind is Kind.NAMEDTUPLE:
-        words = (node.type_name, *node.keys)
-        if not all(isinstance(word, str) and word.isidentifier() and not keyword.iskeyword(word) for word in words):
-            raise errors.TreeError(f"{_describe(node)}: a name that is not an identifier")
-        if len(node.type_name) > limits.TYPE_NAME_BYTES_MAX or any(str(key).startswith("_") for key in node.keys):
-            raise errors.TreeError(f"{_describe(node)}: a name that is too long or starts with an underscore")
-    return node.keys
-
-
-def _where(what: str, path: tuple[Key, ...]) -> str:
-    return f"{what}[{'/'.join(map(str, path))!r}]" if path else what
-
-
-def _describe(node: Node) -> str:
-    name = f"named tuple {node.type_name}" if node.kind is Kind.NAMEDTUPLE else node.kind.name.lower()
-    return f"{name} of {_brief(node.keys)}" if node.keys else f"{name} of {node.children}" if node.children else name
-
-
-def _brief(items: Sequence[Any]) -> str:
-    """Enough of a sequence to recognise it, not more than a message should carry."""
-    text = ", ".join(str(item)[:60] for item in items[:6])
-    return f"({text}, … {len(items)} in all)" if len(items) > 6 else f"({text})"

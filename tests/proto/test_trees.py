@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optwire_proto import convert, errors, limits, trees
+from optwire_proto import convert, errors, limits, nests, trees
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
 
@@ -308,8 +308,8 @@ def test_a_shape_beyond_the_limits_is_refused(shape: tuple[int, ...]):
     leaves=st.lists(st.sampled_from(["a", "b", "0", "1", "a/b", "a/0"]), max_size=3),
     nodes=st.lists(
         st.builds(
-            trees.Node,
-            st.sampled_from(trees.Kind),
+            nests.Node,
+            st.sampled_from(nests.Kind),
             st.integers(0, 3),
             st.lists(st.sampled_from(["a", "b", 0, 1]), max_size=3).map(tuple),
             st.sampled_from(["", "T"]),
@@ -317,7 +317,7 @@ def test_a_shape_beyond_the_limits_is_refused(shape: tuple[int, ...]):
         max_size=5,
     ),
 )
-def test_nodes_from_outside_are_refused_or_make_a_nest_that_comes_back(leaves: list[str], nodes: list[trees.Node]):
+def test_nodes_from_outside_are_refused_or_make_a_nest_that_comes_back(leaves: list[str], nodes: list[nests.Node]):
     try:
         spec = trees.TreeSpec(tuple(trees.LeafSpec(name, (1,), "f32") for name in leaves), tuple(nodes))
     except errors.TreeError:

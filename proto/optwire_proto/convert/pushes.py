@@ -1,0 +1,111 @@
+"""Pushes, their chunks, digests and acknowledgements as messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optwire_proto import errors, sessions
+from optwire_proto.convert.served import served
+from optwire_proto.v1 import optimizer_pb2 as pb
+from optwire_proto.v1 import tensor_pb2 as tensor_pb
+
+
+def push_to_proto(key: sessions.PushKey) -> pb.PushBegin:
+    return pb.PushBegin(
+        key=pb.PushKey(
+            session_id=key.session_id,
+            incarnation=key.incarnation,
+            worker=key.worker,
+            seq=key.seq,
+            base_step=key.base_step,
+        )
+    )
+
+
+def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, bool]:
+    """The key, and whether the reply carries parameters.
+
+    Raises:
+      InvalidArgumentError: an id that is none, a seq of 0.
+      UnsupportedError: a capability that this version does not serve.
+    """
+    for field, value, allowed in (
+        ("codec", message.codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
+        ("weight", message.weight, (0.0, 1.0)),
+        ("grad_scale", message.grad_scale, (0.0, 1.0)),
+        ("hyperparams", len(message.hyperparams), (0,)),
+        ("extras", len(message.extras), (0,)),
+        ("absent_leaves", len(message.absent_leaves), (0,)),
+        ("shared_memory_slot", message.shared_memory_slot, (0,)),
+        (
+            "reply",
+            message.reply,
+            (pb.REPLY_CONTENT_UNSPECIFIED, pb.REPLY_CONTENT_PARAMS, pb.REPLY_CONTENT_NONE),
+        ),
+        ("key.worker_epoch", message.key.worker_epoch, (0,)),
+    ):
+        served("push", field, value, allowed)
+    key = message.key
+    if key.seq == 0:
+        raise errors.InvalidArgumentError("push.key.seq: 0, expected 1 or more", subject="seq", got="0")
+    return sessions.PushKey(
+        session_id=sessions.check_id(key.session_id, "push.key.session_id"),
+        incarnation=key.incarnation,
+        worker=sessions.check_id(key.worker, "push.key.worker"),
+        seq=key.seq,
+        base_step=key.base_step,
+    ), message.reply != pb.REPLY_CONTENT_NONE
+
+
+def ack_to_proto(ack: sessions.Ack) -> pb.PushAck:
+    return pb.PushAck(
+        step=ack.step,
+        applied_step=ack.applied_step,
+        durable_step=ack.durable_step,
+        incarnation=ack.incarnation,
+        seq=ack.seq,
+        duplicate=ack.duplicate,
+        learning_rate=ack.learning_rate,
+        payload_bytes=ack.payload_bytes,
+    )
+
+
+def ack_from_proto(message: pb.PushAck) -> sessions.Ack:
+    return sessions.Ack(
+        step=message.step,
+        applied_step=message.applied_step,
+        durable_step=message.durable_step,
+        incarnation=message.incarnation,
+        seq=message.seq,
+        duplicate=message.duplicate,
+        learning_rate=message.learning_rate,
+        payload_bytes=message.payload_bytes,
+    )
+
+
+def chunk_into(frame: Any, offset: int, data: bytes) -> Any:
+    """Makes a frame a chunk. In place: a chunk handed to the frame's constructor would be copied once more."""
+    frame.chunk.offset = offset
+    frame.chunk.data = data
+    return frame
+
+
+def digest_to_proto(digest: sessions.Digest) -> tensor_pb.PayloadDigest:
+    return tensor_pb.PayloadDigest(
+        length=digest.length, rows_crc32=digest.rows_crc32, columns_crc32=digest.columns_crc32
+    )
+
+
+def digest_from_proto(message: tensor_pb.PayloadDigest) -> sessions.Digest:
+    """The digest of an upload; raises PayloadError where a part of it is missing."""
+    served("digest", "sha256", message.sha256, (b"",))
+    for part in ("rows_crc32", "columns_crc32"):
+        if not message.HasField(part):
+            raise errors.PayloadError(f"digest without {part}", subject="digest", got="nothing")
+    return sessions.Digest(message.length, message.rows_crc32, message.columns_crc32)
+
+
+def end_from_proto(message: pb.PayloadEnd) -> sessions.Digest:
+    if not message.HasField("digest"):
+        raise errors.PayloadError("end of the payload without a digest", subject="digest", got="nothing")
+    return digest_from_proto(message.digest)

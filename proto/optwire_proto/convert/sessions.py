@@ -1,0 +1,137 @@
+"""Sessions, what is asked of them, and the server as messages."""
+
+from __future__ import annotations
+
+from optwire_proto import errors, sessions
+from optwire_proto.convert.served import served
+from optwire_proto.convert.specs import (
+    entry_from_proto,
+    entry_to_proto,
+    spec_from_proto,
+    spec_to_proto,
+    value_from_proto,
+)
+from optwire_proto.convert.trees import tree_from_proto, tree_to_proto
+from optwire_proto.v1 import optimizer_pb2 as pb
+from optwire_proto.v1 import tensor_pb2 as tensor_pb
+
+
+def session_to_proto(info: sessions.SessionInfo) -> pb.Session:
+    return pb.Session(
+        id=info.id,
+        name=info.name,
+        incarnation=info.incarnation,
+        step=info.step,
+        durable_step=info.durable_step,
+        tree=tree_to_proto(info.tree) if info.tree else None,
+        spec=spec_to_proto(info.spec),
+        learning_rate=info.learning_rate,
+        learning_rate_scheduled=info.learning_rate_scheduled,
+        durability=pb.Durability.ValueType(info.durability),
+        aggregation=pb.Aggregation(mode=pb.Aggregation.MODE_SINGLE),
+        grads_codec=tensor_pb.CODEC_RAW,
+        params_codec=tensor_pb.CODEC_RAW,
+        payload_bytes=info.payload_bytes,
+        state_bytes=info.state_bytes,
+        created_s=info.created_s,
+        failure=info.failure,
+    )
+
+
+def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
+    return sessions.SessionInfo(
+        id=message.id,
+        name=message.name,
+        incarnation=message.incarnation,
+        step=message.step,
+        durable_step=message.durable_step,
+        tree=tree_from_proto(message.tree) if message.HasField("tree") else None,
+        spec=spec_from_proto(message.spec),
+        learning_rate=message.learning_rate,
+        learning_rate_scheduled=message.learning_rate_scheduled,
+        durability=sessions.Durability(message.durability or pb.DURABILITY_MEMORY),
+        payload_bytes=message.payload_bytes,
+        state_bytes=message.state_bytes,
+        created_s=message.created_s,
+        failure=message.failure,
+    )
+
+
+def ref_to_proto(*, id: str = "", name: str = "") -> pb.SessionRef:
+    return pb.SessionRef(id=id) if id else pb.SessionRef(name=name)
+
+
+def ref_from_proto(message: pb.SessionRef) -> tuple[str, str]:
+    """(id, name), one of them empty; raises InvalidArgumentError where neither is given."""
+    kind = message.WhichOneof("ref")
+    if kind is None:
+        raise errors.InvalidArgumentError("session: neither id nor name given", subject="session", got="nothing")
+    if kind == "id":
+        return sessions.check_id(message.id, "session id"), ""
+    return "", sessions.check_name(message.name)
+
+
+def check_begin(message: pb.CreateSessionBegin) -> None:
+    """Raises UnsupportedError where a session asks for what this version does not serve."""
+    for field, value, allowed in (
+        ("durability", message.durability, (pb.DURABILITY_UNSPECIFIED, pb.DURABILITY_MEMORY)),
+        (
+            "aggregation.mode",
+            message.aggregation.mode,
+            (pb.Aggregation.MODE_UNSPECIFIED, pb.Aggregation.MODE_SINGLE),
+        ),
+        ("aggregation.workers", message.aggregation.workers, (0,)),
+        ("aggregation.k", message.aggregation.k, (0,)),
+        ("aggregation.staleness_steps_max", message.aggregation.staleness_steps_max, (0,)),
+        ("aggregation.deadline_s", message.aggregation.deadline_s, (0,)),
+        ("grads_codec", message.grads_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
+        ("params_codec", message.params_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
+        ("seed", message.seed, (0,)),
+    ):
+        served("CreateSession", field, value, allowed)
+
+
+def check_read(message: pb.ReadParamsRequest) -> None:
+    """Raises UnsupportedError where a reader asks for other parameters than the newest."""
+    served("ReadParams", "which", message.which, ("",))
+    served("ReadParams", "step", message.HasField("step"), (False,))
+
+
+def learning_rate_from_proto(message: pb.UpdateHyperparamsRequest) -> float:
+    """The one hyperparameter that this version changes.
+
+    Raises:
+      InvalidArgumentError: none was given, or not a number.
+      UnsupportedError: another was given.
+    """
+    for argument in message.hyperparams:
+        served("UpdateHyperparams", "hyperparams", argument.name, ("learning_rate",))
+    values = [value_from_proto(argument.value, argument.name) for argument in message.hyperparams]
+    if len(values) != 1 or isinstance(values[0], bool) or not isinstance(values[0], int | float):
+        got = ", ".join(str(value) for value in values) or "nothing"
+        raise errors.InvalidArgumentError(
+            f"hyperparams: learning_rate={got}, expected one number", subject="learning_rate", got=got
+        )
+    return float(values[0])
+
+
+def server_to_proto(info: sessions.ServerInfo) -> pb.GetServerInfoResponse:
+    return pb.GetServerInfoResponse(
+        version=info.version,
+        library_versions=dict(info.library_versions),
+        devices=[pb.Device(name=name, kind=kind) for name, kind in info.devices],
+        limits=pb.Limits(**info.limits),
+        catalogue=[entry_to_proto(entry) for entry in info.catalogue.values()],
+        features=info.features,
+    )
+
+
+def server_from_proto(message: pb.GetServerInfoResponse) -> sessions.ServerInfo:
+    return sessions.ServerInfo(
+        version=message.version,
+        library_versions=dict(message.library_versions),
+        devices=tuple((device.name, device.kind) for device in message.devices),
+        limits={field.name: getattr(message.limits, field.name) for field in message.limits.DESCRIPTOR.fields},
+        catalogue={entry.name: entry_from_proto(entry) for entry in message.catalogue},
+        features=tuple(message.features),
+    )
