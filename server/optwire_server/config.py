@@ -23,6 +23,7 @@ class ServerConfig:
       listen: addresses to serve on: "host:port" (port 0: a free one) or "unix:/path".
       insecure: whether an address beyond loopback may be served without TLS.
       sessions_max: most sessions; one more is refused.
+      leaves_max: most leaves of a session's tree; the time to compile an update grows faster than their number.
       streams_max: most streams open at once; each holds a thread while it is open.
       threads: size of the pool that serves requests; what exceeds ``streams_max`` is left to short calls.
       landing_bytes_max: most bytes of payloads in flight, of all sessions together; more is refused for now.
@@ -36,6 +37,7 @@ class ServerConfig:
     listen: tuple[str, ...] = ("127.0.0.1:50051",)
     insecure: bool = False
     sessions_max: int = 1024
+    leaves_max: int = 2048
     streams_max: int = 96
     threads: int = 128
     landing_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
@@ -55,6 +57,9 @@ class ServerConfig:
         if not self.listen:
             raise ValueError("listen: no address")
         for address in self.listen:
+            host, _, port = address.rpartition(":")
+            if not address.startswith("unix:") and not (host and port.isdecimal() and int(port) < 2**16):
+                raise ValueError(f"listen: {address!r}, expected host:port with a port from 0 to 65535, or unix:/path")
             if not self.insecure and not _is_local(address):
                 raise ValueError(
                     f"listen: {address} is not a loopback address, and this version serves without TLS and "
@@ -86,8 +91,9 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
     serve.add_argument("--insecure", action="store_true", help="allow addresses beyond loopback, without TLS")
     serve.add_argument("--port-file", metavar="FILE", help="write the first address served to FILE once ready")
     for name, kind, text in (
-        ("sessions-max", int, "most sessions"),
-        ("streams-max", int, "most streams open at once"),
+        ("sessions-max", int, "most sessions (default 1024)"),
+        ("leaves-max", int, "most leaves of a session's tree (default 2048)"),
+        ("streams-max", int, "most streams open at once (default 96)"),
         ("landing-bytes-max", int, "most bytes of payloads in flight (default: a quarter of the memory)"),
         ("state-bytes-max", int, "most bytes of parameters and slots (default: half of the memory)"),
         ("drain-s", float, "seconds that pushes under way get to finish after SIGTERM (default 5)"),

@@ -20,45 +20,61 @@ _log = logging.getLogger("optwire")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``optwire``; returns its exit code."""
     flags = configs.parser().parse_args(argv)
-    return _serve(flags) if flags.command == "serve" else _check_health(flags)
+    try:
+        return _serve(flags) if flags.command == "serve" else _check_health(flags)
+    except ModuleNotFoundError as exc:
+        print(f"optwire {flags.command}: {exc.name} is not installed; pip install 'optwire[server]'", file=sys.stderr)
+        return 64
 
 
 def _serve(flags: argparse.Namespace) -> int:
     # Not at the top: a health check must not load JAX, and the thin client's installation has none.
-    try:
-        from optwire_server import allocator
-        from optwire_server import server as servers
-    except ModuleNotFoundError as exc:
-        print(f"optwire serve: {exc.name} is not installed; pip install 'optwire[server]'", file=sys.stderr)
-        return 64
+    from optwire_server import allocator
+    from optwire_server import server as servers
+    from optwire_server.engine import engine
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("jax").setLevel(logging.WARNING)  # which accelerators it did not find is no news
     allocator.tune()
+    engine.own_process()
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: _end(number, ended))
     try:
-        config = configs.from_flags(flags)
-        server = servers.Server(config)
+        server = servers.Server(configs.from_flags(flags))
+        server.start()
+        _announce(server.addresses[0], flags.port_file)
     except (ValueError, OSError) as exc:
         print(f"optwire serve: {exc}", file=sys.stderr)
         return 64 if isinstance(exc, ValueError) else 2
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    server.start()
     _, devices = server.engine.describe()
     print(f"optwire {optwire_server.__version__}  device {', '.join(name for name, _ in devices)}")
     print(f"gRPC       {'  '.join(server.addresses)}   plaintext")
     example = f"import optwire; print(optwire.connect({server.addresses[0]!r}).list_sessions())"
     print(f'try        python -c "{example}"', flush=True)
-    if flags.port_file:
-        # Appears whole: whoever waits for the file must not read half of it.
-        unfinished = pathlib.Path(f"{flags.port_file}.{os.getpid()}")
-        unfinished.write_text(server.addresses[0])
-        unfinished.replace(flags.port_file)
     ended.wait()
     _log.info("draining")
     server.stop()
     _log.info("stopped")
-    return 0
+    # Without waiting for threads: one may be compiling for minutes, for a client that has been told to go away.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _end(number: int, ended: threading.Event) -> None:
+    """The first signal drains, the second ends at once."""
+    if ended.is_set():
+        os._exit(128 + number)
+    ended.set()
+
+
+def _announce(address: str, port_file: str | None) -> None:
+    """Writes the port file. It appears whole: whoever waits for it must not read half of it."""
+    if port_file:
+        unfinished = pathlib.Path(f"{port_file}.{os.getpid()}")
+        unfinished.write_text(address)
+        unfinished.replace(port_file)
 
 
 def _check_health(flags: argparse.Namespace) -> int:

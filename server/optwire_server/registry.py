@@ -12,7 +12,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class LiveSession:
     held: engines.Held
     tree: trees.TreeSpec
     spec: specs.Spec
+    schedule: Callable[[int], float | None]  # what the spec's schedule gives for a step, if it has one
     create_key: str
     created_s: float
 
@@ -88,6 +89,7 @@ class Registry:
         self._lock = threading.Lock()
         self._by_id: dict[str, LiveSession] = {}
         self._by_name: dict[str, LiveSession] = {}
+        self._creating: list[int] = []  # bytes of state of each session that is being created
         self._draining = False
 
     # ---------------------------------------------------------------------------------------------------- create
@@ -106,13 +108,15 @@ class Registry:
         if name:
             sessions.check_name(name)
         checked = specs.check(spec)
+        if len(tree.leaves) > self._config.leaves_max:
+            raise _over("leaves_max", len(tree.leaves), self._config.leaves_max)
         with self._lock:
-            self._existing(name, create_key, tree, checked)
-            self._check_room(tree.payload_bytes)
+            first_try = self._existing(name, create_key, tree, checked) is None
+            if first_try:
+                self._check_room(tree.payload_bytes)
         compiled = self._engine.compile(checked, tree)
-        with self._lock:
-            self._check_room(compiled.state_bytes)
-        with contextlib.closing(self._landings.land(tree)) as lent:
+        room = self._reserved(compiled.state_bytes) if first_try else contextlib.nullcontext()
+        with room, contextlib.closing(self._landings.land(tree)) as lent:
             yield Creation(name=name, spec=checked, tree=tree, create_key=create_key, program=compiled, landing=lent)
 
     def create(self, creation: Creation, digest: sessions.Digest) -> sessions.SessionInfo:
@@ -129,6 +133,7 @@ class Registry:
             held=held,
             tree=creation.tree,
             spec=creation.spec,
+            schedule=creation.program.learning_rate,
             create_key=creation.create_key,
             created_s=time.time(),
         )
@@ -136,7 +141,6 @@ class Registry:
             # Another request may have come first while the state was made.
             if existing := self._existing(creation.name, creation.create_key, creation.tree, creation.spec):
                 return self._info(existing)
-            self._check_room(held.state_bytes)
             self._by_id[id_] = self._by_name[name] = live
         _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, held.state_bytes)
         return self._info(live)
@@ -155,25 +159,37 @@ class Registry:
             raise errors.SessionExistsError(f"session {name!r} exists already", subject=name)
         return None
 
+    @contextlib.contextmanager
+    def _reserved(self, state_bytes: int) -> Iterator[None]:
+        """Keeps room for a session while it is being created."""
+        with self._lock:
+            self._check_room(state_bytes)
+            self._creating.append(state_bytes)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._creating.remove(state_bytes)
+
     def _check_room(self, state_bytes: int) -> None:
-        held = sum(live.held.state_bytes for live in self._by_id.values())
+        held = sum(live.held.state_bytes for live in self._by_id.values()) + sum(self._creating)
         for what, count, most in (
-            ("sessions_max", len(self._by_id) + 1, self._config.sessions_max),
+            ("sessions_max", len(self._by_id) + len(self._creating) + 1, self._config.sessions_max),
             ("state_bytes_max", held + state_bytes, self._config.state_bytes_max),
         ):
             if count > most:
-                raise errors.LimitError(
-                    f"{what}: this session would make {count}, expected at most {most}",
-                    subject=what,
-                    expected=f"at most {most}",
-                    got=str(count),
-                )
+                # What is being created may be another try of the same request, or fail.
+                raise _over(what, count, most, retry_after_s=0.1 if self._creating else 0.0)
 
     # ------------------------------------------------------------------------------------------------------ push
 
     @contextlib.contextmanager
-    def pushing(self, key: sessions.PushKey) -> Iterator[Push]:
+    def pushing(self, key: sessions.PushKey, *, payload_bytes_max: int | None = None) -> Iterator[Push]:
         """Admits a push and lends the landing for its payload.
+
+        Args:
+          key: of the push.
+          payload_bytes_max: the longest payload that the way it comes on can carry.
 
         Raises:
           SessionNotFoundError, SessionFailedError: there is nothing to push to.
@@ -183,6 +199,8 @@ class Registry:
         """
         self._refuse_when_draining()
         live = self._find(id_=key.session_id)
+        if payload_bytes_max is not None and live.tree.payload_bytes > payload_bytes_max:
+            raise _over("payload of a unary Step, in bytes", live.tree.payload_bytes, payload_bytes_max)
         machine.admit(live.machine, key)
         with contextlib.closing(self._landings.land(live.tree)) as lent:
             yield Push(key, live, lent)
@@ -216,12 +234,13 @@ class Registry:
         return reply
 
     def _update(self, live: LiveSession, apply: effects.Apply, lent: landing.Landing) -> events.Event:
-        rate = self._learning_rate(live, apply.index, apply.learning_rate)
         try:
+            rate = self._learning_rate(live, apply.index, apply.learning_rate)
             self._engine.update(live.held, rate, apply.index, lent.arrays())
-        except engines.UpdateError as exc:
+        except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
             _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
-            return events.UpdateFailed(str(exc), exc.state_lost)
+            state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost
+            return events.UpdateFailed(str(exc), state_lost)
         return events.Updated(rate)
 
     def _advance(self, live: LiveSession, event: events.Event) -> Sequence[effects.Effect]:
@@ -230,15 +249,20 @@ class Registry:
 
     # ------------------------------------------------------------------------------------------------ other verbs
 
-    def read(self, *, id_: str = "", name: str = "", worker: str = "") -> Read:
-        """The session, the worker's last applied seq, and the parameters, all of one step."""
+    @contextlib.contextmanager
+    def reading(self, *, id_: str = "", name: str = "", worker: str = "") -> Iterator[Read]:
+        """The session, the worker's last applied seq, and the parameters, all of one step.
+
+        As long as they are being read they count as bytes in flight, since updates meanwhile must leave them alone.
+        """
         live = self._find(id_=id_, name=name)
 
         def look() -> Read:
             machine.check_alive(live.machine)
             return Read(self._info(live), self._worker_seq(live, worker), self._engine.params(live.held))
 
-        return self._engine.run(look)
+        with self._landings.counted(live.tree.payload_bytes):
+            yield self._engine.run(look)
 
     def info(self, *, id_: str = "", name: str = "", worker: str = "") -> tuple[sessions.SessionInfo, int]:
         """The session, and the worker's last applied seq (0: none)."""
@@ -326,7 +350,7 @@ class Registry:
         if set_by_hand is not None:
             return set_by_hand
         constant = specs.learning_rate(live.spec)
-        scheduled = live.held.program.learning_rate(index) if constant is None else constant
+        scheduled = live.schedule(index) if constant is None else constant
         assert scheduled is not None, "a spec has a constant learning rate or a schedule"
         return scheduled
 
@@ -360,6 +384,16 @@ def _ack(live: LiveSession, reply: effects.Reply, payload_bytes: int) -> session
         duplicate=reply.duplicate,
         learning_rate=reply.learning_rate,
         payload_bytes=payload_bytes,
+    )
+
+
+def _over(what: str, count: int, most: int, *, retry_after_s: float = 0.0) -> errors.LimitError:
+    return errors.LimitError(
+        f"{what}: {count}, expected at most {most}",
+        subject=what,
+        expected=f"at most {most}",
+        got=str(count),
+        retry_after_s=retry_after_s,
     )
 
 

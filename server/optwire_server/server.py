@@ -62,11 +62,12 @@ class Server:
         self._grpc.stop(self.config.drain_s).wait()
         self.streams.close()
         self.engine.close()
-        self._pool.shutdown()
+        # Not waited for: a handler may be compiling, for a client that has been told to go away.
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _bind(self, address: str) -> str:
         try:
             port = self._grpc.add_insecure_port(address)
         except RuntimeError as exc:
-            raise OSError(f"cannot listen on {address}: in use, or not an address of this host") from exc
+            raise OSError(f"cannot listen on {address}: in use, or not an address or folder of this host") from exc
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"

@@ -110,7 +110,7 @@ class Peer:
         """Step and parameters of a session."""
         frames = list(self.stub.ReadParams(pb.ReadParamsRequest(session=named(name)), timeout=TIMEOUT_S))
         payload = b"".join(frame.chunk.data for frame in frames)
-        assert frames[-1].end.digest == digest(payload)
+        assert frames[-1].end.digest.length == len(payload)
         return frames[0].begin.session.step, payload
 
     def raw(self, method: str, *messages: bytes) -> list[bytes]:
@@ -137,9 +137,9 @@ def upload(begin: pb.PushBegin, payload: bytes, size: int = 2**20) -> list[Any]:
 
 
 def params_of(frames: list[pb.StreamStepsResponse]) -> bytes:
-    """The payload of one reply, its digest checked."""
+    """The payload of one reply, its length checked."""
     payload = b"".join(frame.chunk.data for frame in frames if frame.HasField("chunk"))
-    assert frames[-1].end.digest == digest(payload)
+    assert frames[-1].end.digest.length == len(payload)
     return payload
 
 

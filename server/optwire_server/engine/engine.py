@@ -17,6 +17,14 @@ from optwire_server.engine import program
 T = TypeVar("T")
 
 
+def own_process() -> None:
+    """Settings for a process that is nothing but a server; before the first ``Engine``.
+
+    The device's thread waits for each update anyway; on a CPU, handing it to yet another thread only adds time.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 class UpdateError(Exception):
     """An update raised. ``state_lost`` says whether the old state was consumed before it did."""
 
@@ -46,8 +54,6 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        # The device's thread waits for each update anyway; on a CPU, handing it to yet another thread only adds time.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
         self._device = jax.devices()[0]
         self._programs = program.ProgramCache(self._device)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="optwire-device")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from optwire_proto import digests, errors, limits, sessions, tensors, trees
 
 
 class LandingPool:
-    """Lends landing buffers, up to a total, and keeps some of those that come back. Thread-safe."""
+    """Lends landing buffers, up to a total of bytes in flight, and keeps some of those that come back. Thread-safe."""
 
     def __init__(self, *, bytes_max: int, keep_bytes: int) -> None:
         self._bytes_max = bytes_max
@@ -40,19 +41,32 @@ class LandingPool:
         """
         size = tree.aligned_offsets[-1] + limits.ALIGNMENT_BYTES
         with self._lock:
-            if self._lent_bytes + size > self._bytes_max:
-                raise errors.LimitError(
-                    f"payload of {tree.payload_bytes} bytes: {self._lent_bytes} of {self._bytes_max} bytes of landing "
-                    "buffers are in use",
-                    subject="landing_bytes_max",
-                    expected=f"at most {self._bytes_max} bytes in flight",
-                    got=str(size),
-                    # Waiting helps only where the payload would fit by itself.
-                    retry_after_s=0.1 if size <= self._bytes_max else 0.0,
-                )
-            self._lent_bytes += size
+            self._count(size)
             buffer = self._take(size)
         return Landing(self, tree, np.empty(size, np.uint8) if buffer is None else buffer)
+
+    @contextlib.contextmanager
+    def counted(self, size: int) -> Iterator[None]:
+        """Counts bytes on their way out; raises as ``land`` does."""
+        with self._lock:
+            self._count(size)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lent_bytes -= size
+
+    def _count(self, size: int) -> None:
+        if self._lent_bytes + size > self._bytes_max:
+            raise errors.LimitError(
+                f"payload of {size} bytes: {self._lent_bytes} of {self._bytes_max} bytes of landing buffers are in use",
+                subject="landing_bytes_max",
+                expected=f"at most {self._bytes_max} bytes in flight",
+                got=str(size),
+                # Waiting helps only where the payload would fit by itself.
+                retry_after_s=0.1 if size <= self._bytes_max else 0.0,
+            )
+        self._lent_bytes += size
 
     def give_back(self, buffer: np.ndarray) -> None:
         """Takes a buffer back; ``Landing.close`` calls it."""

@@ -99,16 +99,17 @@ class ProgramCache:
             with self._lock:
                 if key in self._programs:
                     return self._programs[key]
+            program = None
             try:
                 program = Program(spec, tree, self._device)
+                return program
             finally:
                 with self._lock:
+                    if program is not None:
+                        self._programs[key] = program
+                    if len(self._programs) > self._programs_max:
+                        self._programs.popitem(last=False)
                     self._compiling.pop(key, None)
-            with self._lock:
-                self._programs[key] = program
-                while len(self._programs) > self._programs_max:
-                    self._programs.popitem(last=False)
-            return program
 
 
 def check_tree(spec: specs.Spec, tree: trees.TreeSpec) -> None:
@@ -117,9 +118,10 @@ def check_tree(spec: specs.Spec, tree: trees.TreeSpec) -> None:
     served = (*_FLOATING, "c64", "c128") if optimizer in _COMPLEX else _FLOATING
     for leaf in tree.leaves:
         if leaf.dtype not in served:
+            where = f"params[{leaf.name!r}]" if leaf.name else "params"
             raise errors.TreeError(
-                f"params[{leaf.name!r}]: {optimizer} is not defined for element type {leaf.dtype}; expected one of "
-                f"{', '.join(served)}",
+                f"{where}: {optimizer} is not defined for element type {leaf.dtype}; "
+                f"expected one of {', '.join(served)}",
                 subject=leaf.name,
                 expected=", ".join(served),
                 got=leaf.dtype,

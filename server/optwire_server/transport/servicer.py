@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -52,7 +53,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 "chunk_bytes_max": limits.CHUNK_BYTES_MAX,
                 "unary_payload_bytes_max": limits.UNARY_PAYLOAD_BYTES_MAX,
                 "control_bytes_max": limits.MESSAGE_BYTES_MAX,
-                "leaves_max": limits.LEAVES_MAX,
+                "leaves_max": self._config.leaves_max,
                 "sessions_max": self._config.sessions_max,
                 "streams_max": self._config.streams_max,
                 "landing_bytes_max": self._config.landing_bytes_max,
@@ -68,11 +69,12 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         with self._streams.open(context.cancel) as stream:
             begin = frames.first(request_iterator)
             convert.check_begin(begin)
+            _check_answerable(begin)
             tree, spec = convert.tree_from_proto(begin.tree), convert.spec_from_proto(begin.spec)
             with stream.busy(), self._registry.creating(begin.name, tree, spec, begin.create_key) as creation:
                 digest = frames.land(request_iterator, creation.landing, stream)
                 info = self._registry.create(creation, digest)
-        return pb.CreateSessionResponse(session=convert.session_to_proto(info))
+        return pb.CreateSessionResponse(session=_without_tree(info))
 
     def GetSession(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> pb.GetSessionResponse:
         id_, name = convert.ref_from_proto(request.session)
@@ -122,19 +124,29 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     ) -> Iterator[pb.ReadParamsResponse]:
         convert.check_read(request)
         id_, name = convert.ref_from_proto(request.session)
-        with self._streams.open(context.cancel) as stream, stream.busy():
-            read = self._registry.read(id_=id_, name=name, worker=request.worker)
-            session = convert.session_to_proto(read.info)
-            session.ClearField("tree")
-            yield pb.ReadParamsResponse(begin=pb.ParamsBegin(session=session, worker_seq=read.worker_seq))
+        with (
+            self._streams.open(context.cancel) as stream,
+            stream.busy(),
+            self._registry.reading(id_=id_, name=name, worker=request.worker) as read,
+            stream.transferring(),
+        ):
+            begin = pb.ParamsBegin(session=_without_tree(read.info), worker_seq=read.worker_seq)
+            yield pb.ReadParamsResponse(begin=begin)
             yield from _payload(read.params, pb.ReadParamsResponse, stream)
 
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
         key, wants_params = convert.push_from_proto(request.begin)
         if not request.HasField("digest"):
             raise errors.PayloadError("push without a digest", subject="digest", got="nothing")
-        with self._registry.pushing(key) as push:
-            _check_unary(push.session.tree.payload_bytes, len(request.payload))
+        most = limits.UNARY_PAYLOAD_BYTES_MAX
+        if len(request.payload) > most:
+            raise errors.LimitError(
+                f"payload of {len(request.payload)} bytes in a unary Step, expected at most {most}; use StreamSteps",
+                subject="payload",
+                expected=f"at most {most} bytes",
+                got=str(len(request.payload)),
+            )
+        with self._registry.pushing(key, payload_bytes_max=most) as push:
             if request.payload:
                 push.landing.write(0, request.payload)
             reply = self._registry.push(push, convert.digest_from_proto(request.digest), wants_params=wants_params)
@@ -152,8 +164,10 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                     with self._registry.pushing(key) as push:
                         digest = frames.land(request_iterator, push.landing, stream)
                         reply = self._registry.push(push, digest, wants_params=wants_params)
-                    yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
-                    yield from _payload(reply.params, pb.StreamStepsResponse, stream)
+                        # The landing stays lent until the reply is out: its bytes stand for the reply's.
+                        with stream.transferring():
+                            yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
+                            yield from _payload(reply.params, pb.StreamStepsResponse, stream)
                 if self._streams.draining:
                     yield pb.StreamStepsResponse(go_away=pb.GoAway(reason="DRAINING"))
                     return
@@ -175,22 +189,26 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
 def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], stream: streams.Stream) -> Iterator[F]:
     """Chunks and the end of the parameters; empties ``params``."""
     offset = 0
-    with stream.transferring():
-        for data in payloads.pieces(params):
-            yield convert.chunk_into(response(), offset, data)
-            offset += len(data)
-            stream.progressed()
-        yield response(end=pb.PayloadEnd(digest=tensor_pb.PayloadDigest(length=offset)))
+    for data in payloads.pieces(params):
+        yield convert.chunk_into(response(), offset, data)
+        offset += len(data)
+        stream.progressed()
+    yield response(end=pb.PayloadEnd(digest=tensor_pb.PayloadDigest(length=offset)))
 
 
-def _check_unary(expected: int, came: int) -> None:
-    if max(expected, came) > limits.UNARY_PAYLOAD_BYTES_MAX:
+def _without_tree(info: sessions.SessionInfo) -> pb.Session:
+    return convert.session_to_proto(dataclasses.replace(info, tree=None))
+
+
+def _check_answerable(begin: pb.CreateSessionBegin) -> None:
+    """Raises LimitError where a session could be created, but GetSession could not describe it in one message."""
+    size, most = begin.tree.ByteSize() + begin.spec.ByteSize(), limits.MESSAGE_BYTES_MAX - 64 * limits.KIB
+    if size > most:
         raise errors.LimitError(
-            f"payload of {max(expected, came)} bytes in a unary Step, expected at most "
-            f"{limits.UNARY_PAYLOAD_BYTES_MAX}; use StreamSteps",
-            subject="payload",
-            expected=f"at most {limits.UNARY_PAYLOAD_BYTES_MAX} bytes",
-            got=str(max(expected, came)),
+            f"tree and spec: {size} bytes as a message, expected at most {most}; use shorter names or fewer leaves",
+            subject="tree",
+            expected=f"at most {most} bytes",
+            got=str(size),
         )
 
 

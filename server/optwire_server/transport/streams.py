@@ -53,6 +53,8 @@ class Stream:
 class StreamTable:
     """The open streams of a server. Thread-safe.
 
+    Where no more may be open, an idle one makes room for the next; only busy ones make it wait.
+
     A watching thread ends those on which nothing has moved for too long: transfers that stalled, so that their buffers
     are freed, and idle streams, so that their threads are.
     """
@@ -80,7 +82,13 @@ class StreamTable:
         with self._lock:
             if self.draining:
                 raise errors.UnavailableError("the server is draining", subject="server", got="draining")
-            if len(self._streams) >= self._streams_max:
+            idle = [other for other in self._streams if not other.is_busy]
+            if len(self._streams) >= self._streams_max and idle:
+                # The one that has been idle longest makes room; its client opens another when it needs one.
+                longest = min(idle, key=lambda other: other.since_s)
+                self._streams.discard(longest)
+                longest.cancel()
+            elif len(self._streams) >= self._streams_max:
                 raise errors.LimitError(
                     f"{len(self._streams)} streams are open, the most this server takes",
                     subject="streams_max",

@@ -1,0 +1,204 @@
+"""The registry and its surroundings under pressure: full tables, retries, defects, slow compiles, bad flags."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optwire
+from optwire import optimizers as opt
+from optwire_proto import digests, errors, payloads, specs, trees
+from optwire_server import config, testing
+from optwire_server.engine import engine
+
+PARAMS = {"w": np.ones(5, np.float32)}
+BIG = {"w": np.ones(50_000, np.float32)}
+
+
+def test_a_defect_during_an_update_is_told_once_and_the_session_goes_on() -> None:
+    with testing.serve() as serving, optwire.connect(serving.target) as client:
+        session = client.create_session(PARAMS, opt.adam(opt.exponential_decay(0.1, 10, 0.9)), name="hiccup")
+        live = serving.server.registry._by_name["hiccup"]
+        schedule, live.schedule = live.schedule, fail
+        with pytest.raises(optwire.InternalError, match="changed nothing"):
+            session.step(PARAMS)
+        live.schedule = schedule
+        session.step(PARAMS)
+        assert session.step_count == 1
+
+
+def fail(*_: Any) -> float:
+    raise MemoryError("no room for a number")
+
+
+def test_a_creation_tried_again_on_a_full_server_finds_its_session() -> None:
+    with testing.serve(sessions_max=1) as serving:
+        registry = serving.server.registry
+        flat = trees.flatten(PARAMS)
+        for _ in range(2):
+            with registry.creating("only", flat.spec, opt.sgd(0.1), "a" * 32) as creation:
+                data = b"".join(payloads.pieces(list(flat.arrays)))
+                creation.landing.write(0, data)
+                assert registry.create(creation, digests.digest(data)).name == "only"
+        with (
+            pytest.raises(errors.LimitError, match="sessions_max: 2, expected at most 1"),
+            registry.creating("another", flat.spec, opt.sgd(0.1), "b" * 32),
+        ):
+            pass
+
+
+def test_room_is_kept_for_sessions_that_are_being_created() -> None:
+    flat = trees.flatten(PARAMS)
+    with testing.serve(sessions_max=1) as serving:
+        registry = serving.server.registry
+        with registry.creating("first", flat.spec, opt.sgd(0.1), "a" * 32):
+            with (
+                pytest.raises(errors.LimitError) as refused,
+                registry.creating("second", flat.spec, opt.sgd(0.1), "b" * 32),
+            ):
+                pass
+            assert refused.value.retry_after_s > 0
+        with registry.creating("second", flat.spec, opt.sgd(0.1), "b" * 32):
+            pass
+
+
+def test_an_idle_stream_makes_room_for_the_next_call() -> None:
+    with (
+        testing.serve(streams_max=1) as serving,
+        optwire.connect(serving.target, transport="stream", timeout=10) as client,
+    ):
+        first = client.create_session(BIG, opt.sgd(0.1), name="first")
+        second = client.create_session(BIG, opt.sgd(0.1), name="second")
+        for _ in range(3):
+            first.step(BIG)
+            second.step(BIG)
+            first.params()
+        assert (first.step_count, second.step_count) == (3, 3)
+
+
+def test_a_tree_too_large_to_be_described_is_refused_before_it_is_created() -> None:
+    # Each name stands in its leaf and as a key of the nest: together just below what one message may carry.
+    params = {f"{index:04}" + "x" * 996: np.ones(1, np.float32) for index in range(2065)}
+    with testing.serve(leaves_max=4096) as serving, optwire.connect(serving.target) as client:
+        with pytest.raises(optwire.LimitError, match="tree and spec: 41[0-9]* bytes as a message"):
+            client.create_session(params, opt.sgd(0.1), name="long-names")
+        assert client.list_sessions() == []
+
+
+def test_more_leaves_than_the_server_compiles_are_refused_by_number() -> None:
+    params = [np.ones(1, np.float32)] * 9
+    with (
+        testing.serve(leaves_max=8) as serving,
+        optwire.connect(serving.target) as client,
+        pytest.raises(optwire.LimitError, match="leaves_max: 9, expected at most 8"),
+    ):
+        client.create_session(params, opt.sgd(0.1))
+
+
+def test_reading_counts_as_bytes_in_flight() -> None:
+    with testing.serve() as serving, optwire.connect(serving.target) as client:
+        client.create_session(BIG, opt.sgd(0.1), name="read")
+        registry = serving.server.registry
+        with registry.reading(name="read"):
+            assert registry._landings.lent_bytes >= 200_000
+        assert registry._landings.lent_bytes == 0
+
+
+def test_a_program_is_compiled_once_however_many_ask() -> None:
+    running = engine.Engine()
+    tree = trees.flatten([np.ones((3, n), np.float32) for n in range(1, 6)]).spec
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        programs = list(
+            pool.map(lambda rate: running.compile(specs.check(opt.adam(rate)), tree), [0.1 + i for i in range(8)])
+        )
+    assert all(program is programs[0] for program in programs)
+    running.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", ":50051", "localhost:http", "[::1]"])
+def test_an_address_that_is_none_is_refused_with_its_form(address: str) -> None:
+    with pytest.raises(ValueError, match="expected host:port with a port from 0 to 65535"):
+        config.ServerConfig(listen=(address,))
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "192.0.2.1:50051", "[::]:50051", "example.org:50051"])
+def test_an_address_beyond_loopback_wants_to_be_called_insecure(address: str) -> None:
+    with pytest.raises(ValueError, match="not a loopback address"):
+        config.ServerConfig(listen=(address,))
+    assert config.ServerConfig(listen=(address,), insecure=True).listen == (address,)
+
+
+@pytest.mark.parametrize("field", ["sessions_max", "streams_max", "landing_bytes_max", "stall_s", "drain_s"])
+def test_limits_must_be_positive(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}: 0, expected more than 0"):
+        config.ServerConfig(**{field: 0})
+
+
+def test_flags_are_the_configuration() -> None:
+    argv = ["serve", "--listen", "127.0.0.1:0", "--listen", "unix:/tmp/x", "--sessions-max", "7", "--drain-s", "0.5"]
+    flags: argparse.Namespace = config.parser().parse_args(argv)
+    made = config.from_flags(flags)
+    assert (made.listen, made.sessions_max, made.drain_s) == (("127.0.0.1:0", "unix:/tmp/x"), 7, 0.5)
+    assert config.from_flags(config.parser().parse_args(["serve"])) == config.ServerConfig()
+
+
+def optwire_serve(*flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "optwire_server", "serve", "--listen", "127.0.0.1:0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--listen", "127.0.0.1:70000"), 64, "expected host:port"),
+        (("--listen", "0.0.0.0:0"), 64, "--insecure"),
+        (("--port-file", "/nonexistent/port"), 2, "/nonexistent/port"),
+        (("--listen", "unix:/nonexistent/socket"), 2, "cannot listen on unix:/nonexistent/socket"),
+    ],
+    ids=str,
+)
+def test_serve_says_what_is_wrong_with_its_flags_and_ends(flags: tuple[str, ...], code: int, message: str) -> None:
+    process = optwire_serve(*flags)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert message in stderr
+    assert "Traceback" not in stderr
+
+
+def test_sigterm_does_not_wait_for_a_compile(tmp_path: pathlib.Path) -> None:
+    port_file = tmp_path / "port"
+    process = optwire_serve("--port-file", str(port_file), "--drain-s", "0.5")
+    deadline = time.monotonic() + 60
+    while not port_file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    code = (
+        "import sys, numpy as np, optwire; from optwire import optimizers as opt; "
+        "params = [np.ones((2, n), np.float32) for n in range(1, 1200)]; "
+        "optwire.connect(sys.argv[1]).create_session(params, opt.sm3(0.1))"
+    )
+    client = subprocess.Popen([sys.executable, "-c", code, port_file.read_text()], stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(3.0)  # well within the compile, which takes longer than this test may
+        assert client.poll() is None
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert time.monotonic() - started < 10
+    finally:
+        client.kill()
+        client.wait()
