@@ -15,7 +15,7 @@ ALIGNMENT_BYTES = 64
 # A unary Step carries its payload in one message.
 UNARY_PAYLOAD_BYTES_MAX = 2 * MIB
 
-# A tree spec must fit one message.
+# A tree spec must fit one message, whatever the number of leaves; a server may compile fewer (GetServerInfo says).
 LEAVES_MAX = 65_536
 NODES_MAX = 2 * LEAVES_MAX
 DEPTH_MAX = 64

@@ -29,7 +29,7 @@ class ServerConfig:
       landing_bytes_max: most bytes of payloads in flight, of all sessions together; more is refused for now.
       landing_keep_bytes: landing buffers up to this total are kept for the next push instead of being freed.
       state_bytes_max: most bytes of parameters and slots, of all sessions together; a session more is refused.
-      stall_s: seconds without a byte after which an upload is given up and its buffers are freed.
+      stall_s: seconds without a byte after which a transfer is given up and its buffers are freed.
       idle_s: seconds without a push after which a stream is closed; clients reopen it by themselves.
       drain_s: seconds that pushes under way get to finish after SIGTERM.
     """

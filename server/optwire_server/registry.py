@@ -85,7 +85,7 @@ class Registry:
     def __init__(self, engine: engines.Engine, config: ServerConfig) -> None:
         self._engine = engine
         self._config = config
-        self._landings = landing.LandingPool(bytes_max=config.landing_bytes_max, keep_bytes=config.landing_keep_bytes)
+        self._landings = landing.Landings(bytes_max=config.landing_bytes_max, keep_bytes=config.landing_keep_bytes)
         self._lock = threading.Lock()
         self._by_id: dict[str, LiveSession] = {}
         self._by_name: dict[str, LiveSession] = {}

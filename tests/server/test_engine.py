@@ -137,7 +137,7 @@ def test_the_state_stays_where_it_is_from_step_to_step(transport: str) -> None:
 
 
 def test_a_landing_is_adopted_by_the_device_without_a_copy() -> None:
-    pool = landing.LandingPool(bytes_max=1 << 20, keep_bytes=0)
+    pool = landing.Landings(bytes_max=1 << 20, keep_bytes=0)
     lent = pool.land(TREE)
     for array in lent.arrays():
         assert array.ctypes.data % limits.ALIGNMENT_BYTES == 0
@@ -146,7 +146,7 @@ def test_a_landing_is_adopted_by_the_device_without_a_copy() -> None:
 
 
 def test_landings_are_lent_up_to_a_limit_and_reused() -> None:
-    pool = landing.LandingPool(bytes_max=20_000, keep_bytes=10_000)
+    pool = landing.Landings(bytes_max=20_000, keep_bytes=10_000)
     first = pool.land(TREE)
     place = first.arrays()[0].ctypes.data
     second = pool.land(TREE)
@@ -161,7 +161,7 @@ def test_landings_are_lent_up_to_a_limit_and_reused() -> None:
 
 def test_a_payload_that_can_never_land_is_refused_without_advice_to_wait() -> None:
     with pytest.raises(errors.LimitError) as refused:
-        landing.LandingPool(bytes_max=100, keep_bytes=0).land(TREE)
+        landing.Landings(bytes_max=100, keep_bytes=0).land(TREE)
     assert refused.value.retry_after_s == 0
 
 
@@ -177,7 +177,7 @@ def test_chunks_of_any_size_land_in_their_leaves(size: int) -> None:
     }
     flat = trees.flatten(nest)
     data = b"".join(payloads.pieces(list(flat.arrays)))
-    lent = landing.LandingPool(bytes_max=1 << 20, keep_bytes=0).land(flat.spec)
+    lent = landing.Landings(bytes_max=1 << 20, keep_bytes=0).land(flat.spec)
     for start in range(0, len(data), size):
         lent.write(start, data[start : start + size])
     lent.finish(digests.digest(data))

@@ -1373,7 +1373,7 @@ class GoAway(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     MOVED_TO_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """Such as "DRAINING" or "IDLE"."""
+    """Such as "DRAINING"."""
     moved_to: builtins.str
     """Reserved for a second server: where the session has moved, as a gRPC target."""
     def __init__(

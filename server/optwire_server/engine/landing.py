@@ -17,7 +17,7 @@ import numpy as np
 from optwire_proto import digests, errors, limits, sessions, tensors, trees
 
 
-class LandingPool:
+class Landings:
     """Lends landing buffers, up to a total of bytes in flight, and keeps some of those that come back. Thread-safe."""
 
     def __init__(self, *, bytes_max: int, keep_bytes: int) -> None:
@@ -89,8 +89,8 @@ class LandingPool:
 class Landing:
     """One payload on its way in: takes chunks in order, counts and checks them, and gives the leaves as arrays."""
 
-    def __init__(self, pool: LandingPool, tree: trees.TreeSpec, buffer: np.ndarray) -> None:
-        self._pool = pool
+    def __init__(self, lender: Landings, tree: trees.TreeSpec, buffer: np.ndarray) -> None:
+        self._lender = lender
         self._tree = tree
         self._buffer: np.ndarray | None = buffer
         self._start = -buffer.ctypes.data % limits.ALIGNMENT_BYTES
@@ -170,4 +170,4 @@ class Landing:
         """Gives the buffer back; may be called more than once."""
         buffer, self._buffer = self._buffer, None
         if buffer is not None:
-            self._pool.give_back(buffer)
+            self._lender.give_back(buffer)

@@ -105,7 +105,7 @@ def advance(session: Session, event: events.Event) -> Outcome:
 
 
 def admit(session: Session, key: sessions.PushKey) -> None:
-    """Raises what ``Pushed`` would raise for this key whatever its bytes, so that hopeless ones are not uploaded."""
+    """Raises what ``Pushed`` would raise for this key whatever its bytes: at its begin, before the bytes come."""
     check_alive(session)
     if key.incarnation != session.incarnation:
         raise errors.IncarnationError(

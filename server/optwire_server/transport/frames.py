@@ -1,4 +1,4 @@
-"""The frames of an upload: begin, chunks copied to their landing, end. Knows frames by their fields only."""
+"""The frames of a payload on its way in: begin, chunks copied to their landing, end. Knows them by their fields."""
 
 from __future__ import annotations
 
