@@ -1,4 +1,4 @@
-"""What the benchmark's processes do: time steps on command. Run as ``python roles.py local|client [target]``.
+"""What the benchmark's processes do: time steps on command. ``python roles.py local|empty|unary|stream [target]``.
 
 A line of JSON in, a line of JSON out. Each role is a process of its own, so that neither its memory nor its interpreter
 lock is counted against another.
@@ -77,6 +77,26 @@ class Remote:
         del self._grads
 
 
+class Empty:
+    """A call that does nothing, the health check: what any gRPC call costs here."""
+
+    def __init__(self, target: str) -> None:
+        import grpc
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        self._stub = health_pb2_grpc.HealthStub(grpc.insecure_channel(target))
+        self._request = health_pb2.HealthCheckRequest()
+
+    def open(self, parameters: int) -> None:
+        pass
+
+    def step(self) -> None:
+        self._stub.Check(self._request)
+
+    def close(self) -> None:
+        pass
+
+
 def timed(step: Callable[[], None], count: int) -> list[float]:
     """Seconds of each of ``count`` steps."""
     seconds = []
@@ -87,7 +107,7 @@ def timed(step: Callable[[], None], count: int) -> list[float]:
     return seconds
 
 
-def serve(role: Local | Remote) -> None:
+def serve(role: Local | Remote | Empty) -> None:
     """Answers commands until the input ends."""
     for line in sys.stdin:
         command: dict[str, Any] = json.loads(line)
@@ -102,4 +122,5 @@ def serve(role: Local | Remote) -> None:
 
 
 if __name__ == "__main__":
-    serve(Local() if sys.argv[1] == "local" else Remote(sys.argv[2], sys.argv[1]))
+    kind, *target = sys.argv[1:]
+    serve(Local() if kind == "local" else Empty(*target) if kind == "empty" else Remote(*target, kind))

@@ -26,7 +26,8 @@ import counting
 HERE = pathlib.Path(__file__).parent
 # parameters -> (rounds, steps a round)
 SIZES = {1_000: (15, 40), 1_000_000: (15, 5), 25_000_000: (9, 3)}
-UNARY_PARAMETERS_MAX = 500_000
+# What is measured up to how many parameters only.
+PARAMETERS_MAX = {"empty": 1_000, "unary": 500_000}
 GROWTH_STEPS = 10_000
 MIB = 1024 * 1024
 
@@ -102,8 +103,8 @@ def cpu_s(pid: int) -> float:
 
 
 def measure(parameters: int, roles: dict[str, Role], server_pid: int, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """One size: a row for local, unary where it fits, and stream."""
-    used = {name: role for name, role in roles.items() if name != "unary" or parameters <= UNARY_PARAMETERS_MAX}
+    """One size: a row for each role that takes it."""
+    used = {name: role for name, role in roles.items() if parameters <= PARAMETERS_MAX.get(name, parameters)}
     before = memory_bytes(server_pid)
     held = {}
     for name, role in used.items():
@@ -203,7 +204,8 @@ def report(result: dict[str, Any]) -> None:
             f"({wire['up'] / payload:.4f} and {wire['down'] / payload:.4f} of the payload)"
         )
     for row in result["steps"]:
-        if "server_peak_bytes" in row:
+        # Below this, what the process's own memory does is larger than any payload.
+        if "server_peak_bytes" in row and row["parameters"] >= 10_000_000:
             print(
                 f"memory, {row['parameters']:,} parameters: server's peak above its state "
                 f"{row['server_peak_above_state_payloads']:.2f} payloads; client's peak above its idle "
@@ -227,7 +229,7 @@ def main() -> None:
     options = flags.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
     with server() as (target, server_pid):
-        roles = {"local": Role("local"), "unary": Role("unary", target), "stream": Role("stream", target)}
+        roles = {"local": Role("local")} | {name: Role(name, target) for name in ("empty", "unary", "stream")}
         result: dict[str, Any] = {
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "versions": versions(),

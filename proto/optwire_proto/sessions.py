@@ -140,6 +140,13 @@ def check_name(name: str) -> str:
     Raises:
       InvalidArgumentError: it is not 1 to 128 characters of A-Z a-z 0-9 . _ - or starts with a dot.
     """
+    if not isinstance(name, str):
+        raise errors.InvalidArgumentError(
+            f"session name: {type(name).__name__}, expected text",
+            subject="name",
+            expected="text",
+            got=type(name).__name__,
+        )
     if len(name) > limits.SESSION_NAME_CHARS_MAX or not _NAME.fullmatch(name):
         expected = f"1 to {limits.SESSION_NAME_CHARS_MAX} characters of A-Z a-z 0-9 . _ -, not starting with a dot"
         raise errors.InvalidArgumentError(

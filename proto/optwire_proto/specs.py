@@ -130,7 +130,8 @@ CATALOGUE: Final[Mapping[str, Entry]] = {
         Entry(
             "exponential_decay",
             "schedule",
-            (Parameter("step_size", "number"), Parameter("decay_steps", "count"), Parameter("decay_rate", "number")),
+            # A negative rate has no real power between whole multiples of decay_steps.
+            (Parameter("step_size", "number"), Parameter("decay_steps", "count"), Parameter("decay_rate", "positive")),
             "step_size * decay_rate ** (step / decay_steps).",
         ),
         Entry(
@@ -194,7 +195,7 @@ def check(spec: Spec, kind: str = "optimizer", where: str = "") -> Spec:
     entry = CATALOGUE.get(spec.name)
     if entry is None or entry.kind != kind:
         known = ", ".join(name for name, other in CATALOGUE.items() if other.kind == kind)
-        what = f"unknown {kind}" if entry is None else f"a {entry.kind}, expected a {kind}"
+        what = f"unknown {kind}" if entry is None else f"{_article(entry.kind)}, expected {_article(kind)}"
         raise errors.SpecError(
             f"{where!r}: {what}; expected one of {known}", subject=spec.name[:80], expected=known, got=spec.name[:80]
         )
@@ -284,6 +285,10 @@ def _check_whole(spec: Spec, where: str) -> None:
             raise _wrong(f"{where}.values", f"{len(boundaries) + 1} values, one more than boundaries", values)
         if any(a > b for a, b in itertools.pairwise(boundaries)):
             raise _wrong(f"{where}.boundaries", "boundaries that do not decrease", boundaries)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def is_number(value: Value) -> bool:

@@ -225,7 +225,7 @@ def _walk(spec: TreeSpec, tree: Any) -> list[tensors.Array] | None:
         value = waiting.pop()
         if node.kind is nests.Kind.LEAF:
             leaf = next(leaves)
-            if not isinstance(value, np.ndarray) or value.shape != leaf.shape:
+            if type(value) is not np.ndarray or value.shape != leaf.shape:
                 return None
             if tensors.dtype_name(value.dtype) != leaf.dtype:
                 return None
@@ -247,6 +247,13 @@ def _in_order_of(spec: TreeSpec, flat: Flat) -> Flat:
 
 
 def _as_array(value: Any, path: tuple[nests.Key, ...], what: str) -> tensors.Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise errors.TreeError(
+            f"{nests.where(what, path)}: a masked array, expected one without a mask; fill it first",
+            subject="/".join(map(str, path)),
+            expected="array",
+            got="masked array",
+        )
     if isinstance(value, np.ndarray | np.generic):
         return np.asarray(value)
     if hasattr(value, "__array__"):

@@ -19,7 +19,8 @@ def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> C
     Args:
       target: a gRPC target: "host:port" or "unix:/path".
       timeout: deadline of every call, retries included, in seconds. A call that carries parameters or gradients gets
-        one second more for every 4 MiB, in each direction.
+        one second more for every 4 MiB, in each direction; creating a session, one for every 20 leaves, since the server
+        may have to compile the update first.
       transport: how pushes travel. "stream": in chunks on one long-lived stream a session. "unary": in one message
         each way, at most 2 MiB. "auto": unary up to 64 KiB, otherwise the stream.
 
@@ -67,7 +68,7 @@ class Client:
             )
         flat = trees.flatten(params)
         payload = _payload.Outgoing(flat.arrays)
-        deadline = self._deadline(payload.length)
+        deadline = _deadlines.Deadline(self._options.timeout_s, payload.length, leaves=len(flat.spec.leaves))
         checked_name = "" if name is None else sessions.check_name(name)
         create_key = uuid.uuid4().hex
         info = _deadlines.retried(
@@ -75,7 +76,7 @@ class Client:
                 deadline, name=checked_name, tree=flat.spec, spec=spec, create_key=create_key, params=payload
             ),
             deadline,
-            f"create_session {checked_name!r}",
+            f"create_session {checked_name!r}" if checked_name else "create_session",
             "the session may or may not have been created",
         )
         return _session.Session(

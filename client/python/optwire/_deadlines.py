@@ -21,10 +21,12 @@ class Deadline:
     Args:
       timeout_s: seconds, as the user gave them.
       payload_bytes: bytes to carry, both directions together; a second more for each 4 MiB.
+      leaves: leaves of a tree whose update may have to be compiled first; a second more for each 20.
     """
 
-    def __init__(self, timeout_s: float, payload_bytes: int = 0) -> None:
-        self.timeout_s = timeout_s + payload_bytes / _options.BYTES_PER_SECOND_MIN
+    def __init__(self, timeout_s: float, payload_bytes: int = 0, leaves: int = 0) -> None:
+        allowance_s = payload_bytes / _options.BYTES_PER_SECOND_MIN + leaves / _options.LEAVES_PER_SECOND_MIN
+        self.timeout_s = timeout_s + allowance_s
         self.at_s = time.monotonic() + self.timeout_s
 
     @property
@@ -48,10 +50,11 @@ def retried(attempt: Callable[[int], T], deadline: Deadline, what: str, outcome:
     Raises:
       DeadlineError: no answer in time.
       UnavailableError: every try failed.
+      LimitError: every try was refused for now.
       OptwireError: whatever else ``attempt`` raises, at once.
     """
     pause_max_s = _options.PAUSE_FIRST_S
-    tries = 0
+    tries, unanswered = 0, ""
     while True:
         tries += 1
         try:
@@ -59,22 +62,29 @@ def retried(attempt: Callable[[int], T], deadline: Deadline, what: str, outcome:
         except (errors.UnavailableError, errors.LimitError) as exc:
             if isinstance(exc, errors.LimitError) and not exc.retry_after_s:
                 raise
+            if isinstance(exc, errors.UnavailableError):
+                unanswered = outcome
             pause_s = max(exc.retry_after_s, random.uniform(0.0, pause_max_s))
             if pause_s >= deadline.remaining_s:
-                raise _given_up(errors.UnavailableError, exc, what, tries, deadline, outcome) from exc
+                raise _given_up(exc, what, tries, deadline, unanswered) from exc
         except errors.DeadlineError as exc:
-            raise _given_up(errors.DeadlineError, exc, what, tries, deadline, outcome) from exc
+            raise _given_up(exc, what, tries, deadline, outcome) from exc
         time.sleep(pause_s)
         pause_max_s = min(2 * pause_max_s, _options.PAUSE_MAX_S)
 
 
 def _given_up(
-    kind: type[errors.OptwireError], last: errors.OptwireError, what: str, tries: int, deadline: Deadline, outcome: str
+    last: errors.OptwireError, what: str, tries: int, deadline: Deadline, outcome: str
 ) -> errors.OptwireError:
+    """The last error, with how often and how long it was tried."""
+    kind = next(
+        kind for kind in (errors.LimitError, errors.DeadlineError, errors.UnavailableError) if isinstance(last, kind)
+    )
+    verdict = "refused" if kind is errors.LimitError else "no answer"
     times = "1 try" if tries == 1 else f"{tries} tries"
     unknown = f"; {outcome}" if outcome else ""
     return kind(
-        f"{what}: no answer after {times} within {deadline.timeout_s:.3g} s{unknown}; last: {last}",
+        f"{what}: {verdict} after {times} within {deadline.timeout_s:.3g} s{unknown}; last: {last}",
         subject=last.subject,
         expected=last.expected,
         got=last.got,
@@ -86,8 +96,8 @@ def _given_up(
 class Watchdog:
     """Cancels what is still under way at its deadline; a stream outlives the steps on it and has no deadline itself.
 
-    One daemon thread, started at the first watch; it sleeps until the earliest deadline, and for good while there is
-    none. Safe to use from several threads.
+    One daemon thread, started at a watch; it sleeps until the earliest deadline, and ends when there has been none for
+    a second. Safe to use from several threads.
     """
 
     def __init__(self) -> None:
@@ -119,19 +129,24 @@ class Watchdog:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                if self._closed:
+                if not self._watched and not self._closed:
+                    self._wakes_s = float("inf")
+                    self._changed.wait(_options.WATCHDOG_IDLE_S)
+                if not self._watched or self._closed:
+                    self._thread = None
                     return
                 now_s = time.monotonic()
                 due = [token for token, (at_s, _) in self._watched.items() if at_s <= now_s]
                 cancels = [self._watched.pop(token)[1] for token in due]
                 if not cancels:
-                    self._wakes_s = min((at_s for at_s, _ in self._watched.values()), default=float("inf"))
-                    self._changed.wait(None if self._wakes_s == float("inf") else self._wakes_s - now_s)
+                    self._wakes_s = min(at_s for at_s, _ in self._watched.values())
+                    self._changed.wait(self._wakes_s - now_s)
             for cancel in cancels:  # outside the lock: what they wake may want to end its watch
                 cancel()

@@ -12,6 +12,10 @@ AUTO_UNARY_BYTES_MAX = 64 * limits.KIB
 # Every deadline grows by a second for this many payload bytes, so that `timeout` need not know the model: a link of
 # 32 Mbit/s keeps up.
 BYTES_PER_SECOND_MIN = 4 * limits.MIB
+# And by a second for this many leaves where a session is created: the server may have to compile the update.
+LEAVES_PER_SECOND_MIN = 20
+# How long the thread that watches deadlines outlives the last of them, in seconds.
+WATCHDOG_IDLE_S = 1.0
 # Pauses between tries: the first is at most this, each next one twice that, up to the longest.
 PAUSE_FIRST_S = 0.05
 PAUSE_MAX_S = 2.0
@@ -47,27 +51,35 @@ class Options:
     transport: Transport
 
     def __post_init__(self) -> None:
-        if not _is_text(self.target):
-            raise _wrong("target", "a gRPC target such as 'localhost:50051' or 'unix:/path'", self.target)
+        if not _is_target(self.target):
+            raise wrong("target", "host:port with a port from 1 to 65535, or unix:/path", self.target)
         if not _is_number(self.timeout_s) or not 0 < self.timeout_s <= TIMEOUT_MAX_S:
-            raise _wrong("timeout", f"a positive number of seconds, at most {TIMEOUT_MAX_S:.0e}", self.timeout_s)
+            raise wrong("timeout", f"a positive number of seconds, at most {TIMEOUT_MAX_S:.0e}", self.timeout_s)
 
 
 def transport(name: str) -> Transport:
     """The transport called ``name``; raises InvalidArgumentError where there is none."""
     if name not in list(Transport):
-        raise _wrong("transport", f"one of {', '.join(Transport)}", name)
+        raise wrong("transport", f"one of {', '.join(Transport)}", name)
     return Transport(name)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+def _is_target(value: object) -> bool:
+    """Whether gRPC could ever connect to it; what it does not know it would take for a host name, and try for long."""
+    if not isinstance(value, str) or not value.isprintable():
+        return False
+    scheme, colon, rest = value.partition(":")
+    if colon and scheme in ("unix", "unix-abstract", "dns", "ipv4", "ipv6"):
+        return bool(rest)
+    host, _, port = value.rpartition(":")
+    return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:
+def wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:
+    """The error for an argument that has a value it cannot take."""
     got = repr(value)[:80]
     return errors.InvalidArgumentError(f"{name}: {got}, expected {expected}", subject=name, expected=expected, got=got)

@@ -43,7 +43,7 @@ class Incoming:
         """Takes the next chunk.
 
         Raises:
-          PayloadError: the chunk leaves a gap, overlaps, or goes past the end.
+          UnavailableError: the chunk leaves a gap, overlaps, or goes past the end.
         """
         if offset != self._offset:
             raise _damaged("the offset of a chunk", self._offset, offset)
@@ -65,15 +65,16 @@ class Incoming:
           length: how many bytes the server says it has sent.
 
         Raises:
-          PayloadError: bytes are missing.
+          UnavailableError: bytes are missing.
         """
         if not self._offset == self._length == length:
             raise _damaged("the payload's length", self._length, f"{self._offset}, sent were {length}")
         return self._arrays
 
 
-def _damaged(what: str, expected: object, got: object) -> errors.PayloadError:
-    return errors.PayloadError(
+def _damaged(what: str, expected: object, got: object) -> errors.UnavailableError:
+    """What is worth another try: the server still has the parameters."""
+    return errors.UnavailableError(
         f"parameters from the server: {what} is {got}, expected {expected}",
         subject="params",
         expected=str(expected),

@@ -283,7 +283,10 @@ def _typed(exc: grpc.RpcError) -> errors.OptwireError:
     """The error of a status, with the server's details where it sent any."""
     metadata: Any = exc.trailing_metadata()  # (key, value) pairs, mistyped in the stubs
     detail = dict(metadata or ()).get(ERROR_KEY)
-    return convert.error_from_proto(exc.code().name, exc.details() or exc.code().name, detail)
+    error = convert.error_from_proto(exc.code().name, exc.details() or exc.code().name, detail)
+    if detail is None and "Concurrent RPC limit" in str(error):  # gRPC's own words, for a call that it did not let in
+        error.retry_after_s = _options.PAUSE_FIRST_S
+    return error
 
 
 def _out_of_order(method: str, expected: str, got: str) -> errors.InternalError:

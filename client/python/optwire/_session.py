@@ -227,7 +227,7 @@ class Session:
 
 def _step_number(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= int(value) < 2**64:
-        raise _wrong("base_step", "a number of steps", value)
+        raise _options.wrong("base_step", "a number of steps", value)
     return int(value)
 
 
@@ -237,10 +237,5 @@ def _finite(value: object) -> float:
         or not isinstance(value, int | float | np.integer | np.floating)
         or not math.isfinite(value)
     ):
-        raise _wrong("learning_rate", "a finite number", value)
+        raise _options.wrong("learning_rate", "a finite number", value)
     return float(value)
-
-
-def _wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:
-    got = repr(value)[:80]
-    return errors.InvalidArgumentError(f"{name}: {got}, expected {expected}", subject=name, expected=expected, got=got)

@@ -6,6 +6,7 @@ What the names compute is documented in ``optwire_server.optimizers``, of which 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from optwire_proto import specs
 
@@ -34,11 +35,22 @@ __all__ = [
 
 
 def _optimizer(name: str, **arguments: object) -> Spec:
-    return specs.check(Spec(name, tuple(arguments.items())))
+    return _checked("optimizer", name, arguments)
 
 
 def _schedule(name: str, **arguments: object) -> Spec:
-    return specs.check(Spec(name, tuple(arguments.items())), "schedule")
+    return _checked("schedule", name, arguments)
+
+
+def _checked(kind: str, name: str, arguments: dict[str, object]) -> Spec:
+    return specs.check(Spec(name, tuple((parameter, _plain(value)) for parameter, value in arguments.items())), kind)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and other libraries' scalars and arrays as Python's numbers and lists; all else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(_plain(item) for item in value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def sgd(step_size: Rate) -> Spec:
@@ -127,12 +139,12 @@ def polynomial_decay(step_size: float, decay_steps: float, final_step_size: floa
 
 def piecewise_constant(boundaries: Sequence[float], values: Sequence[float]) -> Spec:
     """``values[k]`` from ``boundaries[k - 1]`` (in steps) on; one value more than boundaries."""
-    return _schedule("piecewise_constant", boundaries=tuple(boundaries), values=tuple(values))
+    return _schedule("piecewise_constant", boundaries=boundaries, values=values)
 
 
 def clip_grads(max_norm: float) -> Spec:
     """Scales all gradients so that their joint L2 norm is at most ``max_norm``; a member of a ``chain``."""
-    return specs.check(Spec("clip_grads", (("max_norm", max_norm),)), "transformation")
+    return _checked("transformation", "clip_grads", {"max_norm": max_norm})
 
 
 def chain(*members: Spec) -> Spec:

@@ -7,6 +7,10 @@ from optwire_proto.v1 import optimizer_pb2 as pb
 
 
 def spec_to_proto(spec: specs.Spec) -> pb.Spec:
+    """Raises SpecError where a spec holds what no argument can be."""
+    _text(spec.name, "spec", limits.SPEC_NAME_BYTES_MAX)
+    for name, _ in spec.arguments:
+        _text(name, spec.name, limits.SPEC_NAME_BYTES_MAX)
     return pb.Spec(
         name=spec.name,
         arguments=[pb.Argument(name=name, value=value_to_proto(value)) for name, value in spec.arguments],
@@ -17,8 +21,10 @@ def spec_from_proto(message: pb.Spec, depth: int = 0) -> specs.Spec:
     """Raises SpecError for an argument without a value, and for nesting that is too deep."""
     if depth > limits.SPEC_WIRE_DEPTH_MAX:
         raise errors.SpecError(f"spec nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}")
+    _text(message.name, "spec", limits.SPEC_NAME_BYTES_MAX)
     arguments = []
     for argument in message.arguments:
+        _text(argument.name, message.name, limits.SPEC_NAME_BYTES_MAX)
         where = f"{message.name[:80]}.{argument.name[:80]}"
         arguments.append((argument.name, value_from_proto(argument.value, where, depth)))
     return specs.Spec(message.name, tuple(arguments))
@@ -29,15 +35,30 @@ def value_to_proto(value: specs.Value) -> pb.Value:
         return pb.Value(absent=pb.Absent())
     if isinstance(value, bool):
         return pb.Value(flag=value)
-    if isinstance(value, int):
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
         return pb.Value(integer=value)
     if isinstance(value, float):
         return pb.Value(number=value)
     if isinstance(value, str):
-        return pb.Value(text=value)
+        return pb.Value(text=_text(value, "text", limits.SPEC_TEXT_BYTES_MAX))
     if isinstance(value, specs.Spec):
         return pb.Value(spec=spec_to_proto(value))
-    return pb.Value(list=pb.ValueList(values=[value_to_proto(item) for item in value]))
+    if isinstance(value, tuple | list):
+        return pb.Value(list=pb.ValueList(values=[value_to_proto(item) for item in value]))
+    got = f"{type(value).__name__} {value!r}"[:80]
+    raise errors.SpecError(f"a value of a spec: {got}, expected a number, flag, text, spec, list or None", got=got)
+
+
+def _text(value: object, where: str, bytes_max: int) -> str:
+    """A text that may travel; raises SpecError where it is none, too long, or no Unicode."""
+    try:
+        if isinstance(value, str) and len(value.encode()) <= bytes_max:
+            return value
+        problem = f"expected text of at most {bytes_max} bytes"
+    except UnicodeEncodeError:
+        problem = "expected text that is valid Unicode"
+    got = ascii(value)[:80]
+    raise errors.SpecError(f"{where}: {got}, {problem}", subject=where[:80], got=got)
 
 
 def value_from_proto(message: pb.Value, where: str, depth: int = 0) -> specs.Value:
@@ -48,6 +69,8 @@ def value_from_proto(message: pb.Value, where: str, depth: int = 0) -> specs.Val
         raise errors.UnsupportedError(f"{where}: arrays as arguments are not served", subject=where, got="tensor")
     if kind == "absent":
         return None
+    if kind == "text":
+        return _text(message.text, where, limits.SPEC_TEXT_BYTES_MAX)
     if kind == "spec":
         return spec_from_proto(message.spec, depth + 1)
     if kind == "list":
