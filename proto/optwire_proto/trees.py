@@ -178,7 +178,10 @@ def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]
     try:
         flat = flatten(tree, what)
     except errors.TreeError as exc:
-        raise errors.TreeMismatchError(str(exc), subject=exc.subject, expected=exc.expected, got=exc.got) from exc
+        message = str(exc)
+        if not message.startswith(what):
+            message = f"{what}: {message}; the session's leaves are {nests.brief([leaf.name for leaf in spec.leaves])}"
+        raise errors.TreeMismatchError(message, subject=exc.subject, expected=exc.expected, got=exc.got) from exc
     if not spec.nodes:
         flat = _in_order_of(spec, flat)
     expected = {leaf.name: leaf for leaf in spec.leaves}

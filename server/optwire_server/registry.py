@@ -12,71 +12,16 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator, Sequence
 
 from optwire_proto import errors, sessions, specs, trees
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing, program
+from optwire_server.engine import landing
+from optwire_server.live import Creation, LiveSession, Push, Read, Reply
 from optwire_server.session import effects, events, machine
 
 _log = logging.getLogger("optwire.registry")
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class LiveSession:
-    """A session, its arrays, and what never changes about it."""
-
-    machine: machine.Session
-    held: engines.Held
-    tree: trees.TreeSpec
-    spec: specs.Spec
-    schedule: Callable[[int], float | None]  # what the spec's schedule gives for a step, if it has one
-    create_key: str
-    created_s: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Creation:
-    """A session whose initial parameters are on their way."""
-
-    name: str
-    spec: specs.Spec
-    tree: trees.TreeSpec
-    create_key: str
-    program: program.Program
-    landing: landing.Landing
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Push:
-    """A push whose payload is on its way."""
-
-    key: sessions.PushKey
-    session: LiveSession
-    landing: landing.Landing
-
-
-@dataclasses.dataclass(slots=True)
-class Reply:
-    """The answer to a push: what became of it, and the parameters (in order) if they were asked for.
-
-    On a CPU ``params`` are views that keep the next update from writing in place: let go of them soon.
-    """
-
-    ack: sessions.Ack
-    params: list[np.ndarray]
-
-
-@dataclasses.dataclass(slots=True)
-class Read:
-    """A session, a worker's last applied seq, and the parameters (as in ``Reply``), all of one step."""
-
-    info: sessions.SessionInfo
-    worker_seq: int
-    params: list[np.ndarray]
 
 
 class Registry:
@@ -124,7 +69,7 @@ class Registry:
         creation.landing.finish(digest)
         with self._lock:
             if existing := self._existing(creation.name, creation.create_key, creation.tree, creation.spec):
-                return self._info(existing)
+                return existing.info()
         held = self._engine.hold(creation.program, creation.landing.arrays())
         id_ = secrets.token_hex(16)
         name = creation.name or f"session-{id_[:8]}"
@@ -140,10 +85,10 @@ class Registry:
         with self._lock:
             # Another request may have come first while the state was made.
             if existing := self._existing(creation.name, creation.create_key, creation.tree, creation.spec):
-                return self._info(existing)
+                return existing.info()
             self._by_id[id_] = self._by_name[name] = live
         _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, held.state_bytes)
-        return self._info(live)
+        return live.info()
 
     def _existing(self, name: str, create_key: str, tree: trees.TreeSpec, spec: specs.Spec) -> LiveSession | None:
         """The session that an earlier try of the same request created; raises where name or key are another's."""
@@ -223,7 +168,7 @@ class Registry:
                     todo += self._advance(live, self._update(live, effect, push.landing))
                 case effects.Reply():
                     params = self._engine.params(live.held) if wants_params else []
-                    reply = Reply(_ack(live, effect, sum(leaf.nbytes for leaf in params)), params)
+                    reply = Reply(live.ack(effect, sum(leaf.nbytes for leaf in params)), params)
                 case effects.Fail():
                     failure = effect.error
                 case effects.Free():
@@ -235,7 +180,7 @@ class Registry:
 
     def _update(self, live: LiveSession, apply: effects.Apply, lent: landing.Landing) -> events.Event:
         try:
-            rate = self._learning_rate(live, apply.index, apply.learning_rate)
+            rate = live.learning_rate(apply.index, apply.learning_rate)
             self._engine.update(live.held, rate, apply.index, lent.arrays())
         except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
             _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
@@ -259,7 +204,7 @@ class Registry:
 
         def look() -> Read:
             machine.check_alive(live.machine)
-            return Read(self._info(live), self._worker_seq(live, worker), self._engine.params(live.held))
+            return Read(live.info(), live.worker_seq(worker), self._engine.params(live.held))
 
         with self._landings.counted(live.tree.payload_bytes):
             yield self._engine.run(look)
@@ -267,14 +212,14 @@ class Registry:
     def info(self, *, id_: str = "", name: str = "", worker: str = "") -> tuple[sessions.SessionInfo, int]:
         """The session, and the worker's last applied seq (0: none)."""
         live = self._find(id_=id_, name=name)
-        return self._info(live), self._worker_seq(live, worker)
+        return live.info(), live.worker_seq(worker)
 
     def list(self, page_size: int, after: str) -> tuple[list[sessions.SessionInfo], str]:
         """One page of sessions ordered by name, without their trees, and the token of the next page (empty: none)."""
         with self._lock:
             names = sorted(name for name in self._by_name if name > after)
             page = [self._by_name[name] for name in names[:page_size]]
-        infos = [dataclasses.replace(self._info(live), tree=None) for live in page]
+        infos = [dataclasses.replace(live.info(), tree=None) for live in page]
         return infos, names[page_size - 1] if len(names) > page_size else ""
 
     def set_learning_rate(
@@ -300,14 +245,14 @@ class Registry:
             return live.machine.step
 
         step = self._engine.run(set_rate)
-        return self._info(live), step
+        return live.info(), step
 
     def delete(self, *, id_: str = "", name: str = "") -> sessions.SessionInfo:
         """Ends a session and frees its state; pushes under way are refused."""
         live = self._find(id_=id_, name=name)
 
         def end() -> sessions.SessionInfo:
-            info = self._info(live)
+            info = live.info()
             for effect in self._advance(live, events.Deleted()):
                 assert isinstance(effect, effects.Free)
                 live.held.state = None
@@ -339,52 +284,6 @@ class Registry:
                 subject=id_ or name,
             )
         return live
-
-    def _worker_seq(self, live: LiveSession, worker: str) -> int:
-        if not worker:
-            return 0
-        applied = live.machine.workers.get(sessions.check_id(worker, "worker"))
-        return applied.seq if applied else 0
-
-    def _learning_rate(self, live: LiveSession, index: int, set_by_hand: float | None) -> float:
-        if set_by_hand is not None:
-            return set_by_hand
-        constant = specs.learning_rate(live.spec)
-        scheduled = live.schedule(index) if constant is None else constant
-        assert scheduled is not None, "a spec has a constant learning rate or a schedule"
-        return scheduled
-
-    def _info(self, live: LiveSession) -> sessions.SessionInfo:
-        now = live.machine
-        return sessions.SessionInfo(
-            id=now.id,
-            name=now.name,
-            incarnation=now.incarnation,
-            step=now.step,
-            durable_step=0,
-            tree=live.tree,
-            spec=live.spec,
-            learning_rate=self._learning_rate(live, now.step, now.learning_rate),
-            learning_rate_scheduled=now.learning_rate is None and specs.learning_rate(live.spec) is None,
-            durability=sessions.Durability.MEMORY,
-            payload_bytes=live.tree.payload_bytes,
-            state_bytes=live.held.state_bytes,
-            created_s=live.created_s,
-            failure=now.failure,
-        )
-
-
-def _ack(live: LiveSession, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
-    return sessions.Ack(
-        step=live.machine.step,
-        applied_step=reply.applied_step,
-        durable_step=0,
-        incarnation=live.machine.incarnation,
-        seq=reply.seq,
-        duplicate=reply.duplicate,
-        learning_rate=reply.learning_rate,
-        payload_bytes=payload_bytes,
-    )
 
 
 def _over(what: str, count: int, most: int, *, retry_after_s: float = 0.0) -> errors.LimitError:

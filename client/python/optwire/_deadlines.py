@@ -96,8 +96,8 @@ def _given_up(
 class Watchdog:
     """Cancels what is still under way at its deadline; a stream outlives the steps on it and has no deadline itself.
 
-    One daemon thread, started at a watch; it sleeps until the earliest deadline, and ends when there has been none for
-    a second. Safe to use from several threads.
+    One daemon thread, started at a watch; it sleeps until the earliest deadline, and ends a second after the last one.
+    Safe to use from several threads.
     """
 
     def __init__(self) -> None:
