@@ -307,6 +307,9 @@ def test_closing_the_client_ends_a_step_of_another_thread(relay):
 # -------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 INTERRUPTED = """
+    import signal
+    # A shell that runs the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import sys, time
     import numpy as np, optwire
     target, name, size, catch = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "catch"
