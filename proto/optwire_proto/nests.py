@@ -98,8 +98,8 @@ def build(nodes: Iterator[Node], leaves: Iterator[Any], types: Iterator[type]) -
     return collections.OrderedDict(mapping) if node.kind is Kind.ORDERED_DICT else mapping
 
 
-def leaf_names(nodes: Sequence[Node]) -> Iterator[str]:
-    """Walks nodes from outside, checking what ``flatten`` guarantees by construction."""
+def names(nodes: Sequence[Node], kind: Kind = Kind.LEAF) -> Iterator[str]:
+    """Names of the leaves, or of nodes of another kind; checks what ``flatten`` guarantees by construction."""
     stack: list[tuple[str | None, Iterator[Key]]] = [(None, iter([""]))]  # (path of the container, keys still to come)
     for node in nodes:
         while stack and (key := next(stack[-1][1], None)) is None:
@@ -108,7 +108,7 @@ def leaf_names(nodes: Sequence[Node]) -> Iterator[str]:
             raise errors.TreeError("the nest has nodes after its end")
         prefix = stack[-1][0]
         path = str(key) if not prefix else f"{prefix}/{key}"
-        if node.kind is Kind.LEAF:
+        if node.kind is kind:
             yield path
         keys = _node_keys(node)
         if len(stack) > limits.DEPTH_MAX + 1:

@@ -155,14 +155,15 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_id(value: str, what: str) -> str:
+def check_id(value: object, what: str) -> str:
     """Returns an id that is 32 lower-case hexadecimal digits.
 
     Raises:
       InvalidArgumentError: it is not.
     """
-    if not _ID.fullmatch(value):
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        got = repr(value[:80] if isinstance(value, str) else value)[:82]
         raise errors.InvalidArgumentError(
-            f"{what} {value[:80]!r}: expected 32 lower-case hexadecimal digits", subject=what, got=value[:80]
+            f"{what} {got}: expected 32 lower-case hexadecimal digits", subject=what, got=got
         )
     return value

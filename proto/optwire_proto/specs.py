@@ -37,7 +37,7 @@ class Spec:
         return Spec(self.name, tuple(merged.items()))
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{name}={_text(value)}' for name, value in self.arguments)})"
+        return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in self.arguments)})"
 
 
 REQUIRED: Final = object()
@@ -189,6 +189,7 @@ def check(spec: Spec, kind: str = "optimizer", where: str = "") -> Spec:
     Raises:
       SpecError: names the constructor or argument, what was expected and what came.
     """
+    check_shape(spec)
     where = f"{where}.{spec.name[:80]}" if where else spec.name[:80]
     if where.count(".") >= limits.SPEC_DEPTH_MAX:
         raise errors.SpecError(f"{where[:80]}…: nested deeper than {limits.SPEC_DEPTH_MAX}")
@@ -219,6 +220,16 @@ def check(spec: Spec, kind: str = "optimizer", where: str = "") -> Spec:
     checked = Spec(spec.name, tuple(complete))
     _check_whole(checked, where)
     return checked
+
+
+def check_shape(spec: Any) -> None:
+    """Raises SpecError unless a spec has a name and (name, value) pairs, as its types say."""
+    if not isinstance(spec.name, str):
+        raise _wrong("spec", "text", spec.name)
+    arguments = spec.arguments if isinstance(spec.arguments, tuple | list) else (spec.arguments,)
+    for argument in arguments:
+        if not isinstance(argument, tuple | list) or len(argument) != 2 or not isinstance(argument[0], str):
+            raise _wrong(f"{spec.name[:80]}: arguments", "(name, value) pairs", argument)
 
 
 def core(spec: Spec) -> Spec:
@@ -300,11 +311,14 @@ def is_number(value: Value) -> bool:
 
 
 def _wrong(path: str, expected: str, value: Value) -> errors.SpecError:
-    got = _text(value)[:80]
+    got = shown(value)[:80]
     return errors.SpecError(f"{path}: {got}, expected {expected}", subject=path, expected=expected, got=got)
 
 
-def _text(value: Value) -> str:
+def shown(value: Value) -> str:
+    """A value as the text of its spec has it."""
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_text, value))}]"
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to write down the longest
+        return f"a whole number of {value.bit_length()} bits"
     return str(value) if isinstance(value, Spec) else repr(value)

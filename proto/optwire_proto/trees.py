@@ -89,7 +89,7 @@ class TreeSpec:
             )
         if "" in names and len(names) > 1:
             raise errors.TreeError("a leaf has an empty name, which only a tree that is a single array may have")
-        if self.nodes and list(nests.leaf_names(self.nodes)) != names:
+        if self.nodes and list(nests.names(self.nodes)) != names:
             raise errors.TreeError("the nest does not name the same leaves in the same order as the leaves do")
 
     @functools.cached_property
@@ -182,6 +182,7 @@ def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]
         if not message.startswith(what):
             message = f"{what}: {message}; the session's leaves are {nests.brief([leaf.name for leaf in spec.leaves])}"
         raise errors.TreeMismatchError(message, subject=exc.subject, expected=exc.expected, got=exc.got) from exc
+    nones = set(nests.names(flat.spec.nodes, nests.Kind.NONE))
     if not spec.nodes:
         flat = _in_order_of(spec, flat)
     expected = {leaf.name: leaf for leaf in spec.leaves}
@@ -190,6 +191,10 @@ def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]
         ("missing", [name for name in expected if name not in got]),
         ("not in the session's tree", [name for name in got if name not in expected]),
     ):
+        if names and names[0] in nones:
+            raise errors.TreeMismatchError(
+                f"{what}[{names[0]!r}]: None, expected an array", subject=names[0], expected="array", got="None"
+            )
         if names:
             raise errors.TreeMismatchError(
                 f"{what}: {len(names)} of the leaves {verb}: {nests.brief(names)}",

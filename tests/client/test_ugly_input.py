@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,14 @@ import pytest
 import optwire
 from optwire import optimizers as opt
 from optwire_server import testing
+
+
+def nested(depth: int, around: Callable[[Any], Any]) -> Any:
+    value: Any = opt.sgd(0.1)
+    for _ in range(depth):
+        value = around(value)
+    return value
+
 
 PARAMS = {"w": np.ones((2, 3), np.float32)}
 
@@ -26,12 +35,16 @@ PARAMS = {"w": np.ones((2, 3), np.float32)}
         "localhost:0",
         "localhost:70000",
         "localhost:http",
+        "localhost:" + "9" * 5000,
+        "https://localhost:443",
+        "::1:50051",
+        "a b:1",
         "a\n:1",
         "\udc80:1",
         5,
         None,
     ],
-    ids=ascii,
+    ids=lambda target: ascii(target)[:30],
 )
 def test_a_target_that_cannot_be_is_refused_at_connect(target: Any) -> None:
     started = time.monotonic()
@@ -40,7 +53,20 @@ def test_a_target_that_cannot_be_is_refused_at_connect(target: Any) -> None:
     assert time.monotonic() - started < 1
 
 
-@pytest.mark.parametrize("target", ["localhost:1", "[::1]:50051", "unix:/x", "dns:///a.b:1", "ipv4:127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "localhost:1",
+        "my_host-1.local:65535",
+        "[::1]:50051",
+        "[fe80::1%eth0]:1",
+        "unix:/x",
+        "unix:x",
+        "dns:///a.b:1",
+        "ipv4:127.0.0.1:1",
+        "ipv6:[::1]:1",
+    ],
+)
 def test_targets_in_all_their_forms_are_taken(target: str) -> None:
     optwire.connect(target).close()
 
@@ -60,19 +86,31 @@ def test_a_session_name_that_is_no_text_is_refused(client: optwire.Client, name:
     ("spec", "message"),
     [
         (opt.Spec(5), "spec: 5, expected text"),  # type: ignore[arg-type]
-        (opt.Spec("sgd", (("step_size", {}),)), "a value of a spec: dict"),
-        (opt.Spec("sgd", (("step_size", b"x"),)), "a value of a spec: bytes"),
-        (opt.Spec("sgd", (("step_size", object()),)), "a value of a spec: object"),
-        (opt.Spec("sgd", (("step_size", 2**70),)), "a value of a spec: int"),
+        (opt.Spec("sgd", (("step_size", {}),)), r"sgd\.step_size: dict"),
+        (opt.Spec("sgd", (("step_size", b"x"),)), r"sgd\.step_size: bytes"),
+        (opt.Spec("sgd", (("step_size", object()),)), r"sgd\.step_size: object"),
+        (opt.Spec("sgd", (("step_size", 2**70),)), r"sgd\.step_size: int"),
         (opt.Spec("sgd", (("step_size", "\udc80"),)), "valid Unicode"),
         (opt.Spec("sgd", (("x" * 200, 1.0),)), "at most 128 bytes"),
-        (opt.Spec("sgd", (("step_size", "x" * 5000),)), "at most 4096 bytes"),
+        (opt.Spec("sgd", (("step_size", "x" * 5000),)), r"sgd\.step_size: .*at most 4096 bytes"),
+        (opt.Spec("sgd", None), "sgd: arguments: None, expected"),  # type: ignore[arg-type]
+        (opt.Spec("sgd", (5,)), "sgd: arguments: 5, expected"),  # type: ignore[arg-type]
     ],
     ids=lambda value: ascii(value)[:40],
 )
 def test_a_spec_that_cannot_travel_is_refused_before_it_does(client: optwire.Client, spec: Any, message: str) -> None:
     with pytest.raises(optwire.SpecError, match=message):
         client.create_session(PARAMS, spec)
+
+
+def test_a_spec_beyond_what_can_be_written_down_is_refused(client: optwire.Client) -> None:
+    for spec, message in (
+        (opt.Spec("sgd", (("step_size", 10**5000),)), "a whole number of 16610 bits"),
+        (nested(500, lambda inner: opt.Spec("chain", (("members", (inner,)),))), "nested deeper than 40"),
+        (opt.Spec("sgd", (("step_size", nested(500, lambda inner: (inner,))),)), "nested deeper than 40"),
+    ):
+        with pytest.raises(optwire.SpecError, match=message):
+            client.create_session(PARAMS, spec)
 
 
 @pytest.mark.parametrize("rate", [np.float32(0.5), np.float64(0.5), np.array(0.5), np.array(0.5, np.float16)], ids=repr)
@@ -83,6 +121,34 @@ def test_scalars_of_numpy_are_numbers(rate: Any) -> None:
 def test_arrays_of_numpy_are_lists_of_numbers() -> None:
     spec = opt.piecewise_constant(np.array([1, 2]), np.array([0.5, 0.25, 0.125]))
     assert str(spec) == str(opt.piecewise_constant([1, 2], [0.5, 0.25, 0.125]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, 5, opt.Spec(5), opt.Spec("sgd", None)],  # type: ignore[arg-type]
+    ids=["none", "number", "a spec without a name", "a spec without arguments"],
+)
+def test_what_is_no_description_inside_a_chain_is_refused(wrong: Any) -> None:
+    with pytest.raises(optwire.SpecError, match="expected"):
+        opt.chain(wrong)
+
+
+def test_a_number_too_long_to_write_down_is_refused(client: optwire.Client) -> None:
+    with pytest.raises(
+        optwire.SpecError, match=r"adam\.step_size: a whole number of 16610 bits, expected a finite number"
+    ):
+        opt.adam(10**5000)
+    with client.create_session(PARAMS, opt.sgd(0.1)) as session:
+        for rate in (10**400, 10**5000):
+            with pytest.raises(optwire.InvalidArgumentError, match="learning_rate: .*expected a finite number"):
+                session.set_hyperparams(learning_rate=rate)
+        with pytest.raises(optwire.InvalidArgumentError, match="base_step: int, expected a number of steps"):
+            session.step(PARAMS, base_step=10**5000)
+        client.delete_session(session.name)
+
+
+def test_a_range_is_a_list_of_numbers() -> None:
+    assert opt.piecewise_constant(range(1, 3), [3.0, 2.0, 1.0]) == opt.piecewise_constant([1, 2], [3.0, 2.0, 1.0])
 
 
 @pytest.mark.parametrize(("boundaries", "values"), [(None, [1.0]), ([1], None), ([1, "2"], [1.0, 2.0, 3.0])], ids=repr)
@@ -150,6 +216,22 @@ def test_gradients_that_do_not_match_are_refused_and_change_nothing(
         assert session.params()["w"].tobytes() == PARAMS["w"].tobytes()
         assert session.step_count == 0
     client.delete_session("mismatch")
+
+
+def test_none_in_the_place_of_an_array_is_said_to_be_none(client: optwire.Client) -> None:
+    session = client.create_session({"a": np.ones(1), "b": [np.ones(1)]}, opt.sgd(0.5))
+    with pytest.raises(optwire.TreeMismatchError, match=r"grads\['b/0'\]: None, expected an array"):
+        session.step({"a": np.ones(1), "b": [None]})
+    client.delete_session(session.name)
+
+
+def test_a_deleted_session_is_called_by_its_name(client: optwire.Client) -> None:
+    session = client.create_session(PARAMS, opt.sgd(0.5), name="deleted")
+    client.delete_session("deleted")
+    for call in (session.info, session.params, lambda: session.step(PARAMS)):
+        with pytest.raises(optwire.SessionNotFoundError, match="session 'deleted'") as caught:
+            call()
+        assert caught.value.subject == "deleted"
 
 
 def test_a_refusal_that_lasts_stays_what_it_was() -> None:

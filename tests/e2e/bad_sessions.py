@@ -160,7 +160,9 @@ SPECS = [
         "a chain without an optimizer", spec("chain", members=(CLIP, CLIP)), "a transformation, expected an optimizer"
     ),
     wrong_spec(
-        "a chain with its optimizer first", spec("chain", members=(SGD, CLIP)), "an optimizer, expected a transformation"
+        "a chain with its optimizer first",
+        spec("chain", members=(SGD, CLIP)),
+        "an optimizer, expected a transformation",
     ),
     wrong_spec("a chain of numbers", spec("chain", members=(1.0, SGD)), "chain.members: 1.0, expected specs"),
     wrong_spec(

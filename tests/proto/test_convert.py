@@ -274,3 +274,9 @@ def test_the_snapshot_of_the_schema_is_of_this_schema():
 
 if __name__ == "__main__":
     print(*described(), sep="\n")
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"0" * 32, "0" * 31, "F" * 32], ids=repr)
+def test_an_id_that_cannot_be_is_refused(wrong: Any):
+    with pytest.raises(errors.InvalidArgumentError, match="worker .*: expected 32 lower-case hexadecimal digits"):
+        sessions.check_id(wrong, "worker")

@@ -200,6 +200,25 @@ def test_a_name_that_is_unknown_is_told_what_is_known(name: str):
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        (pb.Spec(name="x" * 129), "spec: .*at most 128 bytes"),
+        (pb.Spec(name="sgd", arguments=[pb.Argument(name="é" * 65, value=pb.Value(number=1))]), "at most 128 bytes"),
+        (pb.Spec(name="sgd", arguments=[pb.Argument(name="x", value=pb.Value(text="é" * 2049))]), "at most 4096 bytes"),
+    ],
+    ids=["name", "argument", "text"],
+)
+def test_names_and_texts_from_outside_have_a_limit(message: pb.Spec, problem: str):
+    with pytest.raises(errors.SpecError, match=problem):
+        convert.spec_from_proto(message)
+
+
+def test_names_and_texts_at_the_limit_are_taken():
+    spec = Spec("x" * 128, (("y" * 128, "z" * 4096), ("é" * 64, ("é" * 2048,))))
+    assert convert.spec_from_proto(convert.spec_to_proto(spec)) == spec
+
+
 def test_chains_nest_to_the_limit_and_no_deeper():
     spec = opt.sgd(0.1)
     for _ in range(limits.SPEC_DEPTH_MAX - 1):

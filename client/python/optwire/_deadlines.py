@@ -96,14 +96,15 @@ def _given_up(
 class Watchdog:
     """Cancels what is still under way at its deadline; a stream outlives the steps on it and has no deadline itself.
 
-    One daemon thread, started at a watch; it sleeps until the earliest deadline, and ends a second after the last one.
-    Safe to use from several threads.
+    One daemon thread, started at a watch; it ends by itself when nothing was watched for a second. Safe to use from
+    several threads.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._watched: dict[object, tuple[float, Callable[[], None]]] = {}
         self._wakes_s = float("inf")  # when the thread looks next, by time.monotonic
+        self._idle_since_s = 0.0  # when the last watch ended, by time.monotonic
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -123,6 +124,7 @@ class Watchdog:
         finally:
             with self._changed:
                 self._watched.pop(token, None)
+                self._idle_since_s = time.monotonic()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -136,17 +138,17 @@ class Watchdog:
     def _run(self) -> None:
         while True:
             with self._changed:
-                if not self._watched and not self._closed:
-                    self._wakes_s = float("inf")
-                    self._changed.wait(_options.WATCHDOG_IDLE_S)
-                if not self._watched or self._closed:
+                now_s = time.monotonic()
+                idle = not self._watched and now_s - self._idle_since_s >= _options.WATCHDOG_IDLE_S
+                if idle or self._closed:
                     self._thread = None
                     return
-                now_s = time.monotonic()
                 due = [token for token, (at_s, _) in self._watched.items() if at_s <= now_s]
                 cancels = [self._watched.pop(token)[1] for token in due]
                 if not cancels:
-                    self._wakes_s = min(at_s for at_s, _ in self._watched.values())
+                    # Not later than in a second: a watch that ends wakes nobody, for steps are many and short.
+                    looks_s = now_s + _options.WATCHDOG_IDLE_S
+                    self._wakes_s = min([looks_s, *(at_s for at_s, _ in self._watched.values())])
                     self._changed.wait(self._wakes_s - now_s)
             for cancel in cancels:  # outside the lock: what they wake may want to end its watch
                 cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 
 from optwire_proto import errors, limits
 
@@ -24,6 +25,9 @@ TIMEOUT_MAX_S = 1e7
 # How long `Session.close` waits for the server to end its side of the stream.
 CLOSE_S = 1.0
 
+_SCHEME = re.compile("(unix|unix-abstract|dns|ipv4|ipv6):.+")
+_HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]):([0-9]{1,5})")
+
 
 class Transport(enum.StrEnum):
     """How pushes travel."""
@@ -43,7 +47,7 @@ class Options:
       transport: how pushes travel.
 
     Raises:
-      InvalidArgumentError: an empty target, or a timeout that is not positive or too long.
+      InvalidArgumentError: a target of another form, or a timeout that is not positive or too long.
     """
 
     target: str
@@ -68,11 +72,8 @@ def _is_target(value: object) -> bool:
     """Whether gRPC could ever connect to it; what it does not know it would take for a host name, and try for long."""
     if not isinstance(value, str) or not value.isprintable():
         return False
-    scheme, colon, rest = value.partition(":")
-    if colon and scheme in ("unix", "unix-abstract", "dns", "ipv4", "ipv6"):
-        return bool(rest)
-    host, _, port = value.rpartition(":")
-    return bool(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
+    found = _HOST_AND_PORT.fullmatch(value)
+    return 0 < int(found[3]) < 2**16 if found else bool(_SCHEME.fullmatch(value))
 
 
 def _is_number(value: object) -> bool:
@@ -81,5 +82,8 @@ def _is_number(value: object) -> bool:
 
 def wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:
     """The error for an argument that has a value it cannot take."""
-    got = repr(value)[:80]
+    try:
+        got = repr(value)[:80]
+    except ValueError:  # a whole number with more digits than Python writes down
+        got = type(value).__name__
     return errors.InvalidArgumentError(f"{name}: {got}, expected {expected}", subject=name, expected=expected, got=got)

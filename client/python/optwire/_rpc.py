@@ -212,13 +212,13 @@ class Stream:
         tree: trees.TreeSpec,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         """One push and its reply. Whatever interrupts it cancels the call, and the sending with it."""
-        incoming = _payload.Incoming(tree)
         begin = pb.StreamStepsRequest(begin=convert.push_to_proto(key))
         with (
             self._channel.translated(deadline),
             _cancelled_unless_done(self._call),
             self._watchdog.watch(deadline, self.cancel),
         ):
+            incoming = _payload.Incoming(tree)
             self._pushes.put(_frames(begin, grads))
             ack = convert.ack_from_proto(self._next("ack").ack)
             while True:

@@ -190,7 +190,10 @@ class Session:
         with self._lock:
             if self._closed:
                 raise errors.DetachedError(f"{self}: this handle was closed; attach again", subject=self._name)
-            yield
+            try:
+                yield
+            except errors.SessionNotFoundError as exc:  # the server was asked by id; users know the name
+                raise errors.SessionNotFoundError(f"{self}: {exc}", subject=self._name) from exc
 
     def _deadline(self, payload_bytes: int = 0) -> _deadlines.Deadline:
         return _deadlines.Deadline(self._options.timeout_s, payload_bytes)
@@ -232,10 +235,10 @@ def _step_number(value: object) -> int:
 
 
 def _finite(value: object) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.integer | np.floating)
-        or not math.isfinite(value)
-    ):
+    number = math.nan
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number beyond all real ones
+            number = float(value)
+    if not math.isfinite(number):
         raise _options.wrong("learning_rate", "a finite number", value)
-    return float(value)
+    return number

@@ -48,9 +48,11 @@ def _checked(kind: str, name: str, arguments: dict[str, object]) -> Spec:
 
 def _plain(value: Any) -> Any:
     """NumPy's and other libraries' scalars and arrays as Python's numbers and lists; all else as it is."""
-    if isinstance(value, tuple | list):
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(_plain(item) for item in value)
-    return value.tolist() if hasattr(value, "tolist") else value
+    return value
 
 
 def sgd(step_size: Rate) -> Spec:

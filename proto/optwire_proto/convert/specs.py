@@ -6,15 +6,17 @@ from optwire_proto import errors, limits, specs
 from optwire_proto.v1 import optimizer_pb2 as pb
 
 
-def spec_to_proto(spec: specs.Spec) -> pb.Spec:
-    """Raises SpecError where a spec holds what no argument can be."""
+def spec_to_proto(spec: specs.Spec, depth: int = 0) -> pb.Spec:
+    """Raises SpecError where a spec holds what no argument can be, or is nested too deep."""
+    if depth > limits.SPEC_WIRE_DEPTH_MAX:
+        raise errors.SpecError(f"spec nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}")
+    specs.check_shape(spec)
     _text(spec.name, "spec", limits.SPEC_NAME_BYTES_MAX)
-    for name, _ in spec.arguments:
+    arguments = []
+    for name, value in spec.arguments:
         _text(name, spec.name, limits.SPEC_NAME_BYTES_MAX)
-    return pb.Spec(
-        name=spec.name,
-        arguments=[pb.Argument(name=name, value=value_to_proto(value)) for name, value in spec.arguments],
-    )
+        arguments.append(pb.Argument(name=name, value=value_to_proto(value, f"{spec.name}.{name}", depth)))
+    return pb.Spec(name=spec.name, arguments=arguments)
 
 
 def spec_from_proto(message: pb.Spec, depth: int = 0) -> specs.Spec:
@@ -30,7 +32,7 @@ def spec_from_proto(message: pb.Spec, depth: int = 0) -> specs.Spec:
     return specs.Spec(message.name, tuple(arguments))
 
 
-def value_to_proto(value: specs.Value) -> pb.Value:
+def value_to_proto(value: specs.Value, where: str = "value", depth: int = 0) -> pb.Value:
     if value is None:
         return pb.Value(absent=pb.Absent())
     if isinstance(value, bool):
@@ -40,13 +42,17 @@ def value_to_proto(value: specs.Value) -> pb.Value:
     if isinstance(value, float):
         return pb.Value(number=value)
     if isinstance(value, str):
-        return pb.Value(text=_text(value, "text", limits.SPEC_TEXT_BYTES_MAX))
+        return pb.Value(text=_text(value, where, limits.SPEC_TEXT_BYTES_MAX))
     if isinstance(value, specs.Spec):
-        return pb.Value(spec=spec_to_proto(value))
+        return pb.Value(spec=spec_to_proto(value, depth + 1))
+    if isinstance(value, tuple | list) and depth <= limits.SPEC_WIRE_DEPTH_MAX:
+        return pb.Value(list=pb.ValueList(values=[value_to_proto(item, where, depth + 1) for item in value]))
     if isinstance(value, tuple | list):
-        return pb.Value(list=pb.ValueList(values=[value_to_proto(item) for item in value]))
-    got = f"{type(value).__name__} {value!r}"[:80]
-    raise errors.SpecError(f"a value of a spec: {got}, expected a number, flag, text, spec, list or None", got=got)
+        raise errors.SpecError(f"{where}: nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}", subject=where)
+    got = f"{type(value).__name__} {specs.shown(value)}"[:80]
+    raise errors.SpecError(
+        f"{where}: {got}, expected a number of at most 64 bits, flag, text, spec, list or None", subject=where, got=got
+    )
 
 
 def _text(value: object, where: str, bytes_max: int) -> str:
