@@ -72,7 +72,7 @@ class Registry:
                 return existing.info()
         held = self._engine.hold(creation.program, creation.landing.arrays())
         id_ = secrets.token_hex(16)
-        name = creation.name or f"session-{id_[:8]}"
+        name = creation.name or f"session-{id_[:16]}"
         live = LiveSession(
             machine=machine.Session(id=id_, name=name),
             held=held,
