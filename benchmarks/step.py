@@ -204,10 +204,10 @@ def report(result: dict[str, Any]) -> None:
             f"({wire['up'] / payload:.4f} and {wire['down'] / payload:.4f} of the payload)"
         )
     for row in result["steps"]:
-        # Below this, what the process's own memory does is larger than any payload.
-        if "server_peak_bytes" in row and row["parameters"] >= 10_000_000:
+        if "server_peak_bytes" in row:
+            above_state = row["server_peak_bytes"] - 12 * row["parameters"]
             print(
-                f"memory, {row['parameters']:,} parameters: server's peak above its state "
+                f"memory, {row['parameters']:,} parameters: server's peak above its state {above_state / MIB:.1f} MiB, "
                 f"{row['server_peak_above_state_payloads']:.2f} payloads; client's peak above its idle "
                 f"{row['client_peak_over_idle_payloads']:.2f} payloads"
             )
