@@ -5,6 +5,7 @@
     │   ├── SpecError                  unknown optimizer or argument, value of the wrong kind
     │   ├── TreeError                  a tree that cannot be served: names, shapes, nesting, element types
     │   ├── TreeMismatchError          gradients that do not match the session's tree
+    │   ├── NonFiniteError             gradients with NaN or infinity where the session rejects them
     │   ├── PayloadError               chunks with a gap or overlap, past the end, too few, damaged
     │   └── MalformedRequestError      bytes or frames that are not the protocol
     ├── SessionNotFoundError
@@ -85,6 +86,12 @@ class TreeMismatchError(InvalidArgumentError):
     """Gradients do not match the session's tree: a leaf is missing, extra, misshaped or mistyped."""
 
     reason = "TREE_MISMATCH"
+
+
+class NonFiniteError(InvalidArgumentError):
+    """Gradients hold NaN or infinity, or would make the state so, and the session's policy is to reject them."""
+
+    reason = "NON_FINITE"
 
 
 class PayloadError(InvalidArgumentError):
@@ -213,6 +220,7 @@ TABLE: dict[str, tuple[str, type[OptwireError]]] = {
         SpecError,
         TreeError,
         TreeMismatchError,
+        NonFiniteError,
         PayloadError,
         MalformedRequestError,
         SessionNotFoundError,

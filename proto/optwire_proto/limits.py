@@ -36,6 +36,16 @@ SPEC_DEPTH_MAX = 16
 # On the wire a chain counts twice, as a spec and as a list; a guard against bombs, the rule is the one above.
 SPEC_WIRE_DEPTH_MAX = 40
 SPEC_LIST_MAX = 4096
+# Values of one spec, all lists together: what is larger is a table and belongs into an array.
+SPEC_VALUES_MAX = 16_384
+SPEC_ARRAY_BYTES_MAX = 64 * KIB
+# An exported Adam takes 5 kB.
+SPEC_BLOB_BYTES_MAX = 256 * KIB
+# Room for a blob as base64.
+SPEC_TEXT_FORM_BYTES_MAX = 512 * KIB
+PATTERN_CHARS_MAX = 256
+# Changes of hyperparameters kept with a session; older ones are folded into its spec.
+HYPERPARAM_CHANGES_MAX = 1024
 
 # Trailing metadata is limited to 8 KiB by common servers and proxies, and a status message grows threefold on the way
 # where it is not ASCII.

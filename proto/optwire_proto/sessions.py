@@ -7,7 +7,7 @@ import enum
 import re
 from collections.abc import Mapping
 
-from optwire_proto import errors, limits, specs, trees
+from optwire_proto import entries, errors, limits, specs, trees
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -41,6 +41,9 @@ class SessionInfo:
       state_bytes: size of the parameters and slots held.
       created_s: seconds since the Unix epoch, by the server's clock.
       failure: why no further step is accepted; empty while the session is healthy.
+      seed: of the session's randomness.
+      spec_digest: SHA-256 of the spec's canonical text.
+      changes: of hyperparameters, in effect or to come, in the order in which they were made.
     """
 
     id: str
@@ -57,6 +60,84 @@ class SessionInfo:
     state_bytes: int
     created_s: float
     failure: str = ""
+    seed: int = 0
+    spec_digest: str = ""
+    changes: tuple[Change, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """Hyperparameters that were changed while the session ran.
+
+    Attributes:
+      from_step: first step (0-based) that uses the new values.
+      values: (whole path inside the spec, new value) pairs.
+    """
+
+    from_step: int
+    values: tuple[tuple[str, specs.Value], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafGroup:
+    """Leaves that an optimizer treats alike.
+
+    Attributes:
+      leaves: positions in the session's tree.
+      group: patterns of the partitions that chose them, joined by " > "; empty where nothing is partitioned.
+      passes: names of the transformations that they pass, in order.
+      knobs: every argument that bears on them, by its whole path, with its value in effect.
+    """
+
+    leaves: tuple[int, ...]
+    group: str
+    passes: tuple[str, ...]
+    knobs: tuple[tuple[str, specs.Value], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerInfo:
+    """A session's optimizer, as the next step will run it.
+
+    Attributes:
+      text: canonical text of the spec, every argument filled in.
+      spec_digest: SHA-256 of that text.
+      granularity: how finely the state may be cut: "element", "tensor" or "tree".
+      groups: every leaf is in exactly one.
+      step: what the values are of.
+      extras: what every push must bring along, such as "loss".
+      views: what ``params(which=...)`` can read beside the parameters, such as "ema".
+    """
+
+    text: str
+    spec_digest: str
+    granularity: str
+    groups: tuple[LeafGroup, ...]
+    step: int
+    extras: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PushOptions:
+    """What a push says beside its gradients.
+
+    Attributes:
+      grad_scale: what the gradients were multiplied by; the update divides by it.
+      extras: (name, number) pairs that the optimizer needs, such as the loss.
+      telemetry: whether the ack carries metrics.
+      wants_params: whether the reply carries the parameters.
+    """
+
+    grad_scale: float = 1.0
+    extras: tuple[tuple[str, float], ...] = ()
+    telemetry: bool = False
+    wants_params: bool = True
+
+    @property
+    def meaning(self) -> tuple[float, tuple[tuple[str, float], ...]]:
+        """What makes a difference to the update: a retry must repeat it."""
+        return self.grad_scale, self.extras
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +182,7 @@ class Ack:
       duplicate: whether this answers a retry of a push that had been applied.
       learning_rate: what the applied update used.
       payload_bytes: length of the parameters that follow.
+      metrics: figures of the update by name, where the push asked for telemetry; docs/specs.md lists them.
     """
 
     step: int
@@ -111,6 +193,7 @@ class Ack:
     duplicate: bool
     learning_rate: float
     payload_bytes: int
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +213,7 @@ class ServerInfo:
     library_versions: Mapping[str, str]
     devices: tuple[tuple[str, str], ...]
     limits: Mapping[str, int]
-    catalogue: Mapping[str, specs.Entry]
+    catalogue: Mapping[str, entries.Entry]
     features: tuple[str, ...]
 
 

@@ -1,15 +1,22 @@
-"""Optimizers described as data, and the catalogue of what may be described. Standard library only."""
+"""Optimizers described as data: what a spec is, its canonical text, its digest, and the paths inside it.
+
+What may be described, and with which arguments, is the catalogue's business (``catalogue``, ``checks``). Standard
+library only.
+"""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
-import itertools
-from collections.abc import Mapping
+import hashlib
+import math
+import struct
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from optwire_proto import errors, limits
 
-# A number, flag, text, nested spec, list of values, or None.
+# What an argument may be: None, a flag, a whole or real number, text, a Spec, an Array, a Blob, or a tuple of values.
 Value = Any
 
 
@@ -17,7 +24,8 @@ Value = Any
 class Spec:
     """A named constructor and its arguments: an optimizer, a transformation or a schedule.
 
-    Build one with ``optwire.optimizers``; ``check`` completes and validates it.
+    Build one with ``optwire.optimizers`` and ``optwire.optax``, or from text; ``checks.check`` completes and validates
+    it. ``str`` gives the canonical text, from which ``spec_text.parse`` makes the same spec again.
 
     Attributes:
       name: name in the catalogue.
@@ -37,269 +45,173 @@ class Spec:
         return Spec(self.name, tuple(merged.items()))
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in self.arguments)})"
+        return f"{self.name}({', '.join(f'{name}={canonical(value)}' for name, value in self.arguments)})"
 
 
-REQUIRED: Final = object()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter of a constructor: its name, what it takes, its default.
-
-    ``takes`` is one of "rate" (a number or a schedule), "number", "positive", "decay" (from 0 up to 1), "count" (a
-    positive number of steps), "flag", "numbers", "specs".
-    """
-
-    name: str
-    takes: str
-    default: Value = REQUIRED
+# Element type of an Array -> how `struct` spells one element.
+_FORMATS: Final = {"f32": "f", "f64": "d", "i32": "i", "i64": "q"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
-    """One constructor of the catalogue; ``kind`` is "optimizer", "schedule" or "transformation"."""
+class Array:
+    """A small array as an argument.
 
-    name: str
-    kind: str
-    parameters: tuple[Parameter, ...]
-    summary: str
-
-
-_RATE = Parameter("step_size", "rate")
-
-# Names, parameters and defaults are those of jax.example_libraries.optimizers; tests hold them to it.
-CATALOGUE: Final[Mapping[str, Entry]] = {
-    entry.name: entry
-    for entry in (
-        Entry("sgd", "optimizer", (_RATE,), "Stochastic gradient descent."),
-        Entry("momentum", "optimizer", (_RATE, Parameter("mass", "number")), "Heavy-ball momentum."),
-        Entry("nesterov", "optimizer", (_RATE, Parameter("mass", "number")), "Nesterov's accelerated gradient."),
-        Entry(
-            "adagrad",
-            "optimizer",
-            (_RATE, Parameter("momentum", "number", 0.9)),
-            "Adagrad with momentum: rates shrink with the squared gradients seen.",
-        ),
-        Entry(
-            "rmsprop",
-            "optimizer",
-            (_RATE, Parameter("gamma", "number", 0.9), Parameter("eps", "positive", 1e-8)),
-            "RMSProp: gradients divided by a running root mean square.",
-        ),
-        Entry(
-            "rmsprop_momentum",
-            "optimizer",
-            (
-                _RATE,
-                Parameter("gamma", "number", 0.9),
-                Parameter("eps", "positive", 1e-8),
-                Parameter("momentum", "number", 0.9),
-            ),
-            "RMSProp with momentum.",
-        ),
-        Entry(
-            "adam",
-            "optimizer",
-            (
-                _RATE,
-                Parameter("b1", "decay", 0.9),
-                Parameter("b2", "decay", 0.999),
-                Parameter("eps", "positive", 1e-8),
-            ),
-            "Adam: running means of gradients and squared gradients, corrected for their start.",
-        ),
-        Entry(
-            "adamax",
-            "optimizer",
-            (
-                _RATE,
-                Parameter("b1", "decay", 0.9),
-                Parameter("b2", "decay", 0.999),
-                Parameter("eps", "positive", 1e-8),
-            ),
-            "Adamax: Adam with the infinity norm.",
-        ),
-        Entry(
-            "sm3",
-            "optimizer",
-            (_RATE, Parameter("momentum", "number", 0.9)),
-            "SM3: second moments kept per row and column only.",
-        ),
-        Entry("constant", "schedule", (Parameter("step_size", "number"),), "The same learning rate at every step."),
-        Entry(
-            "exponential_decay",
-            "schedule",
-            # A negative rate has no real power between whole multiples of decay_steps.
-            (Parameter("step_size", "number"), Parameter("decay_steps", "count"), Parameter("decay_rate", "positive")),
-            "step_size * decay_rate ** (step / decay_steps).",
-        ),
-        Entry(
-            "inverse_time_decay",
-            "schedule",
-            (
-                Parameter("step_size", "number"),
-                Parameter("decay_steps", "count"),
-                Parameter("decay_rate", "number"),
-                Parameter("staircase", "flag", False),
-            ),
-            "step_size / (1 + decay_rate * step / decay_steps).",
-        ),
-        Entry(
-            "polynomial_decay",
-            "schedule",
-            (
-                Parameter("step_size", "number"),
-                Parameter("decay_steps", "count"),
-                Parameter("final_step_size", "number"),
-                Parameter("power", "number", 1.0),
-            ),
-            "From step_size to final_step_size over decay_steps, along a power.",
-        ),
-        Entry(
-            "piecewise_constant",
-            "schedule",
-            (Parameter("boundaries", "numbers"), Parameter("values", "numbers")),
-            "One value before, between and after the boundaries (in steps).",
-        ),
-        Entry(
-            "clip_grads",
-            "transformation",
-            (Parameter("max_norm", "positive"),),
-            "Scales all gradients so that their joint L2 norm is at most max_norm.",
-        ),
-        Entry(
-            "chain",
-            "optimizer",
-            (Parameter("members", "specs"),),
-            "Transformations of the gradients, in order, then one optimizer.",
-        ),
-    )
-}
-
-
-def check(spec: Spec, kind: str = "optimizer", where: str = "") -> Spec:
-    """Validates a spec and fills in every default, in the catalogue's order.
-
-    Args:
-      spec: what was described.
-      kind: what it must be: "optimizer", "schedule" or "transformation".
-      where: path of the spec inside another, for messages.
+    Attributes:
+      dtype: one of "f32", "f64", "i32", "i64".
+      shape: at most 8 dimensions.
+      data: the elements, little-endian, row-major; at most 64 KiB.
 
     Raises:
-      SpecError: names the constructor or argument, what was expected and what came.
+      SpecError: shape, element type and bytes do not fit each other, or a number is not finite.
     """
-    check_shape(spec)
-    where = f"{where}.{spec.name[:80]}" if where else spec.name[:80]
-    if where.count(".") >= limits.SPEC_DEPTH_MAX:
-        raise errors.SpecError(f"{where[:80]}…: nested deeper than {limits.SPEC_DEPTH_MAX}")
-    entry = CATALOGUE.get(spec.name)
-    if entry is None or entry.kind != kind:
-        known = ", ".join(name for name, other in CATALOGUE.items() if other.kind == kind)
-        what = f"unknown {kind}" if entry is None else f"{_article(entry.kind)}, expected {_article(kind)}"
-        raise errors.SpecError(
-            f"{where!r}: {what}; expected one of {known}", subject=spec.name[:80], expected=known, got=spec.name[:80]
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes = dataclasses.field(repr=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _FORMATS:
+            raise wrong("array", f"element type {' '.join(_FORMATS)}", self.dtype)
+        if len(self.shape) > limits.RANK_MAX or any(not 0 <= size <= limits.DIM_MAX for size in self.shape):
+            raise wrong("array", f"at most {limits.RANK_MAX} dimensions from 0 up", self.shape)
+        if len(self.data) > limits.SPEC_ARRAY_BYTES_MAX:
+            raise wrong("array", f"at most {limits.SPEC_ARRAY_BYTES_MAX} bytes", f"{len(self.data)} bytes")
+        expected = struct.calcsize(f"<{_FORMATS[self.dtype]}") * math.prod(self.shape)
+        if len(self.data) != expected:
+            raise wrong("array", f"{expected} bytes for {self.dtype}{list(self.shape)}", f"{len(self.data)} bytes")
+        if not all(map(math.isfinite, self.numbers)):  # the text has no word for them
+            raise wrong("array", "finite numbers", self.numbers)
+
+    @classmethod
+    def of(cls, dtype: str, shape: tuple[int, ...], numbers: tuple[int | float, ...]) -> Array:
+        """An array of Python numbers in row-major order; raises SpecError where one does not fit the element type."""
+        if dtype not in _FORMATS:
+            raise wrong("array", f"element type {' '.join(_FORMATS)}", dtype)
+        try:
+            return cls(dtype, shape, struct.pack(f"<{len(numbers)}{_FORMATS[dtype]}", *numbers))
+        except (struct.error, OverflowError) as exc:
+            raise wrong("array", f"numbers that {dtype} can hold", numbers) from exc
+
+    @property
+    def numbers(self) -> tuple[int | float, ...]:
+        """The elements in row-major order."""
+        return struct.unpack(f"<{math.prod(self.shape)}{_FORMATS[self.dtype]}", self.data)
+
+    def __str__(self) -> str:
+        return f"array({_nested(list(self.numbers), self.shape)}, {canonical(self.dtype)}, {canonical(self.shape)})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blob:
+    """Bytes as an argument: an exported program.
+
+    Attributes:
+      data: at most 256 KiB.
+    """
+
+    data: bytes = dataclasses.field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, bytes) or len(self.data) > limits.SPEC_BLOB_BYTES_MAX:
+            got = f"{len(self.data)} bytes" if isinstance(self.data, bytes) else type(self.data).__name__
+            raise wrong("blob", f"at most {limits.SPEC_BLOB_BYTES_MAX} bytes", got)
+
+    def __str__(self) -> str:
+        return f'base64("{base64.b64encode(self.data).decode()}")'
+
+
+def digest(spec: Spec) -> str:
+    """SHA-256 of the canonical text, in hexadecimal digits."""
+    return hashlib.sha256(str(spec).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- paths
+
+
+def places(value: Value, path: str = "") -> Iterator[tuple[str, Value]]:
+    """Every value inside a spec with its path, outermost first: ``chain.members[1].adam.step_size``.
+
+    A spec adds its name to the path, an argument its own, a list the index in brackets; in a list of (text, spec)
+    pairs, such as the groups of a partition, the text stands in the place of the index.
+    """
+    yield path, value
+    if isinstance(value, Spec):
+        inside = f"{path}.{value.name}" if path else value.name
+        for name, argument in value.arguments:
+            yield from places(argument, f"{inside}.{name}")
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            if _is_group(item):
+                yield from places(item[1], f"{path}[{item[0]!r}]")
+            else:
+                yield from places(item, f"{path}[{index}]")
+
+
+def replaced(value: Value, changes: dict[str, Value], path: str = "") -> Value:
+    """The same spec with other values at some paths, as ``places`` has them."""
+    if path in changes:
+        return changes[path]
+    if isinstance(value, Spec):
+        inside = f"{path}.{value.name}" if path else value.name
+        arguments = tuple((name, replaced(argument, changes, f"{inside}.{name}")) for name, argument in value.arguments)
+        return Spec(value.name, arguments)
+    if isinstance(value, tuple | list):
+        return tuple(
+            (item[0], replaced(item[1], changes, f"{path}[{item[0]!r}]"))
+            if _is_group(item)
+            else replaced(item, changes, f"{path}[{index}]")
+            for index, item in enumerate(value)
         )
-    given: dict[str, Value] = {}
-    names = [parameter.name for parameter in entry.parameters]
-    for name, value in spec.arguments:
-        if name in given or name not in names:
-            problem = "given twice" if name in given else f"unknown argument; expected {', '.join(names)}"
-            raise errors.SpecError(
-                f"{where}({name[:80]}=…): {problem}", subject=f"{where}.{name[:80]}", expected=", ".join(names)
-            )
-        given[name] = value
-    complete = []
-    for parameter in entry.parameters:
-        value = given.get(parameter.name, parameter.default)
-        if value is REQUIRED:
-            raise errors.SpecError(
-                f"{where}: missing argument {parameter.name!r}", subject=f"{where}.{parameter.name}", got="nothing"
-            )
-        complete.append((parameter.name, _checked(parameter, value, where)))
-    checked = Spec(spec.name, tuple(complete))
-    _check_whole(checked, where)
-    return checked
+    return value
 
 
-def check_shape(spec: Any) -> None:
-    """Raises SpecError unless a spec has a name and (name, value) pairs, as its types say."""
-    if not isinstance(spec.name, str):
-        raise _wrong("spec", "text", spec.name)
-    arguments = spec.arguments if isinstance(spec.arguments, tuple | list) else (spec.arguments,)
-    for argument in arguments:
-        if not isinstance(argument, tuple | list) or len(argument) != 2 or not isinstance(argument[0], str):
-            raise _wrong(f"{spec.name[:80]}: arguments", "(name, value) pairs", argument)
+def ends_with(path: str, end: str) -> bool:
+    """Whether a path is ``end``, or ends with it after a dot."""
+    return path == end or path.endswith(f".{end}")
 
 
-def core(spec: Spec) -> Spec:
-    """The optimizer itself: the last member of a chain, otherwise the spec."""
-    return core(spec["members"][-1]) if spec.name == "chain" else spec
+def any_inside(value: Value, test: Callable[[Spec], bool]) -> bool:
+    """Whether any spec inside, or the spec itself, passes a test."""
+    return any(isinstance(found, Spec) and test(found) for _, found in places(value))
 
 
-def learning_rate(spec: Spec) -> float | None:
-    """The constant learning rate of a checked spec, or None where a schedule gives it."""
-    rate = core(spec)["step_size"]
-    if isinstance(rate, Spec):
-        return float(rate["step_size"]) if rate.name == "constant" else None
-    return float(rate)
+def _is_group(item: Value) -> bool:
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], Spec)
 
 
-# takes -> (test, what to say was expected)
-_RULES: Final[Mapping[str, tuple[Any, str]]] = {
-    "number": (lambda value: True, "a finite number that fits 32 bits"),
-    "positive": (lambda value: value > 0, "a positive number"),
-    "count": (lambda value: value > 0, "a positive number of steps"),
-    "decay": (lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1"),
-}
+# ------------------------------------------------------------------------------------------------------- text
 
 
-def _checked(parameter: Parameter, value: Value, where: str) -> Value:
-    """The value in its stored form; raises where the parameter cannot take it."""
-    path = f"{where}.{parameter.name}"
-    if parameter.takes in _RULES or (parameter.takes == "rate" and not isinstance(value, Spec)):
-        test, expected = _RULES.get(parameter.takes, _RULES["number"])
-        if not is_number(value) or not test(value):
-            wanted = f"{expected} or a schedule" if parameter.takes == "rate" else expected
-            raise _wrong(path, wanted, value)
-        return value
-    if parameter.takes == "rate":
-        return check(value, "schedule", where)
-    if parameter.takes == "flag":
-        if not isinstance(value, bool):
-            raise _wrong(path, "True or False", value)
-        return value
-    if not isinstance(value, tuple | list) or len(value) > limits.SPEC_LIST_MAX:
-        raise _wrong(path, f"a list of at most {limits.SPEC_LIST_MAX} values", value)
-    if parameter.takes == "numbers":
-        for item in value:
-            if not is_number(item):
-                raise _wrong(path, "finite numbers", item)
-        return tuple(value)
-    for item in value:
-        if not isinstance(item, Spec):
-            raise _wrong(path, "specs", item)
-    if not value:
-        raise _wrong(path, "transformations and one optimizer", value)
-    *transformations, optimizer = value
-    return (
-        *(check(item, "transformation", where) for item in transformations),
-        check(optimizer, "optimizer", where),
+def canonical(value: Value) -> str:
+    """A value as the canonical text has it: every number and text as Python writes it, pairs as a mapping."""
+    if isinstance(value, tuple | list):
+        if value and all(_is_pair(item) for item in value):
+            return f"{{{', '.join(f'{canonical(key)}: {canonical(item)}' for key, item in value)}}}"
+        return f"[{', '.join(map(canonical, value))}]"
+    if isinstance(value, Spec | Array | Blob):
+        return str(value)
+    if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to write down the longest
+        return f"a whole number of {value.bit_length()} bits"
+    return repr(value)
+
+
+def shown(value: Value) -> str:
+    """A value in a message: as ``canonical``, cut to 80 characters, a blob by its digest."""
+    if isinstance(value, Blob):
+        return f"{len(value.data)} bytes, sha256 {hashlib.sha256(value.data).hexdigest()[:16]}…"
+    if isinstance(value, tuple | list) and len(value) > limits.SPEC_LIST_MAX:
+        return f"a list of {len(value)} values"
+    if isinstance(value, str | bytes):
+        return repr(value[:80])[:80]
+    return canonical(value)[:80]
+
+
+def wrong(path: str, expected: str, value: Value) -> errors.SpecError:
+    """The error for a value that an argument cannot take."""
+    got = shown(value)
+    return errors.SpecError(
+        f"{path[-200:]}: {got}, expected {expected}", subject=path[-200:], expected=expected, got=got
     )
-
-
-def _check_whole(spec: Spec, where: str) -> None:
-    """What no argument shows alone."""
-    if spec.name == "piecewise_constant":
-        boundaries, values = spec["boundaries"], spec["values"]
-        if len(values) != len(boundaries) + 1:
-            raise _wrong(f"{where}.values", f"{len(boundaries) + 1} values, one more than boundaries", values)
-        if any(a > b for a, b in itertools.pairwise(boundaries)):
-            raise _wrong(f"{where}.boundaries", "boundaries that do not decrease", boundaries)
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def is_number(value: Value) -> bool:
@@ -310,15 +222,30 @@ def is_number(value: Value) -> bool:
     return isinstance(value, float) and abs(value) <= limits.SPEC_NUMBER_MAX  # False for NaN
 
 
-def _wrong(path: str, expected: str, value: Value) -> errors.SpecError:
-    got = shown(value)[:80]
-    return errors.SpecError(f"{path}: {got}, expected {expected}", subject=path, expected=expected, got=got)
+def check_shape(spec: Any) -> None:
+    """Raises SpecError unless a spec has a name and (name, value) pairs, as its types say."""
+    if not isinstance(spec.name, str):
+        raise wrong("spec", "text", spec.name)
+    arguments = spec.arguments if isinstance(spec.arguments, tuple | list) else (spec.arguments,)
+    for argument in arguments:
+        if not isinstance(argument, tuple | list) or len(argument) != 2 or not isinstance(argument[0], str):
+            raise wrong(f"{spec.name[:80]}: arguments", "(name, value) pairs", argument)
 
 
-def shown(value: Value) -> str:
-    """A value as the text of its spec has it."""
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(shown, value))}]"
-    if isinstance(value, int) and value.bit_length() > 1024:  # Python refuses to write down the longest
-        return f"a whole number of {value.bit_length()} bits"
-    return str(value) if isinstance(value, Spec) else repr(value)
+def _is_pair(item: Value) -> bool:
+    """Whether an item reads best as ``key: value``."""
+    return (
+        isinstance(item, tuple | list)
+        and len(item) == 2
+        and isinstance(item[0], str | int)
+        and not isinstance(item[0], bool)
+    )
+
+
+def _nested(flat: list[int | float], shape: tuple[int, ...]) -> str:
+    """Elements of an array as nested lists."""
+    if not shape:
+        return repr(flat[0])
+    row = math.prod(shape[1:])
+    rows = [flat[start : start + row] for start in range(0, len(flat), row)] if row else []
+    return f"[{', '.join(_nested(part, shape[1:]) for part in rows)}]"

@@ -22,6 +22,7 @@ class ServerConfig:
     Attributes:
       listen: addresses to serve on: "host:port" (port 0: a free one) or "unix:/path".
       insecure: whether an address beyond loopback may be served without TLS.
+      allow_programs: whether sessions may bring exported programs as their optimizers (docs/programs.md).
       sessions_max: most sessions; one more is refused.
       leaves_max: most leaves of a session's tree; the time to compile an update grows faster than their number.
       streams_max: most streams open at once; each holds a thread while it is open.
@@ -36,6 +37,7 @@ class ServerConfig:
 
     listen: tuple[str, ...] = ("127.0.0.1:50051",)
     insecure: bool = False
+    allow_programs: bool = False
     sessions_max: int = 1024
     leaves_max: int = 2048
     streams_max: int = 96
@@ -89,6 +91,9 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
         help="address to serve on, or unix:/path; repeatable; port 0 takes a free one (default 127.0.0.1:50051)",
     )
     serve.add_argument("--insecure", action="store_true", help="allow addresses beyond loopback, without TLS")
+    serve.add_argument(
+        "--allow-programs", action="store_true", help="serve optimizers that clients bring as exported programs"
+    )
     serve.add_argument("--port-file", metavar="FILE", help="write the first address served to FILE once ready")
     for name, kind, text in (
         ("sessions-max", int, "most sessions (default 1024)"),

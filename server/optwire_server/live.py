@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import numpy as np
 
 from optwire_proto import sessions, specs, trees
+from optwire_server import plans as planning
 from optwire_server.engine import engine, landing, program
 from optwire_server.session import effects, machine
 
@@ -17,15 +18,27 @@ Params = list[np.ndarray[Any, Any]]
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class LiveSession:
-    """A session, its arrays, and what never changes about it."""
+    """A session, its arrays, and what its steps use.
+
+    ``plans`` is replaced on the device's thread, as ``machine`` and ``held`` are; ``preparing`` is held by whoever
+    compiles for the session meanwhile: the next plans, or another variant of their programs.
+    """
 
     machine: machine.Session
     held: engine.Held
     tree: trees.TreeSpec
-    spec: specs.Spec
-    schedule: Callable[[int], float | None]  # what the spec's schedule gives for a step, if it has one
+    created_spec: specs.Spec
+    seed: int
+    plans: tuple[planning.Plan, ...]
     create_key: str
     created_s: float
+    variants: frozenset[program.Variant] = frozenset({program.Variant()})
+    preparing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @property
+    def plan(self) -> planning.Plan:
+        """What the next step uses."""
+        return planning.at(self.plans, self.machine.step)
 
     def worker_seq(self, worker: str) -> int:
         """The worker's last applied seq; 0 where it has none, or none is named."""
@@ -34,18 +47,19 @@ class LiveSession:
         applied = self.machine.workers.get(sessions.check_id(worker, "worker"))
         return applied.seq if applied else 0
 
-    def learning_rate(self, index: int, set_by_hand: float | None) -> float:
-        """What the update ``index`` uses: the rate set by hand, else what the spec gives."""
-        if set_by_hand is not None:
-            return set_by_hand
-        constant = specs.learning_rate(self.spec)
-        scheduled = self.schedule(index) if constant is None else constant
-        assert scheduled is not None, "a spec has a constant learning rate or a schedule"
-        return scheduled
+    def prepare(self, variant: program.Variant) -> None:
+        """Compiles a variant for all plans, unless it is; on the calling thread."""
+        if variant in self.variants:
+            return
+        with self.preparing:
+            for plan in self.plans:
+                plan.program.prepare(variant)
+            self.variants |= {variant}
 
     def info(self) -> sessions.SessionInfo:
         """What the session is and where it stands."""
         now = self.machine
+        plan = planning.at(self.plans, now.step)
         return sessions.SessionInfo(
             id=now.id,
             name=now.name,
@@ -53,14 +67,17 @@ class LiveSession:
             step=now.step,
             durable_step=0,
             tree=self.tree,
-            spec=self.spec,
-            learning_rate=self.learning_rate(now.step, now.learning_rate),
-            learning_rate_scheduled=now.learning_rate is None and specs.learning_rate(self.spec) is None,
+            spec=plan.spec,
+            learning_rate=plan.learning_rate(now.step, now.skipped),
+            learning_rate_scheduled=plan.scheduled,
             durability=sessions.Durability.MEMORY,
             payload_bytes=self.tree.payload_bytes,
             state_bytes=self.held.state_bytes,
             created_s=self.created_s,
             failure=now.failure,
+            seed=self.seed,
+            spec_digest=specs.digest(plan.spec),
+            changes=now.changes,
         )
 
     def ack(self, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
@@ -74,6 +91,7 @@ class LiveSession:
             duplicate=reply.duplicate,
             learning_rate=reply.learning_rate,
             payload_bytes=payload_bytes,
+            metrics=dict(reply.metrics),
         )
 
 
@@ -85,6 +103,7 @@ class Creation:
     spec: specs.Spec
     tree: trees.TreeSpec
     create_key: str
+    seed: int
     program: program.Program
     landing: landing.Landing
 
@@ -94,6 +113,7 @@ class Push:
     """A push whose payload is on its way."""
 
     key: sessions.PushKey
+    options: sessions.PushOptions
     session: LiveSession
     landing: landing.Landing
 

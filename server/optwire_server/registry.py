@@ -12,14 +12,18 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from optwire_proto import errors, sessions, specs, trees
+from optwire_server import plans as planning
+from optwire_server import updates
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing
+from optwire_server.engine import landing, program
 from optwire_server.live import Creation, LiveSession, Push, Read, Reply
 from optwire_server.session import effects, events, machine
+
+Plans = tuple[planning.Plan, ...]
 
 _log = logging.getLogger("optwire.registry")
 
@@ -40,7 +44,9 @@ class Registry:
     # ---------------------------------------------------------------------------------------------------- create
 
     @contextlib.contextmanager
-    def creating(self, name: str, tree: trees.TreeSpec, spec: specs.Spec, create_key: str) -> Iterator[Creation]:
+    def creating(
+        self, name: str, tree: trees.TreeSpec, spec: specs.Spec, create_key: str, seed: int = 0
+    ) -> Iterator[Creation]:
         """Prepares a session: checks everything, compiles, lends the landing for the initial parameters.
 
         Raises:
@@ -52,49 +58,65 @@ class Registry:
         sessions.check_id(create_key, "create_key")
         if name:
             sessions.check_name(name)
-        checked = specs.check(spec)
+        checked = self._engine.check(spec)
         if len(tree.leaves) > self._config.leaves_max:
             raise _over("leaves_max", len(tree.leaves), self._config.leaves_max)
         with self._lock:
-            first_try = self._existing(name, create_key, tree, checked) is None
+            first_try = self._existing(name, create_key, tree, checked, seed) is None
             if first_try:
                 self._check_room(tree.payload_bytes)
         compiled = self._engine.compile(checked, tree)
         room = self._reserved(compiled.state_bytes) if first_try else contextlib.nullcontext()
         with room, contextlib.closing(self._landings.land(tree)) as lent:
-            yield Creation(name=name, spec=checked, tree=tree, create_key=create_key, program=compiled, landing=lent)
+            yield Creation(
+                name=name,
+                spec=checked,
+                tree=tree,
+                create_key=create_key,
+                seed=seed,
+                program=compiled,
+                landing=lent,
+            )
 
     def create(self, creation: Creation, digest: sessions.Digest) -> sessions.SessionInfo:
         """Creates the session once its parameters are in; a retry under the same key finds it."""
         creation.landing.finish(digest)
         with self._lock:
-            if existing := self._existing(creation.name, creation.create_key, creation.tree, creation.spec):
+            if existing := self._made_before(creation):
                 return existing.info()
-        held = self._engine.hold(creation.program, creation.landing.arrays())
+        plan = planning.make(creation.spec, creation.program, 0, {})
+        held = self._engine.hold(creation.program, creation.landing.arrays(), plan.rates, creation.seed)
         id_ = secrets.token_hex(16)
         name = creation.name or f"session-{id_[:16]}"
         live = LiveSession(
             machine=machine.Session(id=id_, name=name),
             held=held,
             tree=creation.tree,
-            spec=creation.spec,
-            schedule=creation.program.learning_rate,
+            created_spec=creation.spec,
+            seed=creation.seed,
+            plans=(plan,),
             create_key=creation.create_key,
             created_s=time.time(),
         )
         with self._lock:
             # Another request may have come first while the state was made.
-            if existing := self._existing(creation.name, creation.create_key, creation.tree, creation.spec):
+            if existing := self._made_before(creation):
                 return existing.info()
             self._by_id[id_] = self._by_name[name] = live
         _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, held.state_bytes)
         return live.info()
 
-    def _existing(self, name: str, create_key: str, tree: trees.TreeSpec, spec: specs.Spec) -> LiveSession | None:
+    def _made_before(self, creation: Creation) -> LiveSession | None:
+        return self._existing(creation.name, creation.create_key, creation.tree, creation.spec, creation.seed)
+
+    def _existing(
+        self, name: str, create_key: str, tree: trees.TreeSpec, spec: specs.Spec, seed: int
+    ) -> LiveSession | None:
         """The session that an earlier try of the same request created; raises where name or key are another's."""
         for live in self._by_id.values():
             if live.create_key == create_key:
-                if (live.tree, str(live.spec)) != (tree, str(spec)) or name not in ("", live.machine.name):
+                same = (live.tree, str(live.created_spec), live.seed) == (tree, str(spec), seed)
+                if not same or name not in ("", live.machine.name):
                     raise errors.SessionExistsError(
                         f"create_key was used for session {live.machine.name!r}, which differs from this one",
                         subject="create_key",
@@ -129,16 +151,24 @@ class Registry:
     # ------------------------------------------------------------------------------------------------------ push
 
     @contextlib.contextmanager
-    def pushing(self, key: sessions.PushKey, *, payload_bytes_max: int | None = None) -> Iterator[Push]:
+    def pushing(
+        self,
+        key: sessions.PushKey,
+        options: sessions.PushOptions = sessions.PushOptions(),
+        *,
+        payload_bytes_max: int | None = None,
+    ) -> Iterator[Push]:
         """Admits a push and lends the landing for its payload.
 
         Args:
           key: of the push.
+          options: what it says beside its gradients.
           payload_bytes_max: the longest payload that the way it comes on can carry.
 
         Raises:
           SessionNotFoundError, SessionFailedError: there is nothing to push to.
           OutOfStepError: as ``session.machine`` says.
+          InvalidArgumentError: the optimizer needs something beside the gradients that the push lacks, or the reverse.
           LimitError: too many bytes in flight; worth another try.
           UnavailableError: the server is draining.
         """
@@ -147,27 +177,30 @@ class Registry:
         if payload_bytes_max is not None and live.tree.payload_bytes > payload_bytes_max:
             raise _over("payload of a unary Step, in bytes", live.tree.payload_bytes, payload_bytes_max)
         machine.admit(live.machine, key)
+        updates.check_extras(live, options)
+        for variant in updates.variants(live, options):
+            live.prepare(variant)
         with contextlib.closing(self._landings.land(live.tree)) as lent:
-            yield Push(key, live, lent)
+            yield Push(key, options, live, lent)
 
-    def push(self, push: Push, digest: sessions.Digest, *, wants_params: bool = True) -> Reply:
+    def push(self, push: Push, digest: sessions.Digest) -> Reply:
         """Applies a push whose payload is in, or answers it from state if it had been applied."""
         push.landing.finish(digest)
-        return self._engine.run(lambda: self._apply(push, digest, wants_params=wants_params))
+        return self._engine.run(lambda: self._apply(push, digest))
 
-    def _apply(self, push: Push, digest: sessions.Digest, *, wants_params: bool) -> Reply:
+    def _apply(self, push: Push, digest: sessions.Digest) -> Reply:
         """On the engine's thread: tells the machine, then does what it says, in order."""
         live = push.session
-        todo = self._advance(live, events.Pushed(push.key, digest))
+        todo = self._advance(live, events.Pushed(push.key, digest, push.options))
         reply: Reply | None = None
         failure: errors.OptwireError | None = None
         while todo:
             effect, *todo = todo
             match effect:
                 case effects.Apply():
-                    todo += self._advance(live, self._update(live, effect, push.landing))
+                    todo += self._advance(live, updates.run(self._engine, live, effect, push.landing.arrays()))
                 case effects.Reply():
-                    params = self._engine.params(live.held) if wants_params else []
+                    params = self._engine.params(live.held) if push.options.wants_params else []
                     reply = Reply(live.ack(effect, sum(leaf.nbytes for leaf in params)), params)
                 case effects.Fail():
                     failure = effect.error
@@ -178,16 +211,6 @@ class Registry:
         assert reply is not None, "a push was neither answered nor refused"
         return reply
 
-    def _update(self, live: LiveSession, apply: effects.Apply, lent: landing.Landing) -> events.Event:
-        try:
-            rate = live.learning_rate(apply.index, apply.learning_rate)
-            self._engine.update(live.held, rate, apply.index, lent.arrays())
-        except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
-            _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
-            state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost
-            return events.UpdateFailed(str(exc), state_lost)
-        return events.Updated(rate)
-
     def _advance(self, live: LiveSession, event: events.Event) -> Sequence[effects.Effect]:
         live.machine, todo = machine.advance(live.machine, event)
         return todo
@@ -195,16 +218,20 @@ class Registry:
     # ------------------------------------------------------------------------------------------------ other verbs
 
     @contextlib.contextmanager
-    def reading(self, *, id_: str = "", name: str = "", worker: str = "") -> Iterator[Read]:
-        """The session, the worker's last applied seq, and the parameters, all of one step.
+    def reading(self, *, id_: str = "", name: str = "", worker: str = "", which: str = "") -> Iterator[Read]:
+        """The session, the worker's last applied seq, and the parameters or a view of them, all of one step.
 
         As long as they are being read they count as bytes in flight, since updates meanwhile must leave them alone.
         """
         live = self._find(id_=id_, name=name)
+        machine.check_alive(live.machine)
+        with live.preparing:
+            for plan in live.plans:
+                plan.program.prepare_view(which)
 
         def look() -> Read:
             machine.check_alive(live.machine)
-            return Read(live.info(), live.worker_seq(worker), self._engine.params(live.held))
+            return Read(live.info(), live.worker_seq(worker), self._engine.params(live.held, which))
 
         with self._landings.counted(live.tree.payload_bytes):
             yield self._engine.run(look)
@@ -222,30 +249,56 @@ class Registry:
         infos = [dataclasses.replace(live.info(), tree=None) for live in page]
         return infos, names[page_size - 1] if len(names) > page_size else ""
 
-    def set_learning_rate(
-        self, learning_rate: float, *, id_: str = "", name: str = "", incarnation: int = 0, from_step: int | None = None
+    def set_hyperparams(
+        self,
+        hyperparams: Mapping[str, specs.Value],
+        *,
+        id_: str = "",
+        name: str = "",
+        incarnation: int = 0,
+        from_step: int | None = None,
     ) -> tuple[sessions.SessionInfo, int]:
-        """Sets the learning rate of all further steps; returns the session and the first step that uses it."""
-        if not specs.is_number(learning_rate):
-            raise errors.InvalidArgumentError(
-                f"learning_rate: {learning_rate}, expected a finite number that fits 32 bits",
-                subject="learning_rate",
-                expected="a finite number that fits 32 bits",
-                got=str(learning_rate),
-            )
+        """Changes hyperparameters from a step on; returns the session and the first step that uses the new values.
+
+        Raises:
+          InvalidArgumentError: a name that means nothing or several values; a step that has passed.
+          SpecError: a value that the argument cannot take.
+        """
         live = self._find(id_=id_, name=name)
-        # A schedule is part of the compiled update; a rate set by hand needs the program that takes it as an operand.
-        core = specs.core(live.spec).replace(step_size=learning_rate)
-        fixed = self._engine.compile(_with_core(live.spec, core), live.tree)
+        with live.preparing:
+            while True:
+                now = live.plans
+                at = live.machine.step if from_step is None else from_step
+                plans, values = planning.changed(now, hyperparams, at, self._compiler(live))
+                change = sessions.Change(at, tuple(values.items()))
 
-        def set_rate() -> int:
-            _check_fits(live.machine, incarnation, from_step)
-            self._advance(live, events.RateSet(learning_rate))
-            live.held.program = fixed
-            return live.machine.step
+                def put(at: int = at, plans: Plans = plans, change: sessions.Change = change) -> bool:
+                    check_incarnation(live.machine, incarnation)
+                    if from_step is None and live.machine.step != at:
+                        return False  # a push came between; the next step is another
+                    self._advance(live, events.Changed(change))
+                    live.plans = planning.current(plans, live.machine.step)
+                    return True
 
-        step = self._engine.run(set_rate)
-        return live.info(), step
+                if self._engine.run(put):
+                    return live.info(), at
+
+    def _compiler(self, live: LiveSession) -> Callable[[specs.Spec], program.Program]:
+        """Compiles a spec for a session, in all variants that it has used."""
+
+        def compile(spec: specs.Spec) -> program.Program:
+            compiled = self._engine.compile(spec, live.tree)
+            for variant in live.variants:
+                compiled.prepare(variant)
+            return compiled
+
+        return compile
+
+    def describe(self, *, id_: str = "", name: str = "") -> sessions.OptimizerInfo:
+        """The session's optimizer as its next step will run it, and what every leaf gets."""
+        live = self._find(id_=id_, name=name)
+        machine.check_alive(live.machine)
+        return planning.describe(live.plan, live.tree, live.machine.step)
 
     def delete(self, *, id_: str = "", name: str = "") -> sessions.SessionInfo:
         """Ends a session and frees its state; pushes under way are refused."""
@@ -296,26 +349,12 @@ def _over(what: str, count: int, most: int, *, retry_after_s: float = 0.0) -> er
     )
 
 
-def _with_core(spec: specs.Spec, core: specs.Spec) -> specs.Spec:
-    """The spec with its optimizer replaced."""
-    if spec.name != "chain":
-        return core
-    *stages, last = spec["members"]
-    return spec.replace(members=(*stages, _with_core(last, core)))
-
-
-def _check_fits(session: machine.Session, incarnation: int, from_step: int | None) -> None:
+def check_incarnation(session: machine.Session, incarnation: int) -> None:
+    """Raises IncarnationError where a caller knows another incarnation; 0 stands for any."""
     if incarnation not in (0, session.incarnation):
         raise errors.IncarnationError(
             f"session {session.name!r}: incarnation {incarnation}, expected {session.incarnation}",
             subject=session.name,
             expected=str(session.incarnation),
             got=str(incarnation),
-        )
-    if from_step not in (None, session.step):
-        raise errors.UnsupportedError(
-            f"from_step: {from_step}; this version changes hyperparameters from the next step on, {session.step}",
-            subject="from_step",
-            expected=str(session.step),
-            got=str(from_step),
         )

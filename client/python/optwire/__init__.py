@@ -10,7 +10,7 @@ Example:
 Adapters are modules of their own, imported only by those who use them: ``optwire.jax``.
 """
 
-from optwire import optimizers
+from optwire import optax, optimizers
 from optwire._client import Client, connect
 from optwire._session import Session
 from optwire_proto.errors import (
@@ -24,6 +24,7 @@ from optwire_proto.errors import (
     InvalidArgumentError,
     LimitError,
     MalformedRequestError,
+    NonFiniteError,
     OptwireError,
     OutOfStepError,
     PayloadError,
@@ -38,7 +39,7 @@ from optwire_proto.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from optwire_proto.sessions import Ack, ServerInfo, SessionInfo
+from optwire_proto.sessions import Ack, OptimizerInfo, ServerInfo, SessionInfo
 from optwire_proto.tensors import bf16_to_f32 as from_bf16
 from optwire_proto.tensors import f32_to_bf16 as to_bf16
 
@@ -57,6 +58,8 @@ __all__ = [
     "InvalidArgumentError",
     "LimitError",
     "MalformedRequestError",
+    "NonFiniteError",
+    "OptimizerInfo",
     "OptwireError",
     "OutOfStepError",
     "PayloadError",
@@ -76,6 +79,7 @@ __all__ = [
     "__version__",
     "connect",
     "from_bf16",
+    "optax",
     "optimizers",
     "to_bf16",
 ]

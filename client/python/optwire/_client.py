@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from optwire import _deadlines, _options, _payload, _rpc, _session
-from optwire_proto import errors, sessions, specs, trees
+from optwire_proto import catalogue, errors, sessions, spec_text, specs, trees
 
 
 def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> Client:
@@ -41,14 +41,18 @@ class Client:
         self._options = options
         self._channel = _rpc.Channel(options)
 
-    def create_session(self, params: Any, spec: specs.Spec, *, name: str | None = None) -> _session.Session:
+    def create_session(
+        self, params: Any, spec: specs.Spec | str, *, name: str | None = None, seed: int = 0
+    ) -> _session.Session:
         """Creates a session from initial parameters and an optimizer.
 
         Args:
           params: any nest of dict, OrderedDict, list, tuple, named tuple and None with arrays at its leaves, or one
             array. Its structure, shapes and element types are the session's for good.
-          spec: the optimizer, from ``optwire.optimizers``.
+          spec: the optimizer, from ``optwire.optimizers`` and ``optwire.optax``, or as text:
+            ``"chain(clip_by_global_norm(1.0), adamw(1e-3))"``.
           name: 1 to 128 characters of ``A-Z a-z 0-9 . _ -``, not starting with a dot; None: the server makes one.
+          seed: of what is random in the updates, 0 to 2**64 - 1: a function of it and the number of updates.
 
         Returns:
           A handle at step 0.
@@ -59,9 +63,11 @@ class Client:
           SessionExistsError: the name is taken.
           LimitError: the server has no room.
         """
+        if isinstance(spec, str):
+            spec = spec_text.parse(spec, catalogue.CATALOGUE)
         if not isinstance(spec, specs.Spec):
             raise errors.SpecError(
-                f"spec: {type(spec).__name__}, expected an optimizer of optwire.optimizers",
+                f"spec: {type(spec).__name__}, expected an optimizer of optwire.optimizers or optwire.optax, or text",
                 subject="spec",
                 expected="optwire.optimizers.Spec",
                 got=type(spec).__name__,
@@ -71,9 +77,16 @@ class Client:
         deadline = _deadlines.Deadline(self._options.timeout_s, payload.length, leaves=len(flat.spec.leaves))
         checked_name = "" if name is None else sessions.check_name(name)
         create_key = uuid.uuid4().hex
+        checked_seed = _options.whole("seed", seed)
         info = _deadlines.retried(
             lambda _: self._channel.create_session(
-                deadline, name=checked_name, tree=flat.spec, spec=spec, create_key=create_key, params=payload
+                deadline,
+                name=checked_name,
+                tree=flat.spec,
+                spec=spec,
+                create_key=create_key,
+                seed=checked_seed,
+                params=payload,
             ),
             deadline,
             f"create_session {checked_name!r}" if checked_name else "create_session",

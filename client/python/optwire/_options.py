@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import math
 import re
+
+import numpy as np
 
 from optwire_proto import errors, limits
 
@@ -78,6 +82,32 @@ def _is_target(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def finite(name: str, value: object) -> float:
+    """A number that is finite; raises InvalidArgumentError."""
+    number = math.nan
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number beyond all real ones
+            number = float(value)
+    if not math.isfinite(number):
+        raise wrong(name, "a finite number", value)
+    return number
+
+
+def whole(name: str, value: object) -> int:
+    """A whole number from 0 up to 2**64; raises InvalidArgumentError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= int(value) < 2**64:
+        raise wrong(name, "a whole number from 0 to 2**64 - 1", value)
+    return int(value)
+
+
+def positive(name: str, value: object) -> float:
+    """A number that is finite and greater than 0; raises InvalidArgumentError."""
+    number = finite(name, value)
+    if number <= 0:
+        raise wrong(name, "a positive number", value)
+    return number
 
 
 def wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:

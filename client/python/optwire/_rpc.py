@@ -71,6 +71,7 @@ class Channel:
         tree: trees.TreeSpec,
         spec: specs.Spec,
         create_key: str,
+        seed: int,
         params: _payload.Outgoing,
     ) -> sessions.SessionInfo:
         begin = pb.CreateSessionRequest(
@@ -79,6 +80,7 @@ class Channel:
                 tree=convert.tree_to_proto(tree),
                 spec=convert.spec_to_proto(spec),
                 create_key=create_key,
+                seed=seed,
             )
         )
         with self.translated():
@@ -108,13 +110,25 @@ class Channel:
         with self.translated():
             self._stub.DeleteSession(request, timeout=deadline.remaining_s)
 
+    def describe_optimizer(self, deadline: _deadlines.Deadline, *, id: str) -> sessions.OptimizerInfo:
+        request = pb.DescribeOptimizerRequest(session=convert.ref_to_proto(id=id))
+        with self.translated():
+            return convert.optimizer_from_proto(self._stub.DescribeOptimizer(request, timeout=deadline.remaining_s))
+
     def update_hyperparams(
-        self, deadline: _deadlines.Deadline, *, id: str, incarnation: int, hyperparams: Mapping[str, specs.Value]
+        self,
+        deadline: _deadlines.Deadline,
+        *,
+        id: str,
+        incarnation: int,
+        hyperparams: Mapping[str, specs.Value],
+        from_step: int | None,
     ) -> int:
         """The first step (0-based) that uses the new values."""
         request = pb.UpdateHyperparamsRequest(
             session=convert.ref_to_proto(id=id),
             incarnation=incarnation,
+            from_step=from_step,
             hyperparams=[
                 pb.Argument(name=name, value=convert.value_to_proto(value)) for name, value in hyperparams.items()
             ],
@@ -123,10 +137,10 @@ class Channel:
             return self._stub.UpdateHyperparams(request, timeout=deadline.remaining_s).from_step
 
     def read_params(
-        self, deadline: _deadlines.Deadline, *, id: str, worker: str, tree: trees.TreeSpec
+        self, deadline: _deadlines.Deadline, *, id: str, worker: str, tree: trees.TreeSpec, which: str
     ) -> tuple[sessions.SessionInfo, int, list[tensors.Array]]:
         """The session without its tree, the seq of the worker's last applied push, and the newest parameters."""
-        request = pb.ReadParamsRequest(session=convert.ref_to_proto(id=id), worker=worker)
+        request = pb.ReadParamsRequest(session=convert.ref_to_proto(id=id), worker=worker, which=which)
         incoming = _payload.Incoming(tree)
         with self.translated():
             call = self._stub.ReadParams(request, timeout=deadline.remaining_s)
@@ -146,12 +160,14 @@ class Channel:
         self,
         deadline: _deadlines.Deadline,
         key: sessions.PushKey,
+        options: sessions.PushOptions,
         grads: _payload.Outgoing,
         tree: trees.TreeSpec,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         """One push and its reply, in one message each."""
         data, digest = grads.whole()
-        request = pb.StepRequest(begin=convert.push_to_proto(key), payload=data, digest=convert.digest_to_proto(digest))
+        begin = convert.push_to_proto(key, options)
+        request = pb.StepRequest(begin=begin, payload=data, digest=convert.digest_to_proto(digest))
         with self.translated():
             response = self._stub.Step(request, timeout=deadline.remaining_s)
         incoming = _payload.Incoming(tree)
@@ -208,11 +224,12 @@ class Stream:
         self,
         deadline: _deadlines.Deadline,
         key: sessions.PushKey,
+        options: sessions.PushOptions,
         grads: _payload.Outgoing,
         tree: trees.TreeSpec,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         """One push and its reply. Whatever interrupts it cancels the call, and the sending with it."""
-        begin = pb.StreamStepsRequest(begin=convert.push_to_proto(key))
+        begin = pb.StreamStepsRequest(begin=convert.push_to_proto(key, options))
         with (
             self._channel.translated(deadline),
             _cancelled_unless_done(self._call),

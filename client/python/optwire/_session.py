@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from optwire import _deadlines, _options, _payload, _rpc
-from optwire_proto import errors, limits, sessions, tensors, trees
+from optwire_proto import errors, limits, sessions, specs, tensors, trees
 
 _UNKNOWN = "the push may or may not have been applied: call step again with the same grads, or params"
 
@@ -73,7 +72,15 @@ class Session:
         """The outcome of this handle's last push; None before the first."""
         return self._last_ack
 
-    def step(self, grads: Any, base_step: int | None = None) -> Any:
+    def step(
+        self,
+        grads: Any,
+        base_step: int | None = None,
+        *,
+        loss: float | None = None,
+        grad_scale: float = 1.0,
+        telemetry: bool = False,
+    ) -> Any:
         """Pushes gradients, applies one update, and returns the new parameters.
 
         Safe to repeat: after a ``DeadlineError``, ``UnavailableError`` or Ctrl-C it is unknown whether the update was
@@ -86,11 +93,16 @@ class Session:
           grads: a nest of the session's structure, shapes and element types: NumPy arrays, or arrays that NumPy can
             read in place. Not copied as a whole; do not change them during the call.
           base_step: the step of the parameters that the gradients were computed on, where that is not ``step_count``.
+          loss: the loss of the batch, a finite number, exactly where the optimizer asks for it (``describe().extras``).
+          grad_scale: what the gradients were multiplied by (loss scaling); the update divides by it first.
+          telemetry: whether ``last_ack.metrics`` reports norms and the like, at the price of computing them.
 
         Returns:
           The parameters after the update: new NumPy arrays in the structure given at creation.
 
         Raises:
+          InvalidArgumentError: the loss is missing, or not wanted; a loss or scale that is no finite number.
+          NonFiniteError: the session rejects gradients that are not finite; nothing was applied.
           TreeMismatchError: the gradients differ from the session's tree; nothing was sent.
           StaleStepError: another worker pushed since; call ``params`` and compute again.
           FutureStepError: ``base_step`` lies beyond the session's step.
@@ -99,6 +111,11 @@ class Session:
           SessionFailedError: the session lost its state in a failed update.
         """
         payload = _payload.Outgoing(trees.match(self._tree, grads))
+        options = sessions.PushOptions(
+            grad_scale=_options.positive("grad_scale", grad_scale),
+            extras=() if loss is None else (("loss", _options.finite("loss", loss)),),
+            telemetry=bool(telemetry),
+        )
         with self._using():
             base = self._step if base_step is None else _step_number(base_step)
             key = sessions.PushKey(
@@ -111,20 +128,32 @@ class Session:
             push = self._push_unary if self._goes_unary(payload.length) else self._push_on_stream
             deadline = self._deadline(2 * payload.length)
             ack, arrays = _deadlines.retried(
-                lambda _: push(deadline, key, payload), deadline, f"push on step {base} of {self}", _UNKNOWN
+                lambda _: push(deadline, key, options, payload), deadline, f"push on step {base} of {self}", _UNKNOWN
             )
             self._seq, self._step, self._last_ack = key.seq, ack.step, ack
         return trees.unflatten(self._tree, arrays, self._types)
 
-    def params(self) -> Any:
+    def params(self, which: str = "") -> Any:
         """The newest parameters: new NumPy arrays in the structure given at creation.
 
         The next ``step`` builds on them, whatever became of an earlier push.
+
+        Args:
+          which: "" for the ones that gradients are computed on; others that the spec keeps beside them: "ema" for the
+            moving average of ``ema_params``, "eval" for the parameters that a schedule-free or lookahead optimizer is
+            to be judged by. ``describe().views`` says which there are.
+
+        Raises:
+          InvalidArgumentError: the spec keeps no such parameters.
         """
+        if not isinstance(which, str):
+            raise _options.wrong("which", "text", which)
         with self._using():
             deadline = self._deadline(self._tree.payload_bytes)
             info, seq, arrays = _deadlines.retried(
-                lambda _: self._channel.read_params(deadline, id=self._id, worker=self._worker, tree=self._tree),
+                lambda _: self._channel.read_params(
+                    deadline, id=self._id, worker=self._worker, tree=self._tree, which=which
+                ),
                 deadline,
                 f"params of {self}",
             )
@@ -139,28 +168,58 @@ class Session:
                 lambda _: self._channel.get_session(deadline, id=self._id), deadline, f"info of {self}"
             )[0]
 
-    def set_hyperparams(self, *, learning_rate: float) -> int:
-        """Replaces the learning rate, or the schedule that gave it, from the next update on, for all workers.
+    def describe(self) -> sessions.OptimizerInfo:
+        """The session's optimizer as its next step will run it, and what every leaf gets."""
+        with self._using():
+            deadline = self._deadline()
+            return _deadlines.retried(
+                lambda _: self._channel.describe_optimizer(deadline, id=self._id), deadline, f"describe of {self}"
+            )
+
+    def set_hyperparams(
+        self,
+        hyperparams: Mapping[str, float | specs.Spec] | None = None,
+        /,
+        *,
+        from_step: int | None = None,
+        **named: float | specs.Spec,
+    ) -> int:
+        """Changes hyperparameters from a step on, for all workers. Learning rates compile nothing anew.
+
+        Example:
+          >>> session.set_hyperparams(learning_rate=3e-4)  # doctest: +SKIP
+          >>> session.set_hyperparams({"partition.transforms['head/**'].adamw.learning_rate": 1e-4})  # doctest: +SKIP
 
         Args:
-          learning_rate: a finite number.
+          hyperparams: new values by path inside the spec, or by the end of a path that no other ends with;
+            ``describe()`` lists them. ``learning_rate`` also means the seed's ``step_size``. Values are numbers, or
+            schedules where a learning rate stands.
+          from_step: first step (0-based) that uses them; None: the next one.
+          **named: the same, by keyword.
 
         Returns:
-          The first step (0-based) that uses it.
+          The first step (0-based) that uses them.
 
         Raises:
-          InvalidArgumentError: not a finite number.
+          InvalidArgumentError: a name that means no argument or several; no number; a step that has passed.
+          SpecError: a value that the argument cannot take.
         """
-        rate = _finite(learning_rate)
+        values = {name: _hyperparam(name, value) for name, value in {**(hyperparams or {}), **named}.items()}
+        if from_step is not None:
+            from_step = _step_number(from_step, "from_step")
         with self._using():
             deadline = self._deadline()
             return _deadlines.retried(
                 lambda _: self._channel.update_hyperparams(
-                    deadline, id=self._id, incarnation=self._incarnation, hyperparams={"learning_rate": rate}
+                    deadline,
+                    id=self._id,
+                    incarnation=self._incarnation,
+                    hyperparams=values,
+                    from_step=from_step,
                 ),
                 deadline,
                 f"set_hyperparams of {self}",
-                "the learning rate may or may not have been replaced",
+                "they may or may not have been changed",
             )
 
     def close(self) -> None:
@@ -213,32 +272,40 @@ class Session:
         return transport is _options.Transport.UNARY
 
     def _push_unary(
-        self, deadline: _deadlines.Deadline, key: sessions.PushKey, payload: _payload.Outgoing
+        self,
+        deadline: _deadlines.Deadline,
+        key: sessions.PushKey,
+        options: sessions.PushOptions,
+        payload: _payload.Outgoing,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        return self._channel.step(deadline, key, payload, self._tree)
+        return self._channel.step(deadline, key, options, payload, self._tree)
 
     def _push_on_stream(
-        self, deadline: _deadlines.Deadline, key: sessions.PushKey, payload: _payload.Outgoing
+        self,
+        deadline: _deadlines.Deadline,
+        key: sessions.PushKey,
+        options: sessions.PushOptions,
+        payload: _payload.Outgoing,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         stream, self._stream = self._stream, None  # put back only after a whole reply
         if stream is None or not stream.is_open:
             stream = self._channel.open_stream()
-        reply = stream.push(deadline, key, payload, self._tree)
+        reply = stream.push(deadline, key, options, payload, self._tree)
         self._stream = stream
         return reply
 
 
-def _step_number(value: object) -> int:
+def _step_number(value: object, name: str = "base_step") -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= int(value) < 2**64:
-        raise _options.wrong("base_step", "a number of steps", value)
+        raise _options.wrong(name, "a number of steps", value)
     return int(value)
 
 
-def _finite(value: object) -> float:
-    number = math.nan
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # a whole number beyond all real ones
-            number = float(value)
-    if not math.isfinite(number):
-        raise _options.wrong("learning_rate", "a finite number", value)
-    return number
+def _hyperparam(name: object, value: object) -> float | specs.Spec:
+    if not isinstance(name, str):
+        raise _options.wrong("hyperparams", "names as text", name)
+    if isinstance(value, specs.Spec):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and specs.is_number(value):
+        return value
+    return _options.finite(name, value)

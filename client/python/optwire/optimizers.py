@@ -1,36 +1,46 @@
-"""The seed's optimizers and schedules by their own names and signatures; each builds a spec. No JAX here.
+"""The seed's optimizers and schedules by their own names and signatures, and what goes around an update.
 
-What the names compute is documented in ``optwire_server.optimizers``, of which these are descriptions.
+Each builds a spec. No JAX here. What the seed's names compute is documented in ``optwire_server.optimizers``; optax's
+optimizers are in ``optwire.optax``. The two mix: ``chain(optax.clip_by_global_norm(1.0), adam(1e-3))``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optwire_proto import specs
+from optwire_proto import catalogue, checks, entries, spec_text, specs
 
 Spec = specs.Spec
 Rate = float | Spec
 
 __all__ = [
     "Spec",
+    "accumulate",
     "adagrad",
     "adam",
     "adamax",
     "chain",
+    "clip_by_leaf_norm",
     "clip_grads",
     "constant",
+    "ema_params",
     "exponential_decay",
+    "exported",
     "inverse_time_decay",
+    "master_weights",
     "momentum",
     "nesterov",
+    "on_nonfinite",
+    "parse",
+    "partition",
     "piecewise_constant",
     "polynomial_decay",
     "rmsprop",
     "rmsprop_momentum",
     "sgd",
     "sm3",
+    "table",
 ]
 
 
@@ -43,13 +53,22 @@ def _schedule(name: str, **arguments: object) -> Spec:
 
 
 def _checked(kind: str, name: str, arguments: dict[str, object]) -> Spec:
-    return specs.check(Spec(name, tuple((parameter, _plain(value)) for parameter, value in arguments.items())), kind)
+    described = Spec(name, tuple((parameter, _plain(value)) for parameter, value in arguments.items()))
+    return checks.check(described, kind)
+
+
+def described(entry: entries.Entry, arguments: Mapping[str, Any]) -> Spec:
+    """The spec of an entry of the catalogue with the arguments given, and no others; raises SpecError."""
+    spec = Spec(entry.name, tuple((parameter, _plain(value)) for parameter, value in arguments.items()))
+    return checks.check(spec, "schedule" if entry.kind == "schedule" else "transformation", complete=False)
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's and other libraries' scalars and arrays as Python's numbers and lists; all else as it is."""
+    """NumPy's and other libraries' scalars and arrays as Python's numbers and lists, mappings as pairs."""
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, Mapping):
+        return tuple((_plain(key), _plain(item)) for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(_plain(item) for item in value)
     return value
@@ -149,6 +168,89 @@ def clip_grads(max_norm: float) -> Spec:
     return _checked("transformation", "clip_grads", {"max_norm": max_norm})
 
 
+def clip_by_leaf_norm(max_norm: float) -> Spec:
+    """Scales the gradient of each leaf so that its L2 norm is at most ``max_norm``; a member of a ``chain``."""
+    return _checked("transformation", "clip_by_leaf_norm", {"max_norm": max_norm})
+
+
+def table(values: Sequence[float]) -> Spec:
+    """A schedule given by one value for each step, at most 16,384 of them; the last one goes on."""
+    numbers = _plain(values)
+    if isinstance(numbers, tuple) and all(map(specs.is_number, numbers)):
+        numbers = specs.Array.of("f32", (len(numbers),), numbers)
+    return _schedule("table", values=numbers)
+
+
 def chain(*members: Spec) -> Spec:
-    """Transformations of the gradients, in order, then one optimizer: ``chain(clip_grads(1.0), adam(1e-3))``."""
-    return _optimizer("chain", members=members)
+    """Members in order, each on the updates of the one before: ``chain(clip_grads(1.0), adam(1e-3))``.
+
+    An optimizer of the seed, or anything that has one, can only be the last.
+    """
+    return _checked("transformation", "chain", {"members": members})
+
+
+def partition(transforms: Mapping[str, Spec]) -> Spec:
+    """An optimizer for each group of parameters: ``partition({"**/bias": sgd(0.1), "**": adam(1e-3)})``.
+
+    Args:
+      transforms: optimizer by name pattern, in order: the first pattern that matches a leaf's name decides. ``*`` is any
+        text within one component of a name, ``**`` any number of components. ``optax.set_to_zero()`` freezes a group.
+
+    Raises:
+      SpecError: as all functions here; and when a session is created, where a parameter is in no group, or a pattern
+        matches none that earlier ones left.
+    """
+    groups = tuple(transforms.items()) if isinstance(transforms, Mapping) else transforms
+    return _checked("transformation", "partition", {"transforms": groups})
+
+
+def accumulate(optimizer: Spec, k: int) -> Spec:
+    """One update for every ``k`` pushes, with the mean of their gradients; the pushes between change no parameter."""
+    return _optimizer("accumulate", optimizer=optimizer, k=k)
+
+
+def on_nonfinite(optimizer: Spec, policy: str = "reject") -> Spec:
+    """What becomes of a push with NaN or infinity in it, or one that would make the state so.
+
+    Args:
+      optimizer: what it surrounds.
+      policy: "reject": ``NonFiniteError``, nothing is applied, the step stays. "skip": the step counts, state and
+        parameters stay, and ``last_ack.metrics["skipped"]`` is 1. "zero": such elements of gradients become 0.
+    """
+    return _optimizer("on_nonfinite", optimizer=optimizer, policy=policy)
+
+
+def ema_params(optimizer: Spec, decay: float = 0.999, debias: bool = False) -> Spec:
+    """Keeps a moving average of the parameters, read by ``session.params(which="ema")``.
+
+    Without ``debias`` it starts at the initial parameters; with it, at zero, corrected for that when read.
+    """
+    return _optimizer("ema_params", optimizer=optimizer, decay=decay, debias=debias)
+
+
+def master_weights(optimizer: Spec, dtype: str = "float32") -> Spec:
+    """Keeps the parameters in ``dtype`` and computes in it, while those that travel have the session's element type."""
+    return _optimizer("master_weights", optimizer=optimizer, dtype=dtype)
+
+
+def exported(update: bytes, learning_rate: Rate = 1.0) -> Spec:
+    """An optimizer of your own: ``update(step, rate, grad, param, *slots) -> (param, *slots)`` as a file.
+
+    Args:
+      update: what ``jax.export``'s ``serialize`` gave, at most 256 KiB; ``optwire.jax.export_update`` makes it.
+      learning_rate: what ``rate`` gets at each step.
+
+    Raises:
+      UnsupportedError: when a session is created, where the server's operator does not allow programs.
+    """
+    blob = specs.Blob(update) if isinstance(update, bytes) else update
+    return _optimizer("exported", update=blob, learning_rate=learning_rate)
+
+
+def parse(text: str) -> Spec:
+    """The spec that a text describes, such as ``"chain(clip_by_global_norm(1.0), adamw(1e-3, mask='**/kernel'))"``.
+
+    Raises:
+      SpecError: says at which line, column and path it goes wrong.
+    """
+    return spec_text.parse(text, catalogue.CATALOGUE)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from optwire_proto import errors, sessions
+from optwire_proto import errors, limits, sessions, specs
 from optwire_proto.convert.served import served
+from optwire_proto.convert.specs import value_from_proto
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
 
-def push_to_proto(key: sessions.PushKey) -> pb.PushBegin:
+def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = sessions.PushOptions()) -> pb.PushBegin:
     return pb.PushBegin(
         key=pb.PushKey(
             session_id=key.session_id,
@@ -18,23 +19,25 @@ def push_to_proto(key: sessions.PushKey) -> pb.PushBegin:
             worker=key.worker,
             seq=key.seq,
             base_step=key.base_step,
-        )
+        ),
+        grad_scale=0.0 if options.grad_scale == 1.0 else options.grad_scale,
+        extras=[pb.Argument(name=name, value=pb.Value(number=value)) for name, value in options.extras],
+        telemetry=options.telemetry,
+        reply=pb.REPLY_CONTENT_UNSPECIFIED if options.wants_params else pb.REPLY_CONTENT_NONE,
     )
 
 
-def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, bool]:
-    """The key, and whether the reply carries parameters.
+def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.PushOptions]:
+    """The key, and what the push says beside its gradients.
 
     Raises:
-      InvalidArgumentError: an id that is none, a seq of 0.
+      InvalidArgumentError: an id that is none, a seq of 0, a scale or an extra that is no finite number.
       UnsupportedError: a capability that this version does not serve.
     """
     for field, value, allowed in (
         ("codec", message.codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
         ("weight", message.weight, (0.0, 1.0)),
-        ("grad_scale", message.grad_scale, (0.0, 1.0)),
         ("hyperparams", len(message.hyperparams), (0,)),
-        ("extras", len(message.extras), (0,)),
         ("absent_leaves", len(message.absent_leaves), (0,)),
         ("shared_memory_slot", message.shared_memory_slot, (0,)),
         (
@@ -54,7 +57,33 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, bool]:
         worker=sessions.check_id(key.worker, "push.key.worker"),
         seq=key.seq,
         base_step=key.base_step,
-    ), message.reply != pb.REPLY_CONTENT_NONE
+    ), _options(message)
+
+
+def _options(message: pb.PushBegin) -> sessions.PushOptions:
+    scale = message.grad_scale or 1.0
+    if not (0 < scale <= limits.SPEC_NUMBER_MAX):  # False for NaN
+        raise errors.InvalidArgumentError(
+            f"push.grad_scale: {scale}, expected a positive finite number", subject="grad_scale", got=str(scale)
+        )
+    extras: dict[str, float] = {}
+    for argument in message.extras:
+        value = value_from_proto(argument.value, f"push.extras.{argument.name[:80]}")
+        if argument.name in extras or not specs.is_number(value):
+            got = "given twice" if argument.name in extras else specs.shown(value)
+            raise errors.InvalidArgumentError(
+                f"push.extras.{argument.name[:80]}: {got}, expected one finite number",
+                subject=argument.name[:80],
+                expected="one finite number",
+                got=got,
+            )
+        extras[argument.name] = float(value)
+    return sessions.PushOptions(
+        grad_scale=scale,
+        extras=tuple(sorted(extras.items())),
+        telemetry=message.telemetry,
+        wants_params=message.reply != pb.REPLY_CONTENT_NONE,
+    )
 
 
 def ack_to_proto(ack: sessions.Ack) -> pb.PushAck:
@@ -67,6 +96,7 @@ def ack_to_proto(ack: sessions.Ack) -> pb.PushAck:
         duplicate=ack.duplicate,
         learning_rate=ack.learning_rate,
         payload_bytes=ack.payload_bytes,
+        metrics=ack.metrics,
     )
 
 
@@ -80,6 +110,7 @@ def ack_from_proto(message: pb.PushAck) -> sessions.Ack:
         duplicate=message.duplicate,
         learning_rate=message.learning_rate,
         payload_bytes=message.payload_bytes,
+        metrics=dict(message.metrics),
     )
 
 

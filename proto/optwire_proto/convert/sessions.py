@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from optwire_proto import errors, sessions
+from optwire_proto import errors, limits, sessions, specs
 from optwire_proto.convert.served import served
 from optwire_proto.convert.specs import (
+    arguments_from_proto,
+    arguments_to_proto,
     entry_from_proto,
     entry_to_proto,
     spec_from_proto,
     spec_to_proto,
-    value_from_proto,
 )
 from optwire_proto.convert.trees import tree_from_proto, tree_to_proto
 from optwire_proto.v1 import optimizer_pb2 as pb
@@ -35,6 +36,9 @@ def session_to_proto(info: sessions.SessionInfo) -> pb.Session:
         state_bytes=info.state_bytes,
         created_s=info.created_s,
         failure=info.failure,
+        seed=info.seed,
+        spec_digest=info.spec_digest,
+        changes=[_change_to_proto(change) for change in info.changes],
     )
 
 
@@ -54,6 +58,47 @@ def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
         state_bytes=message.state_bytes,
         created_s=message.created_s,
         failure=message.failure,
+        seed=message.seed,
+        spec_digest=message.spec_digest,
+        changes=tuple(
+            sessions.Change(change.from_step, arguments_from_proto(change.hyperparams)) for change in message.changes
+        ),
+    )
+
+
+def _change_to_proto(change: sessions.Change) -> pb.HyperparamChange:
+    return pb.HyperparamChange(from_step=change.from_step, hyperparams=arguments_to_proto(change.values))
+
+
+def optimizer_to_proto(info: sessions.OptimizerInfo) -> pb.DescribeOptimizerResponse:
+    return pb.DescribeOptimizerResponse(
+        text=info.text[: limits.SPEC_TEXT_FORM_BYTES_MAX],
+        spec_digest=info.spec_digest,
+        granularity=info.granularity,
+        groups=[
+            pb.LeafGroup(
+                leaves=group.leaves, group=group.group, passes=group.passes, knobs=arguments_to_proto(group.knobs)
+            )
+            for group in info.groups
+        ],
+        step=info.step,
+        extras=info.extras,
+        views=info.views,
+    )
+
+
+def optimizer_from_proto(message: pb.DescribeOptimizerResponse) -> sessions.OptimizerInfo:
+    return sessions.OptimizerInfo(
+        text=message.text,
+        spec_digest=message.spec_digest,
+        granularity=message.granularity,
+        groups=tuple(
+            sessions.LeafGroup(tuple(group.leaves), group.group, tuple(group.passes), arguments_from_proto(group.knobs))
+            for group in message.groups
+        ),
+        step=message.step,
+        extras=tuple(message.extras),
+        views=tuple(message.views),
     )
 
 
@@ -86,33 +131,37 @@ def check_begin(message: pb.CreateSessionBegin) -> None:
         ("aggregation.deadline_s", message.aggregation.deadline_s, (0,)),
         ("grads_codec", message.grads_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
         ("params_codec", message.params_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
-        ("seed", message.seed, (0,)),
     ):
         served("CreateSession", field, value, allowed)
 
 
 def check_read(message: pb.ReadParamsRequest) -> None:
-    """Raises UnsupportedError where a reader asks for other parameters than the newest."""
-    served("ReadParams", "which", message.which, ("",))
+    """Raises UnsupportedError where a reader asks for the parameters of another step."""
     served("ReadParams", "step", message.HasField("step"), (False,))
 
 
-def learning_rate_from_proto(message: pb.UpdateHyperparamsRequest) -> float:
-    """The one hyperparameter that this version changes.
+def hyperparams_from_proto(message: pb.UpdateHyperparamsRequest) -> dict[str, specs.Value]:
+    """New values by path, or end of a path.
 
     Raises:
-      InvalidArgumentError: none was given, or not a number.
-      UnsupportedError: another was given.
+      InvalidArgumentError: none was given, one was given twice, or is neither a number nor a schedule.
     """
-    for argument in message.hyperparams:
-        served("UpdateHyperparams", "hyperparams", argument.name, ("learning_rate",))
-    values = [value_from_proto(argument.value, argument.name) for argument in message.hyperparams]
-    if len(values) != 1 or isinstance(values[0], bool) or not isinstance(values[0], int | float):
-        got = ", ".join(str(value) for value in values) or "nothing"
+    values = dict(arguments_from_proto(message.hyperparams))
+    if not values or len(values) != len(message.hyperparams):
+        got = "nothing" if not values else "a name twice"
         raise errors.InvalidArgumentError(
-            f"hyperparams: learning_rate={got}, expected one number", subject="learning_rate", got=got
+            f"hyperparams: {got}, expected every name once", subject="hyperparams", expected="names, each once", got=got
         )
-    return float(values[0])
+    for name, value in values.items():
+        if not specs.is_number(value) and not isinstance(value, specs.Spec):
+            got = specs.shown(value)
+            raise errors.InvalidArgumentError(
+                f"hyperparams: {name[:80]}={got}, expected a finite number or a schedule",
+                subject=name[:80],
+                expected="a finite number or a schedule",
+                got=got,
+            )
+    return values
 
 
 def server_to_proto(info: sessions.ServerInfo) -> pb.GetServerInfoResponse:

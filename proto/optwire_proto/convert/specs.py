@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from optwire_proto import errors, limits, specs
+from collections.abc import Iterable
+
+from optwire_proto import catalogue, entries, errors, limits, spec_text, specs
 from optwire_proto.v1 import optimizer_pb2 as pb
+from optwire_proto.v1 import tensor_pb2 as tensor_pb
+
+_TENSOR_TYPES = {
+    "f32": tensor_pb.DATA_TYPE_F32,
+    "f64": tensor_pb.DATA_TYPE_F64,
+    "i32": tensor_pb.DATA_TYPE_I32,
+    "i64": tensor_pb.DATA_TYPE_I64,
+}
 
 
 def spec_to_proto(spec: specs.Spec, depth: int = 0) -> pb.Spec:
@@ -20,9 +30,13 @@ def spec_to_proto(spec: specs.Spec, depth: int = 0) -> pb.Spec:
 
 
 def spec_from_proto(message: pb.Spec, depth: int = 0) -> specs.Spec:
-    """Raises SpecError for an argument without a value, and for nesting that is too deep."""
+    """Raises SpecError for an argument without a value, for nesting that is too deep, and for text that is no spec."""
     if depth > limits.SPEC_WIRE_DEPTH_MAX:
         raise errors.SpecError(f"spec nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}")
+    if message.text:
+        if message.name or message.arguments:
+            raise errors.SpecError("spec: text beside a name or arguments, expected one of them", subject="spec")
+        return spec_text.parse(message.text, catalogue.CATALOGUE)
     _text(message.name, "spec", limits.SPEC_NAME_BYTES_MAX)
     arguments = []
     for argument in message.arguments:
@@ -45,13 +59,20 @@ def value_to_proto(value: specs.Value, where: str = "value", depth: int = 0) -> 
         return pb.Value(text=_text(value, where, limits.SPEC_TEXT_BYTES_MAX))
     if isinstance(value, specs.Spec):
         return pb.Value(spec=spec_to_proto(value, depth + 1))
+    if isinstance(value, specs.Array):
+        leaf = tensor_pb.LeafSpec(shape=value.shape, data_type=_TENSOR_TYPES[value.dtype])
+        return pb.Value(tensor=pb.TensorValue(leaf=leaf, data=value.data))
+    if isinstance(value, specs.Blob):
+        return pb.Value(blob=value.data)
     if isinstance(value, tuple | list) and depth <= limits.SPEC_WIRE_DEPTH_MAX:
         return pb.Value(list=pb.ValueList(values=[value_to_proto(item, where, depth + 1) for item in value]))
     if isinstance(value, tuple | list):
         raise errors.SpecError(f"{where}: nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}", subject=where)
     got = f"{type(value).__name__} {specs.shown(value)}"[:80]
     raise errors.SpecError(
-        f"{where}: {got}, expected a number of at most 64 bits, flag, text, spec, list or None", subject=where, got=got
+        f"{where}: {got}, expected a number of at most 64 bits, flag, text, spec, list, array, blob or None",
+        subject=where,
+        got=got,
     )
 
 
@@ -72,7 +93,9 @@ def value_from_proto(message: pb.Value, where: str, depth: int = 0) -> specs.Val
     if kind is None:
         raise errors.SpecError(f"{where}: no value", subject=where, got="nothing")
     if kind == "tensor":
-        raise errors.UnsupportedError(f"{where}: arrays as arguments are not served", subject=where, got="tensor")
+        return _array_from_proto(message.tensor, where)
+    if kind == "blob":
+        return specs.Blob(message.blob)
     if kind == "absent":
         return None
     if kind == "text":
@@ -86,26 +109,63 @@ def value_from_proto(message: pb.Value, where: str, depth: int = 0) -> specs.Val
     return getattr(message, kind)
 
 
-def entry_to_proto(entry: specs.Entry) -> pb.CatalogueEntry:
+def _array_from_proto(message: pb.TensorValue, where: str) -> specs.Array:
+    dtype = next((name for name, number in _TENSOR_TYPES.items() if number == message.leaf.data_type), "")
+    if message.leaf.name or not dtype:
+        got = repr(message.leaf.name[:80]) if message.leaf.name else f"element type {message.leaf.data_type}"
+        raise errors.SpecError(
+            f"{where}: array with {got}, expected no name and an element type of {', '.join(_TENSOR_TYPES)}",
+            subject=where,
+            got=got,
+        )
+    return specs.Array(dtype, tuple(message.leaf.shape), message.data)
+
+
+def arguments_to_proto(arguments: Iterable[tuple[str, specs.Value]]) -> list[pb.Argument]:
+    return [pb.Argument(name=name, value=value_to_proto(value, name)) for name, value in arguments]
+
+
+def arguments_from_proto(messages: Iterable[pb.Argument]) -> tuple[tuple[str, specs.Value], ...]:
+    return tuple((argument.name, value_from_proto(argument.value, argument.name[:80])) for argument in messages)
+
+
+def entry_to_proto(entry: entries.Entry) -> pb.CatalogueEntry:
     return pb.CatalogueEntry(
         name=entry.name,
         kind=entry.kind,
         summary=entry.summary,
         parameters=[
-            pb.Parameter(name=parameter.name)
-            if parameter.default is specs.REQUIRED
-            else pb.Parameter(name=parameter.name, default=value_to_proto(parameter.default))
+            pb.Parameter(
+                name=parameter.name,
+                default=None if parameter.default is entries.REQUIRED else value_to_proto(parameter.default),
+                takes=parameter.takes,
+                keyword_only=parameter.keyword_only,
+            )
             for parameter in entry.parameters
         ],
+        origin=entry.origin,
+        refusal=entry.refusal,
+        extras=entry.extras,
     )
 
 
-def entry_from_proto(message: pb.CatalogueEntry) -> specs.Entry:
-    """``takes`` stays on the server, where arguments are checked; it is empty here."""
+def entry_from_proto(message: pb.CatalogueEntry) -> entries.Entry:
+    """``none``, ``variadic`` and ``choices`` stay on the server, where arguments are checked."""
     parameters = tuple(
-        specs.Parameter(parameter.name, "", value_from_proto(parameter.default, parameter.name))
-        if parameter.HasField("default")
-        else specs.Parameter(parameter.name, "")
+        entries.Parameter(
+            parameter.name,
+            parameter.takes,
+            value_from_proto(parameter.default, parameter.name) if parameter.HasField("default") else entries.REQUIRED,
+            keyword_only=parameter.keyword_only,
+        )
         for parameter in message.parameters
     )
-    return specs.Entry(message.name, message.kind, parameters, message.summary)
+    return entries.Entry(
+        message.name,
+        message.kind,
+        parameters,
+        message.summary,
+        message.origin,
+        message.refusal,
+        tuple(message.extras),
+    )

@@ -91,8 +91,13 @@ class Spec(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     ARGUMENTS_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name from the served catalogue, such as "adam"; at most 128 bytes."""
+    text: builtins.str
+    """The whole spec as text, such as "adamw(1e-3, weight_decay=0.1)", instead of name and arguments; at most 512 KiB.
+    docs/specs.md has the grammar.
+    """
     @property
     def arguments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
         """Arguments by name, each at most once; what is left out takes the catalogue's default."""
@@ -102,8 +107,9 @@ class Spec(google.protobuf.message.Message):
         *,
         name: builtins.str = ...,
         arguments: collections.abc.Iterable[global___Argument] | None = ...,
+        text: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["arguments", b"arguments", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["arguments", b"arguments", "name", b"name", "text", b"text"]) -> None: ...
 
 global___Spec = Spec
 
@@ -146,6 +152,7 @@ class Value(google.protobuf.message.Message):
     LIST_FIELD_NUMBER: builtins.int
     ABSENT_FIELD_NUMBER: builtins.int
     TENSOR_FIELD_NUMBER: builtins.int
+    BLOB_FIELD_NUMBER: builtins.int
     number: builtins.float
     """a finite real number"""
     integer: builtins.int
@@ -153,7 +160,9 @@ class Value(google.protobuf.message.Message):
     flag: builtins.bool
     """true or false"""
     text: builtins.str
-    """a choice or a name pattern; at most 4 KiB"""
+    """a choice, a name pattern or an element type; at most 4 KiB"""
+    blob: builtins.bytes
+    """an exported program, as jax.export serializes it; at most 256 KiB"""
     @property
     def spec(self) -> global___Spec:
         """a nested constructor: a schedule, a member of a chain"""
@@ -168,7 +177,7 @@ class Value(google.protobuf.message.Message):
 
     @property
     def tensor(self) -> global___TensorValue:
-        """reserved for the catalogue: a small array"""
+        """a small array"""
 
     def __init__(
         self,
@@ -181,10 +190,11 @@ class Value(google.protobuf.message.Message):
         list: global___ValueList | None = ...,
         absent: global___Absent | None = ...,
         tensor: global___TensorValue | None = ...,
+        blob: builtins.bytes = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["absent", b"absent", "flag", b"flag", "integer", b"integer", "kind", b"kind", "list", b"list", "number", b"number", "spec", b"spec", "tensor", b"tensor", "text", b"text"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["absent", b"absent", "flag", b"flag", "integer", b"integer", "kind", b"kind", "list", b"list", "number", b"number", "spec", b"spec", "tensor", b"tensor", "text", b"text"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["number", "integer", "flag", "text", "spec", "list", "absent", "tensor"] | None: ...
+    def HasField(self, field_name: typing.Literal["absent", b"absent", "blob", b"blob", "flag", b"flag", "integer", b"integer", "kind", b"kind", "list", b"list", "number", b"number", "spec", b"spec", "tensor", b"tensor", "text", b"text"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["absent", b"absent", "blob", b"blob", "flag", b"flag", "integer", b"integer", "kind", b"kind", "list", b"list", "number", b"number", "spec", b"spec", "tensor", b"tensor", "text", b"text"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["number", "integer", "flag", "text", "spec", "list", "absent", "tensor", "blob"] | None: ...
 
 global___Value = Value
 
@@ -222,7 +232,7 @@ global___Absent = Absent
 
 @typing.final
 class TensorValue(google.protobuf.message.Message):
-    """Reserved for the catalogue: a small array as an argument."""
+    """A small array as an argument."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -232,7 +242,7 @@ class TensorValue(google.protobuf.message.Message):
     """Its bytes, at most 64 KiB."""
     @property
     def leaf(self) -> optwire_proto.v1.tensor_pb2.LeafSpec:
-        """Its shape and element type; the name is empty."""
+        """Its shape and element type, one of f32, f64, i32, i64; the name is empty."""
 
     def __init__(
         self,
@@ -377,6 +387,8 @@ class Session(google.protobuf.message.Message):
     STATE_BYTES_FIELD_NUMBER: builtins.int
     CREATED_S_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    SPEC_DIGEST_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
     id: builtins.str
     """32 hexadecimal digits."""
     name: builtins.str
@@ -388,9 +400,9 @@ class Session(google.protobuf.message.Message):
     durable_step: builtins.int
     """Number of updates that survive as `durability` says; 0 at DURABILITY_MEMORY."""
     learning_rate: builtins.float
-    """Learning rate that the next step will use."""
+    """Learning rate that the next step will use: the first one that the spec names, NaN where it names none."""
     learning_rate_scheduled: builtins.bool
-    """Whether `learning_rate` comes from the spec's schedule (false once UpdateHyperparams has replaced it)."""
+    """Whether `learning_rate` comes from a schedule (false once UpdateHyperparams has replaced it by a number)."""
     durability: global___Durability.ValueType
     """What an acknowledged step survives."""
     grads_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
@@ -407,6 +419,8 @@ class Session(google.protobuf.message.Message):
     """Seconds since the Unix epoch at creation, by the server's clock."""
     failure: builtins.str
     """Why no further step is accepted; empty while the session is healthy."""
+    spec_digest: builtins.str
+    """SHA-256 of the spec's canonical text, in hexadecimal digits."""
     @property
     def tree(self) -> optwire_proto.v1.tensor_pb2.TreeSpec:
         """Leaves and nest."""
@@ -418,6 +432,10 @@ class Session(google.protobuf.message.Message):
     @property
     def aggregation(self) -> global___Aggregation:
         """How pushes become steps."""
+
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___HyperparamChange]:
+        """Changes of hyperparameters, in effect or to come, in the order in which they were made; the newest 1,024."""
 
     def __init__(
         self,
@@ -440,11 +458,37 @@ class Session(google.protobuf.message.Message):
         state_bytes: builtins.int = ...,
         created_s: builtins.float = ...,
         failure: builtins.str = ...,
+        spec_digest: builtins.str = ...,
+        changes: collections.abc.Iterable[global___HyperparamChange] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["aggregation", b"aggregation", "spec", b"spec", "tree", b"tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "created_s", b"created_s", "durability", b"durability", "durable_step", b"durable_step", "failure", b"failure", "grads_codec", b"grads_codec", "id", b"id", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "learning_rate_scheduled", b"learning_rate_scheduled", "name", b"name", "params_codec", b"params_codec", "payload_bytes", b"payload_bytes", "seed", b"seed", "spec", b"spec", "state_bytes", b"state_bytes", "step", b"step", "tree", b"tree"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "changes", b"changes", "created_s", b"created_s", "durability", b"durability", "durable_step", b"durable_step", "failure", b"failure", "grads_codec", b"grads_codec", "id", b"id", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "learning_rate_scheduled", b"learning_rate_scheduled", "name", b"name", "params_codec", b"params_codec", "payload_bytes", b"payload_bytes", "seed", b"seed", "spec", b"spec", "spec_digest", b"spec_digest", "state_bytes", b"state_bytes", "step", b"step", "tree", b"tree"]) -> None: ...
 
 global___Session = Session
+
+@typing.final
+class HyperparamChange(google.protobuf.message.Message):
+    """Hyperparameters that were changed while the session ran."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FROM_STEP_FIELD_NUMBER: builtins.int
+    HYPERPARAMS_FIELD_NUMBER: builtins.int
+    from_step: builtins.int
+    """First step (0-based) that uses the new values."""
+    @property
+    def hyperparams(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
+        """New values; names are whole paths inside the spec."""
+
+    def __init__(
+        self,
+        *,
+        from_step: builtins.int = ...,
+        hyperparams: collections.abc.Iterable[global___Argument] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["from_step", b"from_step", "hyperparams", b"hyperparams"]) -> None: ...
+
+global___HyperparamChange = HyperparamChange
 
 @typing.final
 class GetServerInfoRequest(google.protobuf.message.Message):
@@ -605,15 +649,26 @@ class CatalogueEntry(google.protobuf.message.Message):
     KIND_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     SUMMARY_FIELD_NUMBER: builtins.int
+    ORIGIN_FIELD_NUMBER: builtins.int
+    REFUSAL_FIELD_NUMBER: builtins.int
+    EXTRAS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Such as "adam"."""
     kind: builtins.str
-    """What it makes: "optimizer", "schedule" or "transformation"."""
+    """What it makes: "optimizer", "schedule", "transformation", or "wrapper" (an optimizer around another one)."""
     summary: builtins.str
     """One line."""
+    origin: builtins.str
+    """Whose definition it is: "optwire", "optax" or "optax.contrib"."""
+    refusal: builtins.str
+    """Why it is not served, for names that are known and refused; empty for those that are served."""
     @property
     def parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Parameter]:
         """Its parameters in order."""
+
+    @property
+    def extras(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What a push must bring along beside the gradients, such as "loss"."""
 
     def __init__(
         self,
@@ -622,8 +677,11 @@ class CatalogueEntry(google.protobuf.message.Message):
         kind: builtins.str = ...,
         parameters: collections.abc.Iterable[global___Parameter] | None = ...,
         summary: builtins.str = ...,
+        origin: builtins.str = ...,
+        refusal: builtins.str = ...,
+        extras: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "name", b"name", "parameters", b"parameters", "summary", b"summary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["extras", b"extras", "kind", b"kind", "name", b"name", "origin", b"origin", "parameters", b"parameters", "refusal", b"refusal", "summary", b"summary"]) -> None: ...
 
 global___CatalogueEntry = CatalogueEntry
 
@@ -635,8 +693,14 @@ class Parameter(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     DEFAULT_FIELD_NUMBER: builtins.int
+    TAKES_FIELD_NUMBER: builtins.int
+    KEYWORD_ONLY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Such as "step_size"."""
+    takes: builtins.str
+    """What it takes, in a word: "number", "rate" (a number or a schedule), "mask", "optimizer", ..."""
+    keyword_only: builtins.bool
+    """Whether it must be given by name."""
     @property
     def default(self) -> global___Value:
         """Its default; not set: the argument is required."""
@@ -646,9 +710,11 @@ class Parameter(google.protobuf.message.Message):
         *,
         name: builtins.str = ...,
         default: global___Value | None = ...,
+        takes: builtins.str = ...,
+        keyword_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["default", b"default"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["default", b"default", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["default", b"default", "keyword_only", b"keyword_only", "name", b"name", "takes", b"takes"]) -> None: ...
 
 global___Parameter = Parameter
 
@@ -712,7 +778,7 @@ class CreateSessionBegin(google.protobuf.message.Message):
     params_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
     """Encoding of parameters, the initial ones included. This version serves CODEC_RAW."""
     seed: builtins.int
-    """Seed of the session's randomness; the seed's optimizers use none. This version serves 0."""
+    """Seed of the session's randomness: what is random in an update is a function of it and the number of updates."""
     @property
     def tree(self) -> optwire_proto.v1.tensor_pb2.TreeSpec:
         """Leaves and nest."""
@@ -830,6 +896,111 @@ class GetSessionResponse(google.protobuf.message.Message):
 global___GetSessionResponse = GetSessionResponse
 
 @typing.final
+class DescribeOptimizerRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    @property
+    def session(self) -> global___SessionRef:
+        """Which."""
+
+    def __init__(
+        self,
+        *,
+        session: global___SessionRef | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
+
+global___DescribeOptimizerRequest = DescribeOptimizerRequest
+
+@typing.final
+class DescribeOptimizerResponse(google.protobuf.message.Message):
+    """A session's optimizer, as the next step will run it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    SPEC_DIGEST_FIELD_NUMBER: builtins.int
+    GRANULARITY_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    EXTRAS_FIELD_NUMBER: builtins.int
+    VIEWS_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """Canonical text of the spec, every argument filled in; cut after 512 KiB."""
+    spec_digest: builtins.str
+    """SHA-256 of that text, in hexadecimal digits."""
+    granularity: builtins.str
+    """How finely the state may be cut, derived from the update: "element", "tensor" or "tree"."""
+    step: builtins.int
+    """The step that the next push becomes, less one: what the values are of."""
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LeafGroup]:
+        """Every leaf is in exactly one group."""
+
+    @property
+    def extras(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What every push must bring along, such as "loss"."""
+
+    @property
+    def views(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What ReadParams serves as `which` beside the parameters, such as "ema"."""
+
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        spec_digest: builtins.str = ...,
+        granularity: builtins.str = ...,
+        groups: collections.abc.Iterable[global___LeafGroup] | None = ...,
+        step: builtins.int = ...,
+        extras: collections.abc.Iterable[builtins.str] | None = ...,
+        views: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["extras", b"extras", "granularity", b"granularity", "groups", b"groups", "spec_digest", b"spec_digest", "step", b"step", "text", b"text", "views", b"views"]) -> None: ...
+
+global___DescribeOptimizerResponse = DescribeOptimizerResponse
+
+@typing.final
+class LeafGroup(google.protobuf.message.Message):
+    """Leaves that get the same treatment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEAVES_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    PASSES_FIELD_NUMBER: builtins.int
+    KNOBS_FIELD_NUMBER: builtins.int
+    group: builtins.str
+    """Patterns of the partitions that chose them, outermost first, joined by " > "; empty where nothing is partitioned."""
+    @property
+    def leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Positions in the session's tree."""
+
+    @property
+    def passes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of the transformations that they pass, in order."""
+
+    @property
+    def knobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
+        """Every argument that bears on these leaves, by its whole path, with the value in effect at `step`. Masked-out ones
+        are left out.
+        """
+
+    def __init__(
+        self,
+        *,
+        leaves: collections.abc.Iterable[builtins.int] | None = ...,
+        group: builtins.str = ...,
+        passes: collections.abc.Iterable[builtins.str] | None = ...,
+        knobs: collections.abc.Iterable[global___Argument] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["group", b"group", "knobs", b"knobs", "leaves", b"leaves", "passes", b"passes"]) -> None: ...
+
+global___LeafGroup = LeafGroup
+
+@typing.final
 class ListSessionsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -918,7 +1089,7 @@ class UpdateHyperparamsRequest(google.protobuf.message.Message):
     FROM_STEP_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     from_step: builtins.int
-    """First step (0-based) that uses them; not set: the next one. This version refuses any other."""
+    """First step (0-based) that uses them; not set: the next one. Steps that have passed are refused."""
     incarnation: builtins.int
     """The incarnation the caller knows. 0: any."""
     @property
@@ -927,7 +1098,9 @@ class UpdateHyperparamsRequest(google.protobuf.message.Message):
 
     @property
     def hyperparams(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
-        """New values by name. This version serves "learning_rate" with a number."""
+        """New values. A name is a path inside the spec, or the end of one if no other ends so; "learning_rate" also means the
+        seed's step_size. Values are numbers, flags, and schedules where a rate is asked for.
+        """
 
     def __init__(
         self,
@@ -977,7 +1150,9 @@ class ReadParamsRequest(google.protobuf.message.Message):
     worker: builtins.str
     """Whose push position to report in the answer: 32 hexadecimal digits, or empty for none."""
     which: builtins.str
-    """Reserved for evaluation parameters, such as "ema". Empty: the parameters."""
+    """Which parameters: "" the ones that gradients are computed on; "ema" their moving average, "eval" those that the
+    optimizer is to be judged by, where the spec keeps them (DescribeOptimizer says).
+    """
     step: builtins.int
     """Reserved for durability: read this step instead of the newest."""
     @property
@@ -1114,27 +1289,30 @@ class PushBegin(google.protobuf.message.Message):
     ABSENT_LEAVES_FIELD_NUMBER: builtins.int
     SHARED_MEMORY_SLOT_FIELD_NUMBER: builtins.int
     REPLY_FIELD_NUMBER: builtins.int
+    TELEMETRY_FIELD_NUMBER: builtins.int
     codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
     """Encoding of this payload. CODEC_UNSPECIFIED: as the session says."""
     weight: builtins.float
     """Reserved for workers: samples behind these gradients, for weighted means. 0: 1."""
     grad_scale: builtins.float
-    """Reserved for loss scaling: what the gradients were multiplied by. 0: 1."""
+    """What the gradients were multiplied by; the update divides by it first. Positive and finite. 0: 1."""
     shared_memory_slot: builtins.int
     """Reserved for shared memory: the payload lies in this slot of the segment, no chunks follow. 0: chunks follow."""
     reply: global___ReplyContent.ValueType
     """What the reply carries."""
+    telemetry: builtins.bool
+    """Whether the ack carries metrics."""
     @property
     def key(self) -> global___PushKey:
         """Its key."""
 
     @property
     def hyperparams(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
-        """Reserved for live hyperparameters: take effect with this push."""
+        """Reserved for hyperparameters that take effect with this push."""
 
     @property
     def extras(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
-        """Reserved for optimizers that need more than gradients, such as the loss."""
+        """What the optimizer needs beside gradients: "loss", a number. Given exactly where the optimizer asks for it."""
 
     @property
     def absent_leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -1152,9 +1330,10 @@ class PushBegin(google.protobuf.message.Message):
         absent_leaves: collections.abc.Iterable[builtins.int] | None = ...,
         shared_memory_slot: builtins.int = ...,
         reply: global___ReplyContent.ValueType = ...,
+        telemetry: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["key", b"key"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "reply", b"reply", "shared_memory_slot", b"shared_memory_slot", "weight", b"weight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "reply", b"reply", "shared_memory_slot", b"shared_memory_slot", "telemetry", b"telemetry", "weight", b"weight"]) -> None: ...
 
 global___PushBegin = PushBegin
 
@@ -1212,7 +1391,9 @@ class PushAck(google.protobuf.message.Message):
     """Reserved for durability: digest of the whole state after this step, 16 bytes."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
-        """Reserved for telemetry: figures such as "grad_norm"."""
+        """Figures of the update, where the push asked for telemetry; docs/specs.md lists them. A push that was skipped for
+        gradients that are not finite always says so: "skipped" 1.
+        """
 
     def __init__(
         self,

@@ -60,6 +60,11 @@ class OptimizerServiceStub(object):
                 request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.DescribeOptimizer = channel.unary_unary(
+                '/optwire.v1.OptimizerService/DescribeOptimizer',
+                request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.DescribeOptimizerRequest.SerializeToString,
+                response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.DescribeOptimizerResponse.FromString,
+                _registered_method=True)
         self.UpdateHyperparams = channel.unary_unary(
                 '/optwire.v1.OptimizerService/UpdateHyperparams',
                 request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.UpdateHyperparamsRequest.SerializeToString,
@@ -131,6 +136,13 @@ class OptimizerServiceServicer(object):
 
     def DeleteSession(self, request, context):
         """Ends a session and frees its state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeOptimizer(self, request, context):
+        """Describes a session's optimizer: as text, and what every leaf gets.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,6 +224,11 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.DeleteSessionRequest.FromString,
                     response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'DescribeOptimizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeOptimizer,
+                    request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.DescribeOptimizerRequest.FromString,
+                    response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.DescribeOptimizerResponse.SerializeToString,
             ),
             'UpdateHyperparams': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateHyperparams,
@@ -385,6 +402,33 @@ class OptimizerService(object):
             '/optwire.v1.OptimizerService/DeleteSession',
             optwire__proto_dot_v1_dot_optimizer__pb2.DeleteSessionRequest.SerializeToString,
             optwire__proto_dot_v1_dot_optimizer__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeOptimizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optwire.v1.OptimizerService/DescribeOptimizer',
+            optwire__proto_dot_v1_dot_optimizer__pb2.DescribeOptimizerRequest.SerializeToString,
+            optwire__proto_dot_v1_dot_optimizer__pb2.DescribeOptimizerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,12 @@ class OptimizerServiceStub:
     ]
     """Ends a session and frees its state."""
 
+    DescribeOptimizer: grpc.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.DescribeOptimizerRequest,
+        optwire_proto.v1.optimizer_pb2.DescribeOptimizerResponse,
+    ]
+    """Describes a session's optimizer: as text, and what every leaf gets."""
+
     UpdateHyperparams: grpc.UnaryUnaryMultiCallable[
         optwire_proto.v1.optimizer_pb2.UpdateHyperparamsRequest,
         optwire_proto.v1.optimizer_pb2.UpdateHyperparamsResponse,
@@ -125,6 +131,12 @@ class OptimizerServiceAsyncStub:
         optwire_proto.v1.optimizer_pb2.DeleteSessionResponse,
     ]
     """Ends a session and frees its state."""
+
+    DescribeOptimizer: grpc.aio.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.DescribeOptimizerRequest,
+        optwire_proto.v1.optimizer_pb2.DescribeOptimizerResponse,
+    ]
+    """Describes a session's optimizer: as text, and what every leaf gets."""
 
     UpdateHyperparams: grpc.aio.UnaryUnaryMultiCallable[
         optwire_proto.v1.optimizer_pb2.UpdateHyperparamsRequest,
@@ -210,6 +222,14 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[optwire_proto.v1.optimizer_pb2.DeleteSessionResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.DeleteSessionResponse]]:
         """Ends a session and frees its state."""
+
+    @abc.abstractmethod
+    def DescribeOptimizer(
+        self,
+        request: optwire_proto.v1.optimizer_pb2.DescribeOptimizerRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[optwire_proto.v1.optimizer_pb2.DescribeOptimizerResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.DescribeOptimizerResponse]]:
+        """Describes a session's optimizer: as text, and what every leaf gets."""
 
     @abc.abstractmethod
     def UpdateHyperparams(

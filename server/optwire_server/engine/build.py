@@ -1,64 +1,381 @@
-"""A checked spec to the optimizer it describes. Looked up by name; nothing is evaluated."""
+"""A checked spec to the rule it describes. Constructors are looked up by name in the catalogue; nothing is evaluated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
-from optwire_proto import specs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+
+from optwire_proto import catalogue, errors, patterns, specs
+from optwire_proto.entries import Entry, Parameter
+from optwire_proto.specs import Spec
 from optwire_server import optimizers
+from optwire_server.engine import imported, rule, signatures
+from optwire_server.engine.rule import Rule
+
+# What a server serves: ours, and what the installed optax has.
+CATALOGUE: Final[Mapping[str, Entry]] = catalogue.merged(signatures.entries().values())
+
+_SEED_OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "optimizer")
+_SEED_SCHEDULES: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "schedule")
+_CONSTANTS: Final = {"constant": "step_size", "constant_schedule": "value"}
+_CLIPS: Final = (
+    "adaptive_grad_clip",
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_leaf_norm",
+    "clip_grads",
+)
 
 
-class Rule(NamedTuple):
-    """An optimizer ready to be compiled.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """What a spec is built for.
 
     Attributes:
-      init: leaves -> opt_state.
-      update: (learning rate or None, index, gradients, opt_state) -> opt_state.
-      get_params: opt_state -> leaves.
-      schedule: index -> learning rate; None where the learning rate is an operand of ``update``.
+      names: names of all leaves, in order.
+      dtypes: their element types.
+      rates: learning rates by their path in the spec, traced or not; ``rates`` finds the paths.
+      seed: of the session's randomness.
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[[Any, Any, Any, Any], Any]
-    get_params: Callable[[Any], Any]
-    schedule: Callable[[Any], Any] | None
+    names: tuple[str, ...]
+    dtypes: tuple[Any, ...]
+    rates: Mapping[str, Any]
+    seed: int = 0
 
 
-def rule(spec: specs.Spec) -> Rule:
-    """Builds the rule of a checked spec.
-
-    A constant learning rate becomes an operand, so that one compiled update serves every value of it.
-    """
-    stages = _stages(spec)
-    optimizer_spec = specs.core(spec)
-    schedule = _schedule(optimizer_spec["step_size"])
-
-    def optimizer(learning_rate: Any) -> optimizers.Optimizer:
-        arguments = dict(optimizer_spec.arguments) | {"step_size": learning_rate if schedule is None else schedule}
-        built: optimizers.Optimizer = getattr(optimizers, optimizer_spec.name)(**arguments)
-        return built
-
-    def update(learning_rate: Any, index: Any, grads: Any, opt_state: Any) -> Any:
-        for stage in stages:
-            grads = optimizers.clip_grads(grads, stage["max_norm"])
-        return optimizer(learning_rate).update_fn(index, grads, opt_state)
-
-    # Neither depends on the learning rate.
-    any_rate = optimizer(0.0)
-    return Rule(any_rate.init_fn, update, any_rate.params_fn, schedule)
+def rates(spec: Spec) -> dict[str, float]:
+    """The learning rates of a checked spec that are numbers, by path: operands of the compiled update."""
+    return {
+        path: float(value)
+        for path, value in specs.places(spec)
+        if _is_rate(path) and isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
-def _stages(spec: specs.Spec) -> list[specs.Spec]:
-    """The transformations of a chain, outermost first; chains may end in chains."""
-    if spec.name != "chain":
-        return []
-    *transformations, last = spec["members"]
-    return [*transformations, *_stages(last)]
+def _is_rate(path: str) -> bool:
+    """Whether a number at this path is a learning rate: given as one, or as a constant schedule in the place of one."""
+    place, _, name = path.rpartition(".")
+    holder, _, constant = place.rpartition(".")
+    if _CONSTANTS.get(constant) == name and holder:
+        return _is_rate(holder)
+    return name in catalogue.RATES and constant not in _SEED_SCHEDULES and constant != "max_learning_rate"
 
 
-def _schedule(rate: specs.Value) -> Callable[[Any], Any] | None:
-    if not isinstance(rate, specs.Spec) or rate.name == "constant":
+def first_rate(spec: Spec) -> tuple[str, Any] | None:
+    """Path and value of the first learning rate that a checked spec names: a number or a schedule; None: it has none."""
+    for path, value in specs.places(spec):
+        if path.rpartition(".")[2] in catalogue.RATES and value is not None and _is_rate(path):
+            return path, value
+    return None
+
+
+def constant_rate(spec: Spec) -> float | None:
+    """The first learning rate of a checked spec where it is one number, given as such or as a constant schedule."""
+    found = first_rate(spec)
+    if found is None:
         return None
-    built: Callable[[Any], Any] = getattr(optimizers, rate.name)(**dict(rate.arguments))
-    return built
+    value = found[1]
+    if isinstance(value, Spec):
+        return float(value[_CONSTANTS[value.name]]) if value.name in _CONSTANTS else None
+    return float(value)
+
+
+def schedule(value: Spec) -> Callable[[Any], Any]:
+    """The function from step to number that a checked spec describes."""
+    return _Builder(Site((), (), {})).schedule(value, "")
+
+
+def build(spec: Spec, site: Site) -> Rule:
+    """The rule of a checked spec.
+
+    Raises:
+      SpecError: an optimizer stands where only a transformation can, or optax refuses an argument.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that optax still has
+        return _Builder(site).rule(spec, "", range(len(site.names)))
+
+
+class _Builder:
+    """One build. ``leaves`` are the positions that what is built gets to see."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def rule(self, spec: Spec, path: str, leaves: Sequence[int]) -> Rule:
+        """What a spec describes, as a rule."""
+        made = self._made(spec, path, leaves)
+        averages = specs.any_inside(spec, lambda found: found.name.startswith("schedule_free"))
+        return made if isinstance(made, Rule) else rule.of_transformation(made, schedule_free=averages)
+
+    def _made(self, spec: Spec, path: str, leaves: Sequence[int]) -> Any:
+        """A rule, or an optax transformation where that is all it is."""
+        inside = f"{path}.{spec.name}" if path else spec.name
+        if spec.name in _SEED_OPTIMIZERS:
+            return self._seed(spec, inside)
+        if spec.name in (
+            "chain",
+            "partition",
+            "accumulate",
+            "on_nonfinite",
+            "ema_params",
+            "master_weights",
+            "exported",
+        ):
+            return getattr(self, f"_{spec.name}")(spec, inside, leaves)
+        if spec.name == "lookahead":
+            return rule.lookahead(self._optax(spec, inside, leaves))
+        return self._optax(spec, inside, leaves)
+
+    def transformation(self, spec: Spec, path: str, leaves: Sequence[int]) -> Any:
+        """What a spec describes, as an optax transformation."""
+        made = self._made(spec, path, leaves)
+        if isinstance(made, Rule):
+            raise errors.SpecError(
+                f"{path}: {spec.name} replaces parameters instead of making updates, so it can only be the last member "
+                f"of a chain, in a group, or inside accumulate, on_nonfinite, ema_params or master_weights"
+                + (f"; optax.{spec.name} can stand here" if f"optax.{spec.name}" in CATALOGUE else ""),
+                subject=path,
+                expected="a transformation",
+                got=spec.name,
+            )
+        return made
+
+    def schedule(self, spec: Spec, path: str) -> Callable[[Any], Any]:
+        """What a spec describes, as a function from step to number."""
+        inside = f"{path}.{spec.name}" if path else spec.name
+        if spec.name in _CONSTANTS and f"{inside}.{_CONSTANTS[spec.name]}" in self._site.rates:
+            value = self._site.rates[f"{inside}.{_CONSTANTS[spec.name]}"]
+            return lambda count: value
+        if spec.name == "table":
+            values = np.asarray(spec["values"].numbers, np.float32)
+            return lambda count: jnp.asarray(values)[jnp.clip(count, 0, len(values) - 1)]
+        arguments = self._arguments(spec, inside, ())
+        if spec.name in _SEED_SCHEDULES:
+            return _callable(getattr(optimizers, spec.name)(**arguments))
+        return _callable(_called(_maker(spec.name), arguments, inside))
+
+    # ------------------------------------------------------------------------------------------- ours
+
+    def _seed(self, spec: Spec, inside: str) -> Rule:
+        arguments = dict(spec.arguments) | {"step_size": self._rate(spec, inside, "step_size")}
+        init, update, params = getattr(optimizers, spec.name)(**arguments)
+
+        def step(grads: list[Any], state: Any, call: rule.Call) -> Any:
+            return update(call.index, rule.like(grads, params(state)), state)
+
+        return Rule(init, step, params, {})
+
+    def _chain(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
+        *firsts, last = spec["members"]
+        places = [f"{inside}.members[{index}]" for index in range(len(firsts) + 1)]
+        made = [self.transformation(member, place, leaves) for member, place in zip(firsts, places, strict=False)]
+        final = self._made(last, places[-1], leaves)
+        if not isinstance(final, Rule):
+            return optax.chain(*made, final)
+        return rule.after(optax.chain(*made), final) if made else final
+
+    def _partition(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
+        place = f"{inside}.transforms"
+        transforms = spec["transforms"]
+        chosen = patterns.groups([pattern for pattern, _ in transforms], self._site.names, place)
+        members = [[i for i in leaves if chosen[i] == group] for group in range(len(transforms))]
+        makes = [
+            (member, f"{place}[{pattern!r}]", at) for (pattern, member), at in zip(transforms, members, strict=True)
+        ]
+        made = [self._made(member, where, leaves) for member, where, _ in makes]
+        if not any(isinstance(found, Rule) for found in made):
+            labels = [chosen[i] for i in leaves]
+            return optax.partition(dict(enumerate(made)), labels)
+        rules = [self.rule(member, where, at) for member, where, at in makes]
+        position = {leaf: k for k, leaf in enumerate(leaves)}
+        return rule.split(rules, [[position[i] for i in at] for at in members])
+
+    def _inner(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        return self.rule(spec["optimizer"], f"{inside}.optimizer", leaves)
+
+    def _accumulate(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        return rule.accumulate(self._inner(spec, inside, leaves), spec["k"])
+
+    def _on_nonfinite(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        return rule.on_nonfinite(self._inner(spec, inside, leaves), spec["policy"])
+
+    def _ema_params(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        return rule.ema_params(self._inner(spec, inside, leaves), spec["decay"], debias=spec["debias"])
+
+    def _master_weights(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        dtypes = [self._site.dtypes[i] for i in leaves]
+        return rule.master_weights(self._inner(spec, inside, leaves), jnp.dtype(spec["dtype"]), dtypes)
+
+    def _exported(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        rate = self._rate(spec, inside, "learning_rate")
+        return exported_rule(imported.load(spec["update"].data), rate)
+
+    # ------------------------------------------------------------------------------------------- optax's
+
+    def _optax(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
+        if spec.name == "clip_by_leaf_norm":
+            return _by_leaf_norm(spec["max_norm"])
+        if spec.name == "clip_grads":
+            return optax.stateless(lambda grads, _: optimizers.clip_grads(grads, spec["max_norm"]))
+        arguments = self._arguments(spec, inside, leaves)
+        if "args" in arguments:  # named_chain
+            return optax.named_chain(*arguments["args"])
+        made = _called(_maker(spec.name), arguments, inside)
+        return optax.with_extra_args_support(made)
+
+    def _arguments(self, spec: Spec, inside: str, leaves: Sequence[int]) -> dict[str, Any]:
+        """Values as optax takes them, by parameter name."""
+        parameters = {parameter.name: parameter for parameter in CATALOGUE[spec.name].parameters}
+        made = {}
+        for name, value in spec.arguments:
+            taken = self._argument(spec, parameters[name], value, inside, leaves)
+            if taken is not _LEFT_OUT:
+                made[name] = taken
+        return made
+
+    def _argument(self, spec: Spec, parameter: Parameter, value: Any, inside: str, leaves: Sequence[int]) -> Any:
+        place = f"{inside}.{parameter.name}"
+        if parameter.takes == "seed":
+            return self._key(spec, place) if parameter.name == "key" else _LEFT_OUT
+        if parameter.name in catalogue.RATES and place in self._site.rates:
+            return (
+                self._rate(spec, inside, parameter.name)
+                if parameter.takes.startswith("rate:")
+                else self._site.rates[place]
+            )
+        if isinstance(value, Spec):
+            if CATALOGUE[value.name].kind == "schedule":
+                return self.schedule(value, place)
+            return self.transformation(value, place, leaves)
+        match parameter.takes:
+            case "mask" if value is not None and not isinstance(value, bool):
+                hits = patterns.mask(value, self._site.names, place)
+                return [hits[i] for i in leaves]
+            case "mask" if isinstance(value, bool):
+                return [value for _ in leaves]
+            case "schedules":
+                return [self.schedule(item, f"{place}[{index}]") for index, item in enumerate(value)]
+            case "named":
+                return [(name, self.transformation(item, f"{place}[{name!r}]", leaves)) for name, item in value]
+            case "pairs":
+                return None if value is None else dict(value)
+            case "mappings":
+                return [dict(item) for item in value]
+            case _:
+                return value
+
+    def _rate(self, spec: Spec, inside: str, name: str) -> Any:
+        """A learning rate: an operand for the seed; for optax a schedule always, so that its state has one form."""
+        place, value = f"{inside}.{name}", spec[name]
+        if isinstance(value, Spec):
+            if spec.name in _SEED_OPTIMIZERS and f"{place}.constant.step_size" in self._site.rates:
+                return self._site.rates[f"{place}.constant.step_size"]
+            return self.schedule(value, place)
+        number = self._site.rates.get(place, value)
+        return number if spec.name in _SEED_OPTIMIZERS else lambda count: number
+
+    def _key(self, spec: Spec, place: str) -> Any:
+        """The key that randomness starts from: as the spec says, else the session's seed and the place in the spec."""
+        given = dict(spec.arguments)
+        own = given.get("key") if given.get("key") is not None else given.get("seed")
+        if own is not None:
+            return own
+        return jax.random.fold_in(jax.random.key(self._site.seed), zlib.crc32(place.encode()))
+
+
+_LEFT_OUT: Final = object()
+
+
+def exported_rule(program: imported.Imported, rate: Callable[[Any], Any]) -> Rule:
+    """The rule of an exported program: leaf by leaf, slots start at zero. State: (step, params, slots)."""
+
+    def init(params: list[Any]) -> Any:
+        slots = [[jnp.zeros_like(leaf) for _ in range(program.slots)] for leaf in params]
+        return jnp.zeros((), jnp.int32), params, slots
+
+    def update(grads: list[Any], state: Any, call: rule.Call) -> Any:
+        step, params, slots = state
+        alpha = jnp.asarray(rate(step), jnp.float32)
+        triples = zip(rule.like(grads, params), params, slots, strict=True)
+        new = [program.update(step, alpha, g, p, *own) for g, p, own in triples]
+        return step + 1, [leaf for leaf, *_ in new], [list(own) for _, *own in new]
+
+    return Rule(init, update, lambda state: state[1], {})
+
+
+def _maker(name: str) -> Callable[..., Any]:
+    bare = name.removeprefix("optax.")
+    module = optax.contrib if CATALOGUE[name].origin == "optax.contrib" else optax
+    maker: Callable[..., Any] = getattr(module, bare)
+    return maker
+
+
+def _called(maker: Callable[..., Any], arguments: Mapping[str, Any], inside: str) -> Any:
+    """Calls a constructor of optax; what it refuses is an error of the spec."""
+    try:
+        return maker(**arguments)
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as exc:
+        text = f"{exc}".splitlines()[0][:300] if f"{exc}" else type(exc).__name__
+        raise errors.SpecError(f"{inside}: optax refuses these arguments: {text}", subject=inside, got=text) from exc
+
+
+def _callable(made: Any) -> Callable[[Any], Any]:
+    assert callable(made), "a schedule is a function"
+    return made
+
+
+def _by_leaf_norm(max_norm: float) -> Any:
+    """``g * min(1, max_norm / |g|)`` for each leaf by itself, the norm taken in 32 bits at least."""
+
+    def clipped(g: Any) -> Any:
+        wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+        norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(wide))))
+        return jnp.where(norm <= max_norm, g, (wide * (max_norm / norm)).astype(g.dtype))
+
+    return optax.stateless(lambda grads, _: jax.tree.map(clipped, grads))
+
+
+def clips(spec: Spec, site: Site) -> Callable[[list[Any], list[Any]], Any] | None:
+    """What share of the gradients' elements the leading clip of a checked spec changes; None where there is none."""
+    found = _leading_clip(spec)
+    if found is None:
+        return None
+    made = _Builder(site).transformation(found, "", range(len(site.names)))
+
+    def fraction(grads: list[Any], params: list[Any]) -> Any:
+        after, _ = made.update(grads, made.init(params), params)
+        changed = sum(jnp.sum(a != b, dtype=jnp.float32) for a, b in zip(after, grads, strict=True))
+        return changed / max(sum(g.size for g in grads), 1)
+
+    return fraction
+
+
+def _leading_clip(spec: Spec) -> Spec | None:
+    """The clip that gradients meet first, wherever it stands in chains and wrappers."""
+    if spec.name in _CLIPS:
+        return spec
+    if spec.name == "chain":
+        return _leading_clip(spec["members"][0])
+    entry = catalogue.OURS.get(spec.name)
+    return _leading_clip(spec["optimizer"]) if entry is not None and entry.kind == "wrapper" else None
+
+
+def passes(spec: Spec) -> Iterator[str]:
+    """Names of the stages that gradients pass, in order."""
+    if spec.name == "chain":
+        for member in spec["members"]:
+            yield from passes(member)
+    else:
+        yield spec.name

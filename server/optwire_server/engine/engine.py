@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import jax
 import jaxlib.version
 import numpy as np
+import optax
 
-from optwire_proto import errors, specs, tensors, trees
-from optwire_server.engine import program
+from optwire_proto import checks, entries, errors, specs, tensors, trees
+from optwire_server.engine import build, program
 
 T = TypeVar("T")
 
@@ -53,7 +54,9 @@ class Engine:
     sees the state between two of them. Compiling happens on the thread that asks, so it delays no update.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, allow_programs: bool = False) -> None:
+        self._allow_programs = allow_programs
+        self.catalogue: Mapping[str, entries.Entry] = build.CATALOGUE
         self._device = jax.devices()[0]
         self._programs = program.ProgramCache(self._device)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="optwire-device")
@@ -70,23 +73,46 @@ class Engine:
             raise errors.UnavailableError("the server is shutting down") from exc
         return future.result()
 
+    def check(self, spec: specs.Spec) -> specs.Spec:
+        """The spec complete, checked against the installed optax; raises SpecError, UnsupportedError."""
+        checked = checks.check(spec, known=build.CATALOGUE)
+        if not self._allow_programs and specs.any_inside(checked, lambda found: found.name == "exported"):
+            raise errors.UnsupportedError(
+                "exported: this server takes no programs; its operator allows them with --allow-programs",
+                subject="exported",
+                expected="an optimizer of the catalogue",
+                got="exported",
+            )
+        return checked
+
     def compile(self, spec: specs.Spec, tree: trees.TreeSpec) -> program.Program:
         """The program for a checked spec and a tree. May take seconds the first time; raises TreeError."""
         program.check_tree(spec, tree)
         return self._programs.get(spec, tree)
 
-    def hold(self, compiled: program.Program, params: Sequence[tensors.Array]) -> Held:
-        """Makes the state before the first step; copies ``params``."""
+    def hold(
+        self, compiled: program.Program, params: Sequence[tensors.Array], rates: tuple[float, ...] = (), seed: int = 0
+    ) -> Held:
+        """Makes the state before the first step; copies ``params``.
+
+        Args:
+          compiled: the program of the first step.
+          params: the leaves.
+          rates: its learning rates, in the order of ``rate_paths``.
+          seed: of the session's randomness.
+        """
         held = Held(compiled, None)
 
         def init() -> None:
-            held.state = jax.block_until_ready(compiled.init(params))
+            held.state = jax.block_until_ready(compiled.init(params, rates, seed))
 
         self.run(init)
         return held
 
-    def update(self, held: Held, learning_rate: float | None, index: int, grads: Sequence[tensors.Array]) -> None:
-        """Replaces the state by the next one. On the device's thread only.
+    def update(
+        self, held: Held, variant: program.Variant, operands: program.Operands, grads: Sequence[tensors.Array]
+    ) -> Mapping[str, float]:
+        """Replaces the state by the next one, and returns the notes of the update. On the device's thread only.
 
         ``grads`` are read until this returns; afterwards their memory may be reused.
 
@@ -96,22 +122,29 @@ class Engine:
         old = held.state
         try:
             # As NumPy arrays: aligned ones are adopted, at half the cost of putting them on the device first.
-            held.state = jax.block_until_ready(held.program.update(learning_rate, index, list(grads), old))
+            new, notes = jax.block_until_ready(held.program.update(variant, operands, list(grads), old))
+            held.state = new
         except Exception as exc:
             lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(old))
             held.state = None if lost else old
             raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
+        return {name: float(value) for name, value in notes.items()}
 
-    def params(self, held: Held) -> list[np.ndarray]:
-        """The parameters as NumPy arrays. On the device's thread only.
+    def params(self, held: Held, which: str = "") -> list[np.ndarray]:
+        """The parameters, or those of a view that was prepared, as NumPy arrays. On the device's thread only.
 
         On a CPU they are views of the state: while one is alive, the next update copies instead of writing over it.
         """
-        return [np.asarray(leaf) for leaf in held.program.params(held.state)]
+        return [np.asarray(leaf) for leaf in held.program.params(held.state, which)]
 
     def describe(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
         """Library versions, and (name, kind) of each device."""
-        versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__, "numpy": np.__version__}
+        versions = {
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.version.__version__,
+            "numpy": np.__version__,
+            "optax": optax.__version__,
+        }
         devices = tuple((f"{device.platform}:{device.id}", device.device_kind) for device in jax.devices())
         return versions, devices
 

@@ -4,72 +4,226 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from optwire_proto import errors, specs, tensors, trees
-from optwire_server.engine import build
+from optwire_proto import checks, errors, specs, tensors, trees
+from optwire_server.engine import build, granularity, rule, telemetry
 
-# What JAX takes apart as the optimizer's state: an optimizers.OptimizerState.
+# What JAX takes apart as the optimizer's state; it holds the parameters.
 OptState = Any
 
 # Optimizers whose formula is linear in the gradients, and so means the same for complex numbers.
 _COMPLEX = ("sgd", "momentum", "nesterov")
 _WIDE = ("f64", "c128")
 _FLOATING = ("f32", "f64", "bf16", "f16")
+# What a push brings along beside gradients, and what optax calls it.
+OPTAX_EXTRAS = {"loss": "value"}
+# How often a state's element types are followed to a fixed point: a 16-bit slot may become 32 bits wide, once.
+_PROMOTIONS_MAX = 4
+
+
+class Variant(NamedTuple):
+    """Which of a program's compiled updates a push runs.
+
+    Attributes:
+      closing: whether the push closes a step; others are only gathered (``accumulate``).
+      scaled: whether gradients are divided by a ``grad_scale`` first.
+      telemetry: whether norms are computed.
+    """
+
+    closing: bool = True
+    scaled: bool = False
+    telemetry: bool = False
+
+
+class Operands(NamedTuple):
+    """What an update takes beside gradients and state. Python numbers, so that 16-bit leaves are not promoted.
+
+    Attributes:
+      rates: learning rates, in the order of ``Program.rate_paths``.
+      index: index of the push, from 0.
+      grad_scale: what gradients are divided by; None where they are not.
+      extras: what the push brought along, by optax's names.
+    """
+
+    rates: tuple[float, ...]
+    index: int
+    grad_scale: float | None = None
+    extras: Mapping[str, float] = {}  # noqa: RUF012  never written to
 
 
 class Program:
     """An optimizer compiled for one tree and device.
 
-    The update has the form ``(learning rate, index, grads, state) -> state`` with the whole state donated and returned
-    in the order it came, so that XLA writes the new state over the old. Learning rate and index are operands: neither
-    compiles anew.
+    Every update has the form ``(operands, grads, state) -> (state, notes)`` with the whole state donated and returned in
+    the order it came, so that XLA writes the new state over the old. Learning rates, index, scale and extras are
+    operands: none of them compiles anew.
     """
 
     def __init__(self, spec: specs.Spec, tree: trees.TreeSpec, device: jax.Device) -> None:
-        self._rule = build.rule(spec)
+        self.spec = spec
+        self._names = tuple(leaf.name for leaf in tree.leaves)
+        self._dtypes = tuple(tensors.numpy_dtype(leaf.dtype) for leaf in tree.leaves)
         self._wide = any(leaf.dtype in _WIDE for leaf in tree.leaves)
         self.device = device
-        leaves = [jax.ShapeDtypeStruct(leaf.shape, tensors.numpy_dtype(leaf.dtype)) for leaf in tree.leaves]
-        with self.precision(), _refusing(spec), jax.default_device(device):
-            state = jax.eval_shape(self._rule.init, leaves)
-            self.state_bytes: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-            # Python scalars, not arrays: a strongly typed operand would promote 16-bit leaves.
-            rate = None if self._rule.schedule else 0.0
-            lowered = jax.jit(self._rule.update, donate_argnums=3).lower(rate, 0, leaves, state)
-            self._update: Callable[..., OptState] = lowered.compile()
-            schedule = self._rule.schedule
+        self.rate_paths = tuple(build.rates(spec))
+        self.extras = checks.extras(spec, build.CATALOGUE)
+        # Whether what is not finite is refused, rather than skipped.
+        self.rejects = specs.any_inside(
+            spec, lambda found: found.name == "on_nonfinite" and found["policy"] == "reject"
+        )
+        self._grads = [
+            jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf, dtype in zip(tree.leaves, self._dtypes, strict=True)
+        ]
+        self._lock = threading.Lock()
+        self._updates: dict[Variant, Callable[..., tuple[OptState, dict[str, Any]]]] = {}
+        self._views: dict[str, Callable[[OptState], list[Any]]] = {}
+        with self._building():
+            probe = self._rule(tuple(0.0 for _ in self.rate_paths))
+            self.every = probe.every
+            self.views = tuple(sorted(probe.views))
+            self._state = self._settled()
+            self.state_bytes: int = sum(_bytes(leaf) for leaf in jax.tree.leaves(self._state))
+            self._owns_params = not jax.make_jaxpr(probe.params)(self._state).eqns
+            found = build.first_rate(spec)
+            scheduled = found is not None and build.constant_rate(spec) is None
+            schedule = build.schedule(found[1]) if found and scheduled else None
             self._schedule = jax.jit(schedule).lower(0).compile() if schedule else None
+        for closing in (True, False)[: 1 if self.every == 1 else 2]:
+            self.prepare(Variant(closing=closing))
+        if not self._owns_params:
+            self.prepare_view("")
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """What the calling thread must be in: 64 bits for trees that have them, without changing any other program."""
         context: contextlib.AbstractContextManager[Any] = jax.enable_x64(self._wide)
         return context
 
-    def init(self, params: Sequence[tensors.Array]) -> OptState:
+    def init(self, params: Sequence[tensors.Array], rates: tuple[float, ...], seed: int) -> OptState:
         """The state before the first step; copies ``params``."""
         with self.precision(), jax.default_device(self.device):
-            return self._rule.init([jax.numpy.array(leaf, copy=True) for leaf in params])
+            state = self._rule(rates, seed).init([jnp.array(leaf, copy=True) for leaf in params])
+            return _owned(state, self._state)
 
-    def update(self, learning_rate: float | None, index: int, grads: Any, state: OptState) -> OptState:
-        """Starts one update; ``state`` is consumed. ``learning_rate`` is ignored where a schedule gives it."""
+    def prepare(self, variant: Variant) -> None:
+        """Compiles an update, unless it is; on the calling thread."""
+        with self._lock:
+            if variant in self._updates:
+                return
+            with self._building():
+                rates = tuple(0.0 for _ in self.rate_paths)
+                extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
+                operands = Operands(rates, 0, 1.0 if variant.scaled else None, extras)
+                jitted = jax.jit(self._traced(variant), donate_argnums=2)
+                self._updates[variant] = jitted.lower(operands, self._grads, self._state).compile()
+
+    def prepare_view(self, which: str) -> None:
+        """Compiles the reading of parameters that are not simply part of the state, unless it is.
+
+        Raises:
+          InvalidArgumentError: the spec keeps no such parameters.
+        """
+        if which and which not in self.views:
+            there = ", ".join(map(repr, self.views)) or "none"
+            raise errors.InvalidArgumentError(
+                f"which: {which[:80]!r}, but this session's optimizer keeps beside its parameters: {there}",
+                subject="which",
+                expected=there,
+                got=which[:80],
+            )
+        with self._lock:
+            if which in self._views or (not which and self._owns_params):
+                return
+            with self._building():
+                made = self._rule(tuple(0.0 for _ in self.rate_paths))
+                read = made.views[which] if which else made.params
+                self._views[which] = jax.jit(read).lower(self._state).compile()
+
+    def update(
+        self, variant: Variant, operands: Operands, grads: Any, state: OptState
+    ) -> tuple[OptState, dict[str, jax.Array]]:
+        """Starts one update that ``prepare`` made; ``state`` is consumed. Returns the new state, and notes about it."""
         with self.precision():
-            return self._update(None if self._schedule else learning_rate, index, grads, state)
+            return self._updates[variant](operands, grads, state)
 
-    def params(self, state: OptState) -> list[jax.Array]:
-        """The parameters in a state; shares its memory."""
-        return jax.tree.leaves(self._rule.get_params(state))
+    def params(self, state: OptState, which: str = "") -> list[jax.Array]:
+        """Parameters in a state; those of ``which == ""`` mostly share its memory."""
+        if which in self._views:
+            with self.precision():
+                return list(self._views[which](state))
+        return list(self._rule(tuple(0.0 for _ in self.rate_paths)).params(state))
 
     def learning_rate(self, index: int) -> float | None:
-        """What the schedule gives for a step, or None where there is none."""
+        """What the schedule of the first learning rate gives for a step, or None where no schedule gives it."""
         if self._schedule is None:
             return None
         with self.precision():
             return float(self._schedule(index))
+
+    def same_state(self, other: Program) -> bool:
+        """Whether a state of one is a state of the other."""
+        if self is other:
+            return True
+        mine, theirs = jax.tree.flatten(self._state), jax.tree.flatten(other._state)
+        return mine[1] == theirs[1] and list(map(_aval, mine[0])) == list(map(_aval, theirs[0]))
+
+    @functools.cached_property
+    def granularity(self) -> granularity.Granularity:
+        """How finely the state may be cut, derived from the update."""
+        with self._building():
+            step = self._traced(Variant())
+            extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
+            operands = Operands(tuple(0.0 for _ in self.rate_paths), 0, None, extras)
+            return granularity.derive(lambda grads, state: step(operands, grads, state)[0], self._grads, self._state)
+
+    @contextlib.contextmanager
+    def _building(self) -> Iterator[None]:
+        with self.precision(), _refusing(self.spec), jax.default_device(self.device):
+            yield
+
+    def _rule(self, rates: tuple[Any, ...], seed: int = 0) -> rule.Rule:
+        site = build.Site(self._names, self._dtypes, dict(zip(self.rate_paths, rates, strict=True)), seed)
+        return build.build(self.spec, site)
+
+    def _traced(self, variant: Variant) -> Callable[..., tuple[OptState, dict[str, Any]]]:
+        """The update of a variant, to be traced."""
+
+        def update(operands: Operands, grads: list[Any], state: OptState) -> tuple[OptState, dict[str, Any]]:
+            made = self._rule(operands.rates)
+            call = rule.Call(operands.index, variant.closing, operands.extras)
+            if variant.scaled:
+                grads = [_unscaled(g, operands.grad_scale) for g in grads]
+            new = jax.tree.map(_kept, made.update(grads, state, call), state)
+            if variant.telemetry:
+                clip = build.clips(self.spec, build.Site(self._names, self._dtypes, {}))
+                call.notes.update(telemetry.measure(grads, made.params(state), made.params(new), clip))
+            return new, call.notes
+
+        return update
+
+    def _settled(self) -> OptState:
+        """The state's shapes and element types, such that an update returns what it was given."""
+        rates = tuple(0.0 for _ in self.rate_paths)
+        state = jax.eval_shape(lambda leaves: self._rule(rates).init(leaves), self._grads)
+        for _ in range(_PROMOTIONS_MAX):
+            new = jax.eval_shape(self._once, rates, self._grads, state)
+            if jax.tree.structure(new) != jax.tree.structure(state):
+                raise TypeError(f"the update changes the structure of its state, from {state} to {new}")
+            if [_aval(leaf) for leaf in jax.tree.leaves(new)] == [_aval(leaf) for leaf in jax.tree.leaves(state)]:
+                return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+            state = new
+        raise TypeError("the update changes the shape or type of its state at every step")
+
+    def _once(self, rates: tuple[float, ...], grads: list[Any], state: OptState) -> OptState:
+        extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
+        return self._rule(rates).update(grads, state, rule.Call(0, True, extras))
 
 
 class ProgramCache:
@@ -87,9 +241,13 @@ class ProgramCache:
 
         Raises:
           TreeError: the optimizer is not defined for a leaf's element type or shape.
+          SpecError: an argument cannot be served.
         """
-        # The learning rate is an operand, names do not matter, and the text of a spec tells 2 from 2.0.
-        key = (str(_without_rate(spec)), tuple((leaf.shape, leaf.dtype) for leaf in tree.leaves))
+        # Learning rates are operands, and the text of a spec tells 2 from 2.0. Names matter to patterns only.
+        rateless = specs.replaced(spec, dict.fromkeys(build.rates(spec), 0.0))
+        named = any(takes in ("mask", "groups") for _, _, takes in checks.by_takes(spec))
+        names = tuple(leaf.name for leaf in tree.leaves) if named else ()
+        key = (str(rateless), tuple((leaf.shape, leaf.dtype) for leaf in tree.leaves), names)
         with self._lock:
             if key in self._programs:
                 self._programs.move_to_end(key)
@@ -113,9 +271,10 @@ class ProgramCache:
 
 
 def check_tree(spec: specs.Spec, tree: trees.TreeSpec) -> None:
-    """Raises TreeError where an optimizer is not defined for a leaf's element type."""
-    optimizer = specs.core(spec).name
-    served = (*_FLOATING, "c64", "c128") if optimizer in _COMPLEX else _FLOATING
+    """Raises TreeError where an optimizer is not defined for a leaf's element type, SpecError for masks and groups."""
+    optimizer = checks.core(spec).name
+    split = specs.any_inside(spec, lambda found: found.name == "split_real_and_imaginary")
+    served = (*_FLOATING, "c64", "c128") if optimizer in _COMPLEX or split else _FLOATING
     for leaf in tree.leaves:
         if leaf.dtype not in served:
             where = f"params[{leaf.name!r}]" if leaf.name else "params"
@@ -126,39 +285,90 @@ def check_tree(spec: specs.Spec, tree: trees.TreeSpec) -> None:
                 expected=", ".join(served),
                 got=leaf.dtype,
             )
+    checks.check_names(spec, tuple(leaf.name for leaf in tree.leaves))
     _check_decay(spec, tree)
+    _check_accumulation(spec)
 
 
 def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
     """Raises SpecError where Adam's second moment would be corrected by one minus one: its parameters never move."""
-    core = specs.core(spec)
-    if core.name != "adam":
+    if specs.any_inside(spec, lambda found: found.name == "master_weights"):
         return
-    for leaf in tree.leaves:
-        if tensors.numpy_dtype(leaf.dtype).type(core["b2"]) == 1:
-            raise errors.SpecError(
-                f"adam.b2: {core['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and no step "
-                "would change it; use a smaller b2, such as 0.99, or float32 parameters",
-                subject="adam.b2",
-                expected=f"a number below 1 in {leaf.dtype}",
-                got=str(core["b2"]),
-            )
+    for path, found in specs.places(spec):
+        if not isinstance(found, specs.Spec) or found.name != "adam":
+            continue
+        inside = f"{path}.adam" if path else "adam"
+        for leaf in tree.leaves:
+            if tensors.numpy_dtype(leaf.dtype).type(found["b2"]) == 1:
+                raise errors.SpecError(
+                    f"{inside}.b2: {found['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and no "
+                    "step would change it; use a smaller b2, such as 0.99, float32 parameters, or master_weights",
+                    subject=f"{inside}.b2",
+                    expected=f"a number below 1 in {leaf.dtype}",
+                    got=str(found["b2"]),
+                )
 
 
-def _without_rate(spec: specs.Spec) -> specs.Spec:
-    """The spec with a constant learning rate left out."""
-    if specs.learning_rate(spec) is None:
-        return spec
-    if spec.name == "chain":
-        *stages, last = spec["members"]
-        return spec.replace(members=(*stages, _without_rate(last)))
-    return spec.replace(step_size=None)
+def _check_accumulation(spec: specs.Spec) -> None:
+    """Raises SpecError unless there is at most one accumulate, and all leaves are in it: a push closes one step."""
+    found = [path for path, value in specs.places(spec) if isinstance(value, specs.Spec) and value.name == "accumulate"]
+    inside = [path for path in found if "partition.transforms[" in path]
+    if len(found) > 1 or inside:
+        path = (inside or found[1:])[0]
+        raise errors.SpecError(
+            f"{path}: accumulate inside {'a partition' if inside else 'another accumulate'}; one accumulate around all "
+            "parameters is served",
+            subject=path,
+            expected="one accumulate around all parameters",
+            got=f"{len(found)}",
+        )
+
+
+def _unscaled(g: Any, scale: Any) -> Any:
+    """A gradient divided by what it was multiplied by, in 32 bits at least: 65,536 is infinite in f16."""
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    return g.astype(wide) / jnp.asarray(scale, jnp.finfo(wide).dtype)
+
+
+def _kept(new: Any, old: Any) -> Any:
+    """A part of the state in the element type that it has for good."""
+    if jnp.issubdtype(old.dtype, jax.dtypes.extended):
+        return new
+    return lax.convert_element_type(new, old.dtype)
+
+
+def _aval(leaf: Any) -> tuple[Any, Any]:
+    return leaf.shape, leaf.dtype
+
+
+def _owned(state: OptState, like: OptState) -> OptState:
+    """A first state of the shapes and element types of ``like``, in which no two arrays share memory."""
+    seen: set[int] = set()
+
+    def own(leaf: Any, kind: Any) -> Any:
+        if jnp.issubdtype(kind.dtype, jax.dtypes.extended):
+            return leaf
+        array = jnp.reshape(lax.convert_element_type(leaf, kind.dtype), kind.shape)
+        if id(array) in seen:
+            array = jnp.array(array, copy=True)
+        seen.add(id(array))
+        return array
+
+    return jax.tree.map(own, state, like)
+
+
+def _bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # a key of randomness
+        return 8
+    return int(leaf.size * leaf.dtype.itemsize)
 
 
 @contextlib.contextmanager
-def _refusing(spec: specs.Spec) -> Any:
+def _refusing(spec: specs.Spec) -> Iterator[None]:
     """Turns what tracing raises into an error of the request: the rule cannot take these shapes."""
     try:
         yield
-    except (TypeError, ValueError, OverflowError) as exc:
-        raise errors.TreeError(f"{spec.name} cannot take these parameters: {exc}", got=str(exc)[:200]) from exc
+    except errors.OptwireError:
+        raise
+    except (TypeError, ValueError, OverflowError, AssertionError, IndexError, NotImplementedError) as exc:
+        raise errors.TreeError(f"{spec.name} cannot take these parameters: {exc}"[:800], got=str(exc)[:200]) from exc

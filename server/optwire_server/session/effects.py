@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from optwire_proto import errors
+from optwire_proto import errors, sessions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -12,12 +12,12 @@ class Apply:
     """Run one update with the gradients of the push just made, then report ``Updated`` or ``UpdateFailed``.
 
     Attributes:
-      index: index of the update, from 0: what schedules are evaluated at.
-      learning_rate: the learning rate set by hand, or None where the spec gives it.
+      index: index of the update, from 0: what hyperparameters are looked up for.
+      options: what the push said beside its gradients.
     """
 
     index: int
-    learning_rate: float | None
+    options: sessions.PushOptions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Reply:
     applied_step: int
     duplicate: bool
     learning_rate: float
+    metrics: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

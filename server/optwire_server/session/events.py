@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from optwire_proto import sessions
+from optwire_proto import errors, sessions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -13,13 +13,22 @@ class Pushed:
 
     key: sessions.PushKey
     digest: sessions.Digest
+    options: sessions.PushOptions = sessions.PushOptions()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Updated:
-    """The update that ``Apply`` asked for is done; the new state is in place."""
+    """The update that ``Apply`` asked for is done; the new state is in place.
+
+    Attributes:
+      learning_rate: what it used.
+      metrics: figures of it, by name.
+      skipped: whether it left the parameters alone, since the gradients were not finite.
+    """
 
     learning_rate: float
+    metrics: tuple[tuple[str, float], ...] = ()
+    skipped: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,10 +40,17 @@ class UpdateFailed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RateSet:
-    """The learning rate of all further steps was set."""
+class UpdateRefused:
+    """The update that ``Apply`` asked for found the gradients unfit; the state is as it was."""
 
-    learning_rate: float
+    error: errors.OptwireError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Changed:
+    """Hyperparameters were changed, from a step on that is not past."""
+
+    change: sessions.Change
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,4 +58,4 @@ class Deleted:
     """The session was deleted."""
 
 
-Event = Pushed | Updated | UpdateFailed | RateSet | Deleted
+Event = Pushed | Updated | UpdateFailed | UpdateRefused | Changed | Deleted

@@ -4,7 +4,7 @@ The whole promise of exactly-once stands here. A push carries (worker, seq, base
 
     worker's last seq is L        base_step is B, the session's step is S
     seq == L, same digest         answered from state, never applied again          Reply(duplicate)
-    seq == L, other digest        refused                                           DivergentRetryError
+    seq == L, other digest        refused; so is another loss or grad_scale         DivergentRetryError
     seq <  L                      refused                                           StalePushError
     seq >  L + 1                  refused (a worker has one push under way)         FuturePushError
     B <  S                        refused: another push was faster                  StaleStepError
@@ -24,7 +24,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 
-from optwire_proto import errors, sessions
+from optwire_proto import errors, limits, sessions
 from optwire_server.session import effects, events
 
 # Workers remembered per session; the one that has been quiet longest is forgotten first.
@@ -48,6 +48,8 @@ class Applied:
     digest: sessions.Digest
     step: int
     learning_rate: float
+    options: sessions.PushOptions = sessions.PushOptions()
+    metrics: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,8 @@ class Session:
       incarnation: grows when history is rewritten.
       step: number of updates applied.
       phase: where the session is in its life.
-      learning_rate: set by hand for all further steps, or None where the spec gives it.
+      skipped: how many of those left the parameters alone, since gradients were not finite.
+      changes: of hyperparameters, in the order in which they were made; the newest of them.
       workers: each worker's last applied push, the longest quiet first.
       pending: the push being applied; set exactly in phase APPLYING.
       failure: what happened, in phase FAILED.
@@ -71,7 +74,8 @@ class Session:
     incarnation: int = 1
     step: int = 0
     phase: Phase = Phase.OPEN
-    learning_rate: float | None = None
+    skipped: int = 0
+    changes: tuple[sessions.Change, ...] = ()
     workers: Mapping[str, Applied] = dataclasses.field(default_factory=dict)
     pending: events.Pushed | None = None
     failure: str = ""
@@ -96,9 +100,11 @@ def advance(session: Session, event: events.Event) -> Outcome:
             return _updated(session, event)
         case events.UpdateFailed():
             return _update_failed(session, event)
-        case events.RateSet():
-            check_alive(session)
-            return dataclasses.replace(session, learning_rate=event.learning_rate), ()
+        case events.UpdateRefused():
+            assert session.phase is Phase.APPLYING, "an update is refused that did not begin"
+            return dataclasses.replace(session, phase=Phase.OPEN, pending=None), (effects.Fail(event.error),)
+        case events.Changed():
+            return _changed(session, event.change)
         case events.Deleted():
             _must_exist(session)
             return dataclasses.replace(session, phase=Phase.DELETED, pending=None), (effects.Free(),)
@@ -144,18 +150,11 @@ def _pushed(session: Session, event: events.Pushed) -> Outcome:
     admit(session, key)
     last = session.workers.get(key.worker)
     if last and key.seq == last.seq:
-        if event.digest != last.digest:
-            raise errors.DivergentRetryError(
-                f"session {session.name!r}: push {key.seq} of this worker was applied as step {last.step} with other "
-                "bytes; read the parameters and go on from there",
-                subject="digest",
-                expected=str(last.digest),
-                got=str(event.digest),
-                step=session.step,
-            )
-        return session, (effects.Reply(last.seq, last.step, True, last.learning_rate),)
+        if event.digest != last.digest or event.options.meaning != last.options.meaning:
+            raise _divergent(session, last, event)
+        return session, (effects.Reply(last.seq, last.step, True, last.learning_rate, last.metrics),)
     applying = dataclasses.replace(session, phase=Phase.APPLYING, pending=event)
-    return applying, (effects.Apply(session.step, session.learning_rate),)
+    return applying, (effects.Apply(session.step, event.options),)
 
 
 def _updated(session: Session, event: events.Updated) -> Outcome:
@@ -166,9 +165,12 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
     workers.pop(pushed.key.worker, None)  # so that it moves to the end
     if len(workers) >= WORKERS_MAX:
         del workers[next(iter(workers))]
-    workers[pushed.key.worker] = Applied(pushed.key.seq, pushed.digest, step, event.learning_rate)
-    advanced = dataclasses.replace(session, phase=Phase.OPEN, step=step, workers=workers, pending=None)
-    return advanced, (effects.Reply(pushed.key.seq, step, False, event.learning_rate),)
+    workers[pushed.key.worker] = Applied(
+        pushed.key.seq, pushed.digest, step, event.learning_rate, pushed.options, event.metrics
+    )
+    skipped = session.skipped + event.skipped
+    advanced = dataclasses.replace(session, phase=Phase.OPEN, step=step, skipped=skipped, workers=workers, pending=None)
+    return advanced, (effects.Reply(pushed.key.seq, step, False, event.learning_rate, event.metrics),)
 
 
 def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
@@ -183,6 +185,34 @@ def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
         return unchanged, (effects.Fail(error),)
     failed = dataclasses.replace(session, phase=Phase.FAILED, pending=None, failure=event.problem)
     return failed, (effects.Fail(_failure(failed)), effects.Free())
+
+
+def _changed(session: Session, change: sessions.Change) -> Outcome:
+    check_alive(session)
+    if change.from_step < session.step:
+        raise errors.InvalidArgumentError(
+            f"session {session.name!r}: from_step {change.from_step}, but the next step is {session.step}",
+            subject="from_step",
+            expected=f"{session.step} or later",
+            got=str(change.from_step),
+            step=session.step,
+        )
+    changes = (*session.changes, change)[-limits.HYPERPARAM_CHANGES_MAX :]
+    return dataclasses.replace(session, changes=changes), ()
+
+
+def _divergent(session: Session, last: Applied, event: events.Pushed) -> errors.DivergentRetryError:
+    bytes_differ = event.digest != last.digest
+    expected, got = (last.digest, event.digest) if bytes_differ else (last.options.meaning, event.options.meaning)
+    what = "bytes" if bytes_differ else "loss or grad_scale"
+    return errors.DivergentRetryError(
+        f"session {session.name!r}: push {event.key.seq} of this worker was applied as step {last.step} with other "
+        f"{what}; read the parameters and go on from there",
+        subject="digest" if bytes_differ else "options",
+        expected=str(expected),
+        got=str(got),
+        step=session.step,
+    )
 
 
 def _must_exist(session: Session) -> None:

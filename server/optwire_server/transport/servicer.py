@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 import optwire_server
-from optwire_proto import convert, errors, limits, payloads, sessions, specs
+from optwire_proto import convert, errors, limits, payloads, sessions
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
@@ -58,8 +58,8 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 "streams_max": self._config.streams_max,
                 "landing_bytes_max": self._config.landing_bytes_max,
             },
-            catalogue=specs.CATALOGUE,
-            features=("stream", "unary"),
+            catalogue=self._engine.catalogue,
+            features=("stream", "unary", *(("programs",) if self._config.allow_programs else ())),
         )
         return convert.server_to_proto(info)
 
@@ -71,7 +71,8 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             convert.check_begin(begin)
             _check_answerable(begin)
             tree, spec = convert.tree_from_proto(begin.tree), convert.spec_from_proto(begin.spec)
-            with stream.busy(), self._registry.creating(begin.name, tree, spec, begin.create_key) as creation:
+            key, seed = begin.create_key, begin.seed
+            with stream.busy(), self._registry.creating(begin.name, tree, spec, key, seed) as creation:
                 digest = frames.land(request_iterator, creation.landing, stream)
                 info = self._registry.create(creation, digest)
         return pb.CreateSessionResponse(session=_without_tree(info))
@@ -106,12 +107,18 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         id_, name = convert.ref_from_proto(request.session)
         return pb.DeleteSessionResponse(session=convert.session_to_proto(self._registry.delete(id_=id_, name=name)))
 
+    def DescribeOptimizer(
+        self, request: pb.DescribeOptimizerRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeOptimizerResponse:
+        id_, name = convert.ref_from_proto(request.session)
+        return convert.optimizer_to_proto(self._registry.describe(id_=id_, name=name))
+
     def UpdateHyperparams(
         self, request: pb.UpdateHyperparamsRequest, context: grpc.ServicerContext
     ) -> pb.UpdateHyperparamsResponse:
         id_, name = convert.ref_from_proto(request.session)
-        info, step = self._registry.set_learning_rate(
-            convert.learning_rate_from_proto(request),
+        info, step = self._registry.set_hyperparams(
+            convert.hyperparams_from_proto(request),
             id_=id_,
             name=name,
             incarnation=request.incarnation,
@@ -127,7 +134,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         with (
             self._streams.open(context.cancel) as stream,
             stream.busy(),
-            self._registry.reading(id_=id_, name=name, worker=request.worker) as read,
+            self._registry.reading(id_=id_, name=name, worker=request.worker, which=request.which) as read,
             stream.transferring(),
         ):
             begin = pb.ParamsBegin(session=_without_tree(read.info), worker_seq=read.worker_seq)
@@ -135,7 +142,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             yield from _payload(read.params, pb.ReadParamsResponse, stream)
 
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
-        key, wants_params = convert.push_from_proto(request.begin)
+        key, options = convert.push_from_proto(request.begin)
         if not request.HasField("digest"):
             raise errors.PayloadError("push without a digest", subject="digest", got="nothing")
         most = limits.UNARY_PAYLOAD_BYTES_MAX
@@ -146,10 +153,10 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 expected=f"at most {most} bytes",
                 got=str(len(request.payload)),
             )
-        with self._registry.pushing(key, payload_bytes_max=most) as push:
+        with self._registry.pushing(key, options, payload_bytes_max=most) as push:
             if request.payload:
                 push.landing.write(0, request.payload)
-            reply = self._registry.push(push, convert.digest_from_proto(request.digest), wants_params=wants_params)
+            reply = self._registry.push(push, convert.digest_from_proto(request.digest))
         payload = b"".join(payloads.pieces(reply.params))
         length = tensor_pb.PayloadDigest(length=len(payload))
         return pb.StepResponse(ack=convert.ack_to_proto(reply.ack), payload=payload, digest=length)
@@ -160,10 +167,10 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         with self._streams.open(context.cancel) as stream:
             while (begin := frames.next_begin(request_iterator)) is not None:
                 with stream.busy():
-                    key, wants_params = convert.push_from_proto(begin)
-                    with self._registry.pushing(key) as push:
+                    key, options = convert.push_from_proto(begin)
+                    with self._registry.pushing(key, options) as push:
                         digest = frames.land(request_iterator, push.landing, stream)
-                        reply = self._registry.push(push, digest, wants_params=wants_params)
+                        reply = self._registry.push(push, digest)
                         # The landing stays lent until the reply is out: its bytes stand for the reply's.
                         with stream.transferring():
                             yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))

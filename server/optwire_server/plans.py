@@ -1,0 +1,154 @@
+"""Plans: which spec, program and learning rates the steps of a session use, as hyperparameters change.
+
+A plan holds from its first step until the next plan's. A change makes a new plan at its step and alters those after it;
+programs are compiled before anything changes, so that no update ever waits for one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optwire_proto import catalogue, checks, errors, sessions, specs, trees
+from optwire_server.engine import build, knobs, program
+
+Compile = Callable[[specs.Spec], program.Program]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What steps from ``from_step`` on use.
+
+    Attributes:
+      from_step: the first of them, 0-based.
+      spec: complete and checked.
+      program: compiled for it.
+      rates: the spec's learning rates, in the order of the program's ``rate_paths``.
+      values: what was changed against the plan before, by path.
+      constant_rate: the first learning rate, where it is a number.
+    """
+
+    from_step: int
+    spec: specs.Spec
+    program: program.Program
+    rates: tuple[float, ...]
+    values: Mapping[str, specs.Value]
+    constant_rate: float | None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a schedule gives the first learning rate."""
+        return self.constant_rate is None and build.first_rate(self.spec) is not None
+
+    def learning_rate(self, index: int, skipped: int) -> float:
+        """The first learning rate for the push of an index, ``skipped`` of which changed nothing; NaN: there is none."""
+        if self.constant_rate is not None:
+            return self.constant_rate
+        scheduled = self.program.learning_rate((index - skipped) // self.program.every)
+        return float("nan") if scheduled is None else scheduled
+
+
+def make(spec: specs.Spec, compiled: program.Program, from_step: int, values: Mapping[str, specs.Value]) -> Plan:
+    """The plan of a checked spec."""
+    rates = tuple(build.rates(spec).values())
+    return Plan(from_step, spec, compiled, rates, values, build.constant_rate(spec))
+
+
+def at(plans: Sequence[Plan], step: int) -> Plan:
+    """The plan that a step uses."""
+    return plans[max(bisect.bisect_right(plans, step, key=lambda plan: plan.from_step) - 1, 0)]
+
+
+def changed(
+    plans: Sequence[Plan], hyperparams: Mapping[str, specs.Value], from_step: int, compile: Compile
+) -> tuple[tuple[Plan, ...], Mapping[str, specs.Value]]:
+    """The plans after a change, and the change by whole paths.
+
+    Args:
+      plans: as they are, in order.
+      hyperparams: new values, by path or end of a path.
+      from_step: first step that uses them.
+      compile: gives the program of a checked spec; may take seconds.
+
+    Raises:
+      InvalidArgumentError: a name that means nothing, or several values.
+      SpecError: a value that the argument cannot take, or that would need other slots.
+    """
+    base = at(plans, from_step)
+    values = {resolve(base.spec, name): value for name, value in hyperparams.items()}
+    earlier = [plan for plan in plans if plan.from_step < from_step]
+    later = [plan for plan in plans if plan.from_step > from_step]
+    same = base.values if base.from_step == from_step and from_step > 0 else {}
+    made: list[Plan] = []
+    spec = base.spec
+    for step, own in ((from_step, {**same, **values}), *((plan.from_step, plan.values) for plan in later)):
+        spec = checks.check(specs.replaced(spec, dict(own)), known=build.CATALOGUE)
+        compiled = compile(spec)
+        if not compiled.same_state(plans[0].program):
+            names = ", ".join(own)
+            raise errors.SpecError(
+                f"{names}: this change needs another state than the session has; create a session with it",
+                subject=names[:200],
+                expected="a change that keeps every slot",
+                got=specs.shown(next(iter(own.values()))),
+            )
+        made.append(make(spec, compiled, step, own))
+    return (*earlier, *made), values
+
+
+def resolve(spec: specs.Spec, name: str) -> str:
+    """The whole path that a name means: it is one, or the end of exactly one.
+
+    ``learning_rate`` also means the seed's ``step_size``.
+
+    Raises:
+      InvalidArgumentError: no argument, or several.
+    """
+    names = [name]
+    if name.rpartition(".")[2] == "learning_rate":
+        names.append(f"{name.removesuffix('learning_rate')}step_size")
+    found = {path: value for path, value in specs.places(spec) if _changes(path, value)}
+    matching = [path for path in found if any(specs.ends_with(path, end) for end in names)]
+    if name in found:
+        return name
+    outer = [path for path in matching if not any(other != path and path.startswith(f"{other}.") for other in matching)]
+    if len(outer) == 1:
+        return outer[0]
+    listed = ", ".join(outer or found) or "none"
+    problem = "means several" if outer else f"is none of this session's{catalogue.suggestion(name, _ends(found))}"
+    raise errors.InvalidArgumentError(
+        f"hyperparams: {name[:80]!r} {problem}: {listed[:600]}", subject=name[:80], expected=listed[:400], got=name[:80]
+    )
+
+
+def _ends(paths: Mapping[str, Any]) -> list[str]:
+    return [path.rpartition(".")[2] for path in paths]
+
+
+def _changes(path: str, value: specs.Value) -> bool:
+    """Whether an argument may change while a session runs: a number, or a schedule in the place of one."""
+    if path.endswith("accumulate.k"):
+        return False  # it decides which pushes close a step
+    if isinstance(value, specs.Spec):
+        return build.CATALOGUE[value.name].kind == "schedule" and not path.endswith("]")
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def current(plans: Sequence[Plan], step: int) -> tuple[Plan, ...]:
+    """The plans without those that are over."""
+    return tuple(plans[max(bisect.bisect_right(plans, step, key=lambda plan: plan.from_step) - 1, 0) :])
+
+
+def describe(plan: Plan, tree: trees.TreeSpec, step: int) -> sessions.OptimizerInfo:
+    """What a plan does, for people."""
+    return sessions.OptimizerInfo(
+        text=str(plan.spec),
+        spec_digest=specs.digest(plan.spec),
+        granularity=str(plan.program.granularity),
+        groups=knobs.groups(plan.spec, tuple(leaf.name for leaf in tree.leaves)),
+        step=step,
+        extras=plan.program.extras,
+        views=plan.program.views,
+    )

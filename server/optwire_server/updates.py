@@ -1,0 +1,109 @@
+"""One update of a live session: which program and operands a push runs with, and what came of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from optwire_proto import errors, sessions, tensors
+from optwire_server import plans
+from optwire_server.engine import engine as engines
+from optwire_server.engine import program
+from optwire_server.live import LiveSession
+from optwire_server.session import effects, events
+
+_log = logging.getLogger("optwire.updates")
+
+# What a push calls it -> what optax calls it.
+_OPTAX_NAMES: Final = program.OPTAX_EXTRAS
+
+
+def check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
+    """Raises InvalidArgumentError unless a push brings along exactly what the optimizer needs beside gradients."""
+    needed, given = live.plan.program.extras, tuple(sorted(name for name, _ in options.extras))
+    if given != needed:
+        expected = f"exactly {', '.join(needed)}" if needed else "nothing beside the gradients"
+        missing = [name for name in needed if name not in given]
+        raise errors.InvalidArgumentError(
+            f"session {live.machine.name!r}: its optimizer needs {expected}, but the push brings "
+            f"{', '.join(given)[:200] or 'nothing'}" + (f"; step(grads, {missing[0]}=...)" if missing else ""),
+            subject="extras",
+            expected=expected,
+            got=", ".join(given)[:200],
+        )
+
+
+def variants(live: LiveSession, options: sessions.PushOptions) -> Sequence[program.Variant]:
+    """The variants of the program that a push with these options may run."""
+    closing = (True,) if live.plan.program.every == 1 else (True, False)
+    return [program.Variant(closes, options.grad_scale != 1.0, options.telemetry) for closes in closing]
+
+
+def run(
+    engine: engines.Engine, live: LiveSession, apply: effects.Apply, grads: Sequence[tensors.Array]
+) -> events.Event:
+    """Runs the update that a push asks for, on the device's thread; says how it ended, whatever happens."""
+    plan = plans.at(live.plans, apply.index)
+    try:
+        rate = plan.learning_rate(apply.index, live.machine.skipped)
+        live.held.program = plan.program
+        notes = engine.update(live.held, _variant(plan, apply), _operands(plan, apply), grads)
+    except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
+        _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
+        state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost
+        return events.UpdateFailed(str(exc), state_lost)
+    skipped = notes.get("finite") == 0.0
+    if skipped and plan.program.rejects:
+        return events.UpdateRefused(_not_finite(live, grads))
+    return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped)
+
+
+def _variant(plan: plans.Plan, apply: effects.Apply) -> program.Variant:
+    every = plan.program.every
+    return program.Variant(
+        closing=apply.index % every == every - 1,
+        scaled=apply.options.grad_scale != 1.0,
+        telemetry=apply.options.telemetry,
+    )
+
+
+def _operands(plan: plans.Plan, apply: effects.Apply) -> program.Operands:
+    scale = apply.options.grad_scale
+    extras = {_OPTAX_NAMES[name]: value for name, value in apply.options.extras}
+    return program.Operands(plan.rates, apply.index, scale if scale != 1.0 else None, extras)
+
+
+def _metrics(
+    notes: Mapping[str, float], apply: effects.Apply, rate: float, *, skipped: bool
+) -> tuple[tuple[str, float], ...]:
+    metrics = {name: value for name, value in notes.items() if name != "finite"}
+    if apply.options.telemetry:
+        metrics |= {"learning_rate": rate, "step": float(apply.index + 1)}
+    if skipped or (apply.options.telemetry and "finite" in notes):
+        metrics["skipped"] = float(skipped)
+    return tuple(sorted(metrics.items()))
+
+
+def _not_finite(live: LiveSession, grads: Sequence[tensors.Array]) -> errors.NonFiniteError:
+    """The refusal of a push, with the name of the first leaf at fault."""
+    for leaf, grad in zip(live.tree.leaves, grads, strict=True):
+        bad = grad.size - np.count_nonzero(np.isfinite(np.asarray(grad, np.float64 if leaf.dtype == "f64" else None)))
+        if bad:
+            where = f"grads[{leaf.name!r}]" if leaf.name else "grads"
+            return errors.NonFiniteError(
+                f"{where}: {bad} of {grad.size} elements are not finite; nothing was applied",
+                subject=leaf.name,
+                expected="finite gradients",
+                got=f"{bad} of {grad.size} not finite",
+                step=live.machine.step,
+            )
+    return errors.NonFiniteError(
+        "grads: finite, but the update would make the state infinite; nothing was applied",
+        subject="grads",
+        expected="gradients whose update is finite",
+        got="an update that overflows",
+        step=live.machine.step,
+    )
