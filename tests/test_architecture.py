@@ -24,7 +24,10 @@ PACKAGES = {
 PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "itertools", "math", "typing"}
 
 # Modules longer than 400 lines, each with its reason. A length is an alarm, not a rule.
-LONG_MODULES: dict[str, str] = {}
+LONG_MODULES: dict[str, str] = {
+    "optwire_proto.optax_entries": "generated: optax's signatures",
+    "optwire_proto.spec_text": "one grammar, read by one parser",
+}
 
 
 def modules(*packages: str) -> Iterator[tuple[str, Path]]:

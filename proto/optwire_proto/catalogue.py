@@ -130,7 +130,7 @@ AROUND: Final = (
         "on_nonfinite",
         "wrapper",
         (_INNER, Parameter("policy", "text", "reject", choices=("reject", "skip", "zero"))),
-        "What becomes of a push that is not finite, or makes parameters so: refused, skipped, or its bad values zeroed.",
+        "What becomes of a push that is not finite, or would make the state so: refused, skipped, or zeroed.",
     ),
     Entry(
         "ema_params",

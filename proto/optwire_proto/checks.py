@@ -88,9 +88,7 @@ def core(spec: Spec) -> Spec:
 
 def extras(spec: Spec, known: Catalogue) -> tuple[str, ...]:
     """What a push must bring along for a checked spec, such as "loss"."""
-    found = [
-        entry.extras for _, value in specs.places(spec) if isinstance(value, Spec) and (entry := known[value.name])
-    ]
+    found = [known[value.name].extras for _, value in specs.places(spec) if isinstance(value, Spec)]
     return tuple(sorted(set(itertools.chain(*found))))
 
 
@@ -169,7 +167,7 @@ class _Checker:
             names = [other.name for other in self._known.values() if other.kind in kinds and not other.refusal]
             what = f"unknown {kind}" if entry is None else f"{_article(entry.kind)}, expected {_article(kind)}"
             raise errors.SpecError(
-                f"{inside!r}: {what}{catalogue.suggestion(name, names)}; expected one of {', '.join(names)[:400]}",
+                f"{inside!r}: {what}{catalogue.suggestion(name, names)}; expected one of {', '.join(names)[:300]}…",
                 subject=inside,
                 expected=", ".join(names)[:400],
                 got=name[:80],
@@ -194,13 +192,13 @@ class _Checker:
 
     def value(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
         """The value in its stored form; raises where the parameter cannot take it."""
-        self._values += 1
+        if isinstance(value, tuple | list) and len(value) > limits.SPEC_LIST_MAX:
+            raise wrong(path, f"a list of at most {limits.SPEC_LIST_MAX} values, or an array", value)
+        self._values += _count(value)
         if self._values > limits.SPEC_VALUES_MAX:
             raise errors.SpecError(f"{path}: more than {limits.SPEC_VALUES_MAX} values in one spec", subject=path)
         if value is None and (parameter.none or parameter.takes == "nothing"):
             return None
-        if isinstance(value, tuple | list) and len(value) > limits.SPEC_LIST_MAX:
-            raise wrong(path, f"a list of at most {limits.SPEC_LIST_MAX} values, or an array", value)
         takes, _, number = parameter.takes.partition(":")
         if takes == "rate" and isinstance(value, Spec):
             return self.spec(value, "schedule", path, depth + 1)
@@ -273,9 +271,8 @@ class _Checker:
     def _mappings(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
         if not isinstance(value, tuple | list) or not value:
             raise wrong(path, "a list of {name: number}", value)
-        schedule = self._known["cosine_decay_schedule" if path.endswith("cosine_kwargs") else parameter.name]
+        # Each mapping is the arguments of one warmup_cosine_decay_schedule.
         allowed = {"init_value", "peak_value", "warmup_steps", "decay_steps", "end_value", "exponent"}
-        assert schedule is not None
         stored = []
         for index, item in enumerate(value):
             where = f"{path}[{index}]"
@@ -297,7 +294,7 @@ class _Checker:
     def _groups(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
         if not isinstance(value, tuple | list) or not value or not all(_is_pair(item) for item in value):
             raise wrong(path, "{name pattern: optimizer}", value)
-        stored = []
+        stored: list[tuple[str, Spec]] = []
         for pattern, member in value:
             patterns.check(pattern, path)
             if pattern in dict(stored):
@@ -340,11 +337,20 @@ class _Checker:
         return checked
 
 
+def _count(value: Value, levels: int = 3) -> int:
+    """How many values an argument is; no parameter takes lists in lists deeper than mappings in a list."""
+    if not levels or not isinstance(value, tuple | list):
+        return 1
+    return 1 + sum(_count(item, levels - 1) for item in value)
+
+
 def _number(kind: str, value: Value, path: str, further: str = "") -> Value:
     test, expected = _NUMBERS[kind]
     # 32 bits hold every count there is; a real number stands for a whole one nowhere.
     if not specs.is_number(value) or not test(value):
-        raise wrong(path, expected + further, value)
+        unbounded = isinstance(value, int | float) and not isinstance(value, bool) and not specs.is_number(value)
+        finite = ", finite and in 32 bits" if unbounded and kind != "number" else ""
+        raise wrong(path, expected + finite + further, value)
     return value
 
 

@@ -180,6 +180,10 @@ ENTRIES = (
     ), 'Wrapper to injects stateful hyperparameters into GradientTransformations.', 'optax', refusal='every hyperparameter is live already: set_hyperparams changes it'),
     Entry('inject_stateful_hyperparams', 'wrapper', (
     ), 'Wrapper to injects stateful hyperparameters into GradientTransformations.', 'optax', refusal='every hyperparameter is live already: set_hyperparams changes it'),
+    Entry('join_schedules', 'schedule', (
+        Parameter('schedules', 'schedules'),
+        Parameter('boundaries', 'numbers'),
+    ), 'Sequentially apply multiple schedules.', 'optax'),
     Entry('keep_params_nonnegative', 'transformation', (
     ), 'Modifies the updates to keep parameters non-negative, i.e. >= 0.', 'optax'),
     Entry('lamb', 'optimizer', (
@@ -205,7 +209,7 @@ ENTRIES = (
         Parameter('learning_rate', 'rate:nonnegative', default=None, none=True),
         Parameter('memory_size', 'index', default=10),
         Parameter('scale_init_precond', 'flag', default=True),
-        Parameter('linesearch', 'nothing', none=True),
+        Parameter('linesearch', 'nothing', none=True, keyword_only=True),
     ), 'L-BFGS optimizer.', 'optax'),
     Entry('linear_onecycle_schedule', 'schedule', (
         Parameter('transition_steps', 'count'),
@@ -245,6 +249,26 @@ ENTRIES = (
     ), 'Monitors stateful measurements of updates in a chain.', 'optax', refusal='it takes a function, and no code crosses the wire; step(..., telemetry=True) reports norms'),
     Entry('multi_transform', 'wrapper', (
     ), 'Partitions params and applies a different transformation to each subset.', 'optax', refusal="it is optax's older name for partition, which takes ordered name patterns here"),
+    Entry('nadam', 'optimizer', (
+        Parameter('learning_rate', 'rate:nonnegative'),
+        Parameter('b1', 'fraction', default=0.9),
+        Parameter('b2', 'fraction', default=0.999),
+        Parameter('eps', 'nonnegative', default=1e-08),
+        Parameter('eps_root', 'nonnegative', default=0.0),
+        Parameter('mu_dtype', 'dtype', default=None, none=True),
+        Parameter('nesterov', 'flag', default=True, keyword_only=True),
+    ), 'The NAdam optimizer.', 'optax'),
+    Entry('nadamw', 'optimizer', (
+        Parameter('learning_rate', 'rate:nonnegative'),
+        Parameter('b1', 'fraction', default=0.9),
+        Parameter('b2', 'fraction', default=0.999),
+        Parameter('eps', 'nonnegative', default=1e-08),
+        Parameter('eps_root', 'nonnegative', default=0.0),
+        Parameter('mu_dtype', 'dtype', default=None, none=True),
+        Parameter('weight_decay', 'rate:nonnegative', default=0.0001),
+        Parameter('mask', 'mask', default=None, none=True),
+        Parameter('nesterov', 'flag', default=True, keyword_only=True),
+    ), 'NAdamW optimizer, implemented as part of the AdamW optimizer.', 'optax'),
     Entry('named_chain', 'transformation', (
         Parameter('args', 'named', variadic=True),
     ), 'Applies a list of named chainable update transformations.', 'optax'),
@@ -468,7 +492,7 @@ ENTRIES = (
         Parameter('initial_accumulator_value', 'number', default=0.1),
         Parameter('eps', 'nonnegative', default=1e-07),
     ), 'Rescale updates by the root of the sum of all squared gradients to date.', 'optax'),
-    Entry('scale_by_schedule', 'schedule', (
+    Entry('scale_by_schedule', 'transformation', (
         Parameter('step_size_fn', 'schedule'),
     ), 'Scale updates using a custom schedule for the step_size.', 'optax'),
     Entry('scale_by_sign', 'transformation', (
@@ -705,10 +729,10 @@ ENTRIES = (
     ), 'Learning rate free AdamW with Prodigy.', 'optax.contrib'),
     Entry('reduce_on_plateau', 'transformation', (
         Parameter('factor', 'number', default=0.1),
-        Parameter('patience', 'count', default=10),
+        Parameter('patience', 'index', default=10),
         Parameter('rtol', 'number', default=0.0001),
         Parameter('atol', 'number', default=0.0),
-        Parameter('cooldown', 'count', default=0),
+        Parameter('cooldown', 'index', default=0),
         Parameter('accumulation_size', 'count', default=1),
         Parameter('min_scale', 'number', default=0.0),
     ), 'Reduce learning rate when a metric has stopped improving.', 'optax.contrib', extras=('loss',)),
@@ -753,15 +777,7 @@ ENTRIES = (
         Parameter('eps', 'nonnegative', default=1e-06),
     ), 'Rescale updates according to the MADGRAD algorithm.', 'optax.contrib'),
     Entry('scale_by_muon', 'transformation', (
-        Parameter('ns_coeffs', 'numbers', default=(3.4445, -4.775, 2.0315)),
-        Parameter('ns_steps', 'count', default=5),
-        Parameter('beta', 'number', default=0.95),
-        Parameter('eps', 'nonnegative', default=1e-08),
-        Parameter('mu_dtype', 'dtype', default=None, none=True),
-        Parameter('nesterov', 'flag', default=True, keyword_only=True),
-        Parameter('adaptive', 'flag', default=False, keyword_only=True),
-        Parameter('preconditioning', 'text', default='frobenius', keyword_only=True, choices=('frobenius', 'spectral', 'aol', 'schatten')),
-    ), 'Rescale updates according to the Muon algorithm.', 'optax.contrib'),
+    ), 'Rescale updates according to the Muon algorithm.', 'optax.contrib', refusal='its weight_dimension_numbers take a function; muon treats every matrix so'),
     Entry('scale_by_simplified_ademamix', 'transformation', (
         Parameter('b1', 'fraction', default=0.99),
         Parameter('b2', 'fraction', default=0.95),

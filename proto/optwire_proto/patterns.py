@@ -1,7 +1,7 @@
 """Name patterns: which leaves a mask or a group means.
 
-A leaf's name is a path, ``encoder/dense/kernel``. In a pattern ``*`` stands for any text within one component, ``?`` for
-one character, ``[ab]`` for one of several, and ``**`` for any number of whole components, none included. The single
+A leaf's name is a path, ``encoder/dense/kernel``. In a pattern ``*`` stands for any text within one component, ``?``
+for one character, ``[ab]`` for one of several, and ``**`` for any number of whole components, none included. The single
 array of a tree that is one array has the empty name, which ``**`` matches. Standard library only.
 """
 
@@ -34,7 +34,10 @@ def matches(pattern: str, name: str) -> bool:
     return reached[-1]
 
 
-def mask(value: str | bool | Sequence[str], names: Sequence[str], path: str) -> tuple[bool, ...]:
+Mask = str | bool | Sequence[str]
+
+
+def mask(value: Mask, names: Sequence[str], path: str) -> tuple[bool, ...]:
     """For each name whether a mask means it: it matches a pattern, and none that begins with ``!``.
 
     Patterns with ``!`` alone mean all but what they match.
@@ -71,8 +74,8 @@ def groups(patterns: Sequence[str], names: Sequence[str], path: str) -> tuple[in
         if not left:
             earlier = sorted({patterns[chosen[k] or 0] for k in hits})
             raise errors.SpecError(
-                f"{path}[{pattern!r}]: overlaps {', '.join(map(repr, earlier))}, which comes first and takes all that it "
-                f"matches: {_listed([names[k] for k in hits])}",
+                f"{path}[{pattern!r}]: overlaps {', '.join(map(repr, earlier))}, which comes first and takes all that "
+                f"it matches: {_listed([names[k] for k in hits])}",
                 subject=f"{path}[{pattern!r}]",
                 expected="a pattern that matches what earlier ones leave",
                 got=pattern,

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import re
 from collections.abc import Mapping
+from typing import Final
 
 from optwire_proto import entries, errors, limits, specs, trees
 
@@ -138,6 +139,10 @@ class PushOptions:
     def meaning(self) -> tuple[float, tuple[tuple[str, float], ...]]:
         """What makes a difference to the update: a retry must repeat it."""
         return self.grad_scale, self.extras
+
+
+# A push that says nothing beside its gradients.
+PLAIN: Final = PushOptions()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

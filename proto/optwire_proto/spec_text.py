@@ -66,8 +66,10 @@ def parse(text: str, entries: Mapping[str, Entry]) -> specs.Spec:
 def entry_name(name: str, entries: Mapping[str, Entry]) -> str:
     """The name in the catalogue of what Python knows as ``optax.adamw``, or ``name`` itself where there is none.
 
-    What optax and the seed both have, the catalogue holds as "optax.adam" beside "adam".
+    What optax and the seed both have, the catalogue holds as "optax.adam" beside "adam"; optax's chain is ours.
     """
+    if name == "optax.chain":
+        return "chain"
     origin, _, short = name.rpartition(".")
     if origin in ("optax", "optax.contrib"):
         for candidate in (short, f"optax.{short}"):

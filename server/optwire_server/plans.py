@@ -13,8 +13,9 @@ from typing import Any
 
 from optwire_proto import catalogue, checks, errors, sessions, specs, trees
 from optwire_server.engine import build, knobs, program
+from optwire_server.engine import rates as learning_rates
 
-Compile = Callable[[specs.Spec], program.Program]
+ProgramOf = Callable[[specs.Spec], program.Program]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ class Plan:
     @property
     def scheduled(self) -> bool:
         """Whether a schedule gives the first learning rate."""
-        return self.constant_rate is None and build.first_rate(self.spec) is not None
+        return self.constant_rate is None and learning_rates.first_rate(self.spec) is not None
 
     def learning_rate(self, index: int, skipped: int) -> float:
-        """The first learning rate for the push of an index, ``skipped`` of which changed nothing; NaN: there is none."""
+        """The first learning rate for the push of an index; ``skipped`` pushes changed nothing. NaN: there is none."""
         if self.constant_rate is not None:
             return self.constant_rate
         scheduled = self.program.learning_rate((index - skipped) // self.program.every)
@@ -52,8 +53,8 @@ class Plan:
 
 def make(spec: specs.Spec, compiled: program.Program, from_step: int, values: Mapping[str, specs.Value]) -> Plan:
     """The plan of a checked spec."""
-    rates = tuple(build.rates(spec).values())
-    return Plan(from_step, spec, compiled, rates, values, build.constant_rate(spec))
+    rates = tuple(learning_rates.rates(spec).values())
+    return Plan(from_step, spec, compiled, rates, values, learning_rates.constant_rate(spec))
 
 
 def at(plans: Sequence[Plan], step: int) -> Plan:
@@ -62,7 +63,7 @@ def at(plans: Sequence[Plan], step: int) -> Plan:
 
 
 def changed(
-    plans: Sequence[Plan], hyperparams: Mapping[str, specs.Value], from_step: int, compile: Compile
+    plans: Sequence[Plan], hyperparams: Mapping[str, specs.Value], from_step: int, program_of: ProgramOf
 ) -> tuple[tuple[Plan, ...], Mapping[str, specs.Value]]:
     """The plans after a change, and the change by whole paths.
 
@@ -70,7 +71,7 @@ def changed(
       plans: as they are, in order.
       hyperparams: new values, by path or end of a path.
       from_step: first step that uses them.
-      compile: gives the program of a checked spec; may take seconds.
+      program_of: gives the program of a checked spec; may take seconds.
 
     Raises:
       InvalidArgumentError: a name that means nothing, or several values.
@@ -85,7 +86,7 @@ def changed(
     spec = base.spec
     for step, own in ((from_step, {**same, **values}), *((plan.from_step, plan.values) for plan in later)):
         spec = checks.check(specs.replaced(spec, dict(own)), known=build.CATALOGUE)
-        compiled = compile(spec)
+        compiled = program_of(spec)
         if not compiled.same_state(plans[0].program):
             names = ", ".join(own)
             raise errors.SpecError(

@@ -154,7 +154,7 @@ class Registry:
     def pushing(
         self,
         key: sessions.PushKey,
-        options: sessions.PushOptions = sessions.PushOptions(),
+        options: sessions.PushOptions = sessions.PLAIN,
         *,
         payload_bytes_max: int | None = None,
     ) -> Iterator[Push]:
@@ -286,13 +286,13 @@ class Registry:
     def _compiler(self, live: LiveSession) -> Callable[[specs.Spec], program.Program]:
         """Compiles a spec for a session, in all variants that it has used."""
 
-        def compile(spec: specs.Spec) -> program.Program:
+        def program_of(spec: specs.Spec) -> program.Program:
             compiled = self._engine.compile(spec, live.tree)
             for variant in live.variants:
                 compiled.prepare(variant)
             return compiled
 
-        return compile
+        return program_of
 
     def describe(self, *, id_: str = "", name: str = "") -> sessions.OptimizerInfo:
         """The session's optimizer as its next step will run it, and what every leaf gets."""

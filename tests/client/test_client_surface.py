@@ -30,6 +30,8 @@ def test_the_package_exports_exactly_these_names():
             "InvalidArgumentError",
             "LimitError",
             "MalformedRequestError",
+            "NonFiniteError",
+            "OptimizerInfo",
             "OptwireError",
             "OutOfStepError",
             "PayloadError",
@@ -49,6 +51,7 @@ def test_the_package_exports_exactly_these_names():
             "__version__",
             "connect",
             "from_bf16",
+            "optax",
             "optimizers",
             "to_bf16",
         ]
@@ -67,17 +70,27 @@ def test_every_error_of_the_protocol_is_exported():
         (optwire.connect, "(target: str, *, timeout: float = 30.0, transport: str = 'auto') -> Client"),
         (
             optwire.Client.create_session,
-            "(self, params: Any, spec: specs.Spec, *, name: str | None = None) -> _session.Session",
+            "(self, params: Any, spec: specs.Spec | str, *, name: str | None = None, seed: int = 0) "
+            "-> _session.Session",
         ),
         (optwire.Client.attach, "(self, name: str) -> _session.Session"),
         (optwire.Client.list_sessions, "(self) -> list[sessions.SessionInfo]"),
         (optwire.Client.delete_session, "(self, name: str) -> None"),
         (optwire.Client.server_info, "(self) -> sessions.ServerInfo"),
         (optwire.Client.close, "(self) -> None"),
-        (optwire.Session.step, "(self, grads: Any, base_step: int | None = None) -> Any"),
-        (optwire.Session.params, "(self) -> Any"),
+        (
+            optwire.Session.step,
+            "(self, grads: Any, base_step: int | None = None, *, loss: float | None = None, grad_scale: float = 1.0, "
+            "telemetry: bool = False) -> Any",
+        ),
+        (optwire.Session.params, "(self, which: str = ) -> Any"),
+        (optwire.Session.describe, "(self) -> sessions.OptimizerInfo"),
         (optwire.Session.info, "(self) -> sessions.SessionInfo"),
-        (optwire.Session.set_hyperparams, "(self, *, learning_rate: float) -> int"),
+        (
+            optwire.Session.set_hyperparams,
+            "(self, hyperparams: Mapping[str, float | specs.Spec] | None = None, /, *, "
+            "from_step: int | None = None, **named: float | specs.Spec) -> int",
+        ),
         (optwire.Session.close, "(self) -> None"),
     ],
 )
@@ -99,6 +112,7 @@ def test_classes_have_no_public_names_beyond_the_promised_ones():
     }
     assert public(optwire.Session) == {
         "close",
+        "describe",
         "id",
         "info",
         "last_ack",

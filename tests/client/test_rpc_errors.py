@@ -65,9 +65,11 @@ def test_a_name_that_cannot_be_is_refused(client, wrong):
 
 def test_a_spec_that_is_none_or_unknown_is_refused(client):
     with pytest.raises(optwire.SpecError, match=r"expected an optimizer of optwire\.optimizers"):
+        client.create_session(ones(2), 0.1)
+    with pytest.raises(optwire.SpecError, match="adam: missing argument 'step_size'"):
         client.create_session(ones(2), "adam")
-    with pytest.raises(optwire.SpecError, match="lion"):
-        client.create_session(ones(2), opt.Spec("lion"))
+    with pytest.raises(optwire.SpecError, match=r"'lionn': unknown optimizer \(did you mean 'lion'"):
+        client.create_session(ones(2), opt.Spec("lionn"))
 
 
 def test_params_that_cannot_be_served_are_refused(client):

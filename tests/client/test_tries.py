@@ -35,7 +35,7 @@ def test_a_push_without_memory_for_its_reply_ends_its_stream(channel: _rpc.Chann
     stream = channel.open_stream()
     assert stream.is_open
     with pytest.raises(MemoryError):
-        stream.push(_deadlines.Deadline(10.0), key, _payload.Outgoing([]), too_large)
+        stream.push(_deadlines.Deadline(10.0), key, sessions.PLAIN, _payload.Outgoing([]), too_large)
     assert not stream.is_open
 
 
@@ -66,7 +66,7 @@ def test_a_damaged_reply_is_asked_for_again():
     channel = _rpc.Channel(_options.Options(target=target, timeout_s=10.0, transport=_options.Transport.AUTO))
     deadline = _deadlines.Deadline(10.0)
     (array,) = _deadlines.retried(
-        lambda _: channel.read_params(deadline, id="0" * 32, worker="", tree=TREE), deadline, "params"
+        lambda _: channel.read_params(deadline, id="0" * 32, worker="", tree=TREE, which=""), deadline, "params"
     )[2]
     assert array.tolist() == [1.0] * 4
     assert servicer.reads == 2

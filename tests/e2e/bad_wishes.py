@@ -45,9 +45,7 @@ LATER = [
     *not_served("a weight", "push.weight: 2.0", weight=2.0),
     *not_served("a weight that is not a number", "push.weight: nan", weight=NAN),
     *not_served("a negative weight", "push.weight: -1.0", weight=-1.0),
-    *not_served("a gradient scale", "push.grad_scale: 65536.0", grad_scale=65536.0),
     *not_served("hyperparameters in a push", "push.hyperparams", hyperparams=[RATE]),
-    *not_served("extras", "push.extras", extras=[RATE]),
     *not_served("absent leaves", "push.absent_leaves", absent_leaves=[0]),
     *not_served("a slot of shared memory", "push.shared_memory_slot: 1", shared_memory_slot=1),
     *not_served("updates as reply", "push.reply: 3", reply=pb.REPLY_CONTENT_UPDATES),
@@ -67,7 +65,6 @@ LATER = [
     not_created("a codec of gradients", "grads_codec: 2", grads_codec=tensor_pb.CODEC_BF16),
     not_created("a codec of parameters", "params_codec: 4", params_codec=tensor_pb.CODEC_INT8),
     not_created("an unknown codec of parameters", "params_codec: 99", params_codec=99),
-    not_created("a seed", "seed: 1 is not served", seed=1),
 ]
 
 
@@ -88,9 +85,9 @@ ONE = pb.Value(number=0.1)
 UNKNOWN_REF = pb.SessionRef(id=NOBODY)
 
 OTHERS = [
-    wrong_read("parameters of another kind", "UNIMPLEMENTED", "NOT_SERVED", "which: ema is not served", which="ema"),
+    wrong_read("parameters of another kind", INVALID, "INVALID_ARGUMENT", "which: 'ema', but this", which="ema"),
     wrong_read(
-        "a very long kind of parameters", "UNIMPLEMENTED", "NOT_SERVED", "which: \U0001f600", which="\U0001f600" * 2000
+        "a very long kind of parameters", INVALID, "INVALID_ARGUMENT", "which: '\U0001f600", which="\U0001f600" * 2000
     ),
     wrong_read("parameters of an old step", "UNIMPLEMENTED", "NOT_SERVED", "ReadParams.step", step=1),
     wrong_read("parameters of step 0", "UNIMPLEMENTED", "NOT_SERVED", "ReadParams.step", step=0),
@@ -106,38 +103,45 @@ OTHERS = [
         "'gone' is not held",
         session=wire.named("gone"),
     ),
-    wrong_rate("no hyperparameter", INVALID, "INVALID_ARGUMENT", "learning_rate=nothing, expected one number"),
+    wrong_rate("no hyperparameter", INVALID, "INVALID_ARGUMENT", "hyperparams: nothing, expected every name once"),
     wrong_rate(
         "a rate that is not a number",
         INVALID,
         "INVALID_ARGUMENT",
-        "learning_rate: nan, expected a finite",
+        "learning_rate=nan, expected a finite",
         pb.Value(number=NAN),
     ),
-    wrong_rate("an infinite rate", INVALID, "INVALID_ARGUMENT", "learning_rate: inf", pb.Value(number=float("inf"))),
+    wrong_rate("an infinite rate", INVALID, "INVALID_ARGUMENT", "learning_rate=inf", pb.Value(number=float("inf"))),
     wrong_rate(
-        "a rate in words", INVALID, "INVALID_ARGUMENT", "learning_rate=fast, expected one number", pb.Value(text="fast")
-    ),
-    wrong_rate(
-        "a flag as rate", INVALID, "INVALID_ARGUMENT", "learning_rate=True, expected one number", pb.Value(flag=True)
-    ),
-    wrong_rate(
-        "a schedule as rate",
+        "a rate in words",
         INVALID,
         "INVALID_ARGUMENT",
-        "expected one number",
+        "learning_rate='fast', expected a finite number",
+        pb.Value(text="fast"),
+    ),
+    wrong_rate(
+        "a flag as rate",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "learning_rate=True, expected a finite number",
+        pb.Value(flag=True),
+    ),
+    wrong_rate(
+        "a schedule without its number as rate",
+        INVALID,
+        "INVALID_SPEC",
+        "step_size.constant: missing argument 'step_size'",
         pb.Value(spec=pb.Spec(name="constant")),
     ),
-    wrong_rate("two rates", INVALID, "INVALID_ARGUMENT", "learning_rate=0.1, 0.1, expected one number", ONE, ONE),
+    wrong_rate("two rates", INVALID, "INVALID_ARGUMENT", "a name twice, expected every name once", ONE, ONE),
     wrong_rate("a rate without a value", INVALID, "INVALID_SPEC", "learning_rate: no value", pb.Value()),
     wrong_rate(
-        "an array as rate", "UNIMPLEMENTED", "NOT_SERVED", "arrays as arguments", pb.Value(tensor=pb.TensorValue())
+        "an array as rate", INVALID, "INVALID_SPEC", "array with element type 0", pb.Value(tensor=pb.TensorValue())
     ),
     wrong_rate(
-        "another hyperparameter", "UNIMPLEMENTED", "NOT_SERVED", "hyperparams: b1 is not served", ONE, argument="b1"
+        "another hyperparameter", INVALID, "INVALID_ARGUMENT", "'zzz' is none of this session's", ONE, argument="zzz"
     ),
-    wrong_rate("a rate from a later step", "UNIMPLEMENTED", "NOT_SERVED", "from_step: 9", ONE, from_step=9),
-    wrong_rate("a rate from step 0", "UNIMPLEMENTED", "NOT_SERVED", "from_step: 0", ONE, from_step=0),
+    wrong_rate("a rate from step 0", INVALID, "INVALID_ARGUMENT", "from_step 0, but the next", ONE, from_step=0),
     wrong_rate(
         "a rate for another incarnation",
         "FAILED_PRECONDITION",

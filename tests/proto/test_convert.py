@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from google.protobuf import descriptor
 
-from optwire_proto import convert, digests, errors, sessions, specs, trees
+from optwire_proto import catalogue, checks, convert, digests, entries, errors, sessions, specs, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
@@ -18,7 +18,8 @@ SNAPSHOT = pathlib.Path(__file__).with_name("descriptor.txt")
 UNKNOWN_FIELD = b"\xa0\x38\x01"  # number 900, a varint
 
 TREE = trees.flatten({"b": np.zeros(3, np.float32), "w": [np.zeros((2, 3), np.float64), None]}).spec
-SPEC = specs.check(specs.Spec("adam", (("step_size", 0.1),)))
+SPEC = checks.check(specs.Spec("adam", (("step_size", 0.1),)))
+ARRAY = specs.Array.of("f64", (2, 1), (0.1, -0.0))
 KEY = sessions.PushKey(session_id="0" * 32, incarnation=3, worker="f" * 32, seq=2**64 - 1, base_step=7)
 ACK = sessions.Ack(
     step=9,
@@ -29,6 +30,7 @@ ACK = sessions.Ack(
     duplicate=True,
     learning_rate=0.1,
     payload_bytes=60,
+    metrics={"grad_norm": 0.25},
 )
 INFO = sessions.SessionInfo(
     id="0" * 32,
@@ -45,6 +47,18 @@ INFO = sessions.SessionInfo(
     state_bytes=2**41,
     created_s=1.5e9 + 1 / 3,
     failure="lost",
+    seed=2**64 - 1,
+    spec_digest=specs.digest(SPEC),
+    changes=(sessions.Change(7, (("adam.step_size", 0.5), ("adam.b1", SPEC))),),
+)
+OPTIMIZER = sessions.OptimizerInfo(
+    text=str(SPEC),
+    spec_digest=specs.digest(SPEC),
+    granularity="element",
+    groups=(sessions.LeafGroup((0, 2), "a > b", ("adam", "scale"), (("adam.b1", 0.5), ("adam.mask", ("x", None)))),),
+    step=3,
+    extras=("loss",),
+    views=("ema",),
 )
 SERVER = sessions.ServerInfo(
     version="1",
@@ -75,14 +89,6 @@ def test_a_tree_survives_the_wire():
     assert convert.tree_from_proto(sent(convert.tree_to_proto(plain))) == plain
 
 
-@pytest.mark.parametrize("wants_params", [True, False])
-def test_a_push_survives_the_wire(wants_params: bool):
-    begin = convert.push_to_proto(KEY)
-    if not wants_params:
-        begin.reply = pb.REPLY_CONTENT_NONE
-    assert convert.push_from_proto(sent(begin)) == (KEY, wants_params)
-
-
 def test_an_ack_survives_the_wire():
     assert convert.ack_from_proto(sent(convert.ack_to_proto(ACK))) == ACK
 
@@ -98,11 +104,28 @@ def test_what_a_server_says_of_itself_survives_the_wire():
     assert convert.server_from_proto(sent(convert.server_to_proto(SERVER))) == SERVER
 
 
-@pytest.mark.parametrize("entry", specs.CATALOGUE.values(), ids=specs.CATALOGUE)
-def test_an_entry_of_the_catalogue_survives_the_wire_but_for_what_it_takes(entry: specs.Entry):
+def test_what_an_optimizer_does_survives_the_wire():
+    assert convert.optimizer_from_proto(sent(convert.optimizer_to_proto(OPTIMIZER))) == OPTIMIZER
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        sessions.PLAIN,
+        sessions.PushOptions(grad_scale=65536.0, extras=(("loss", 0.25),), telemetry=True, wants_params=False),
+    ],
+)
+def test_what_a_push_says_beside_its_gradients_survives_the_wire(options: sessions.PushOptions):
+    assert convert.push_from_proto(sent(convert.push_to_proto(KEY, options))) == (KEY, options)
+
+
+@pytest.mark.parametrize("entry", catalogue.CATALOGUE.values(), ids=catalogue.CATALOGUE)
+def test_an_entry_of_the_catalogue_survives_the_wire_but_for_what_it_takes(entry: entries.Entry):
     back = convert.entry_from_proto(sent(convert.entry_to_proto(entry)))
-    assert (back.name, back.kind, back.summary) == (entry.name, entry.kind, entry.summary)
-    assert [(p.name, p.default) for p in back.parameters] == [(p.name, p.default) for p in entry.parameters]
+    for name in ("name", "kind", "summary", "origin", "refusal", "extras"):
+        assert getattr(back, name) == getattr(entry, name)
+    for name in ("name", "takes", "default", "keyword_only"):
+        assert [getattr(p, name) for p in back.parameters] == [getattr(p, name) for p in entry.parameters]
     assert [type(p.default) for p in back.parameters] == [type(p.default) for p in entry.parameters]
 
 
@@ -113,7 +136,26 @@ def test_a_reference_survives_the_wire(ref: dict[str, str]):
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, False, 0, 1, -(2**63), 2**63 - 1, 0.0, 1.0, -0.0, 1e308, "", "x", (), (1, (2.0, "a", None)), SPEC],
+    [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -(2**63),
+        2**63 - 1,
+        0.0,
+        1.0,
+        -0.0,
+        1e308,
+        "",
+        "x",
+        (),
+        (1, (2.0, "a", None)),
+        SPEC,
+        specs.Blob(b"\0x"),
+        ARRAY,
+    ],
 )
 def test_a_value_survives_the_wire_with_its_type(value: specs.Value):
     back = convert.value_from_proto(sent(convert.value_to_proto(value)), "x")
@@ -212,7 +254,7 @@ def test_lists_of_values_are_guarded_against_depth():
     value = pb.Value(number=1.0)
     for _ in range(45):
         value = pb.Value(list=pb.ValueList(values=[value]))
-    with pytest.raises(errors.SpecError, match="x: nested deeper than"):
+    with pytest.raises(errors.SpecError, match="nested deeper than 40"):
         convert.value_from_proto(value, "x")
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 import optwire
+from optwire import optax
 from optwire import optimizers as opt
-from optwire_proto import digests, errors, limits, payloads, specs, tensors, trees
+from optwire_proto import checks, digests, errors, limits, payloads, specs, tensors, trees
 from optwire_server import testing
-from optwire_server.engine import engine, landing, program
+from optwire_server.engine import engine, landing, program, rates
 
 TREE = trees.flatten({"w": np.ones((64, 33), np.float32), "b": np.zeros(7, np.float32)}).spec
 OPTIMIZERS = (
@@ -29,7 +31,15 @@ OPTIMIZERS = (
     opt.sm3(0.1),
     opt.adam(opt.exponential_decay(0.1, 10, 0.9)),
     opt.chain(opt.clip_grads(1.0), opt.adam(0.1)),
+    optax.adamw(0.1),
+    optax.amsgrad(0.1),
+    opt.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
+    opt.partition({"b": opt.sgd(0.1), "**": optax.adamw(0.1)}),
+    opt.ema_params(opt.adam(0.1)),
 )
+
+
+ONCE = program.Operands((0.1,), 0)
 
 
 @pytest.fixture
@@ -43,13 +53,28 @@ def full(value: float) -> list[np.ndarray]:
     return [np.full(leaf.shape, value, np.float32) for leaf in TREE.leaves]
 
 
+@pytest.mark.parametrize(
+    ("spec", "rate"),
+    [
+        (opt.sgd(2), 2.0),
+        (opt.sgd(opt.constant(0.5)), 0.5),
+        (opt.chain(opt.clip_grads(1.0), opt.sgd(0.25)), 0.25),
+        (opt.sgd(opt.exponential_decay(0.1, 10, 0.5)), None),
+        (opt.chain(opt.sgd(opt.polynomial_decay(0.1, 10, 0.0))), None),
+    ],
+)
+def test_the_learning_rate_is_known_where_it_is_constant(spec: specs.Spec, rate: float | None) -> None:
+    assert rates.constant_rate(spec) == rate
+
+
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=str)
 def test_the_whole_state_is_written_in_place(spec: specs.Spec) -> None:
-    compiled = program.Program(spec, TREE, jax.devices()[0])
-    memory = compiled._update.memory_analysis()
+    compiled = program.Program(checks.check(spec), TREE, jax.devices()[0])
+    update: Any = compiled._updates[program.Variant()]
+    memory = update.memory_analysis()
     assert memory.alias_size_in_bytes >= compiled.state_bytes
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 64 * 40  # the table of output pointers
-    assert " copy(" not in compiled._update.as_text()
+    assert " copy(" not in update.as_text()
 
 
 def test_programs_are_shared_whatever_the_learning_rate_and_the_names(running: engine.Engine) -> None:
@@ -87,14 +112,14 @@ def test_a_session_made_with_a_constant_schedule_steps_like_one_made_with_the_nu
 
 
 def test_a_failed_update_that_consumed_nothing_leaves_the_state(running: engine.Engine) -> None:
-    held = running.hold(running.compile(opt.adam(0.1), TREE), full(1.0))
+    held = running.hold(running.compile(opt.adam(0.1), TREE), full(1.0), ONCE.rates)
     before = [leaf.copy() for leaf in running.run(lambda: running.params(held))]
     with pytest.raises(engine.UpdateError) as failed:
-        running.run(lambda: running.update(held, 0.1, 0, [np.zeros(3, np.float32)]))
+        running.run(lambda: running.update(held, program.Variant(), ONCE, [np.zeros(3, np.float32)]))
     assert not failed.value.state_lost
     for ours, theirs in zip(before, running.run(lambda: running.params(held)), strict=True):
         assert ours.tobytes() == theirs.tobytes()
-    running.run(lambda: running.update(held, 0.1, 0, full(1.0)))
+    running.run(lambda: running.update(held, program.Variant(), ONCE, full(1.0)))
 
 
 def test_a_failed_update_that_lost_the_state_fails_the_session_for_everyone_and_no_other_session() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optwire_proto import digests, errors, sessions
+from optwire_proto import digests, errors, limits, sessions
 from optwire_server.session import effects, events, machine
 
 ID = "0" * 32
@@ -28,6 +28,10 @@ def push(
 ) -> events.Pushed:
     key = sessions.PushKey(session_id=ID, incarnation=incarnation, worker=worker, seq=seq, base_step=base)
     return events.Pushed(key, digest(data, length))
+
+
+def changed(rate: float, from_step: int = 1) -> events.Changed:
+    return events.Changed(sessions.Change(from_step, (("adam.step_size", rate),)))
 
 
 def opened() -> machine.Session:
@@ -59,7 +63,7 @@ def refuses(
 
 def test_a_push_that_fits_is_applied_and_then_answered():
     session, todo = machine.advance(opened(), push(seq=1, base=0))
-    assert todo == (effects.Apply(index=0, learning_rate=None),)
+    assert todo == (effects.Apply(index=0, options=sessions.PLAIN),)
     assert session.phase is machine.Phase.APPLYING
     session, todo = machine.advance(session, events.Updated(RATE))
     assert todo == (effects.Reply(seq=1, applied_step=1, duplicate=False, learning_rate=RATE),)
@@ -87,7 +91,7 @@ def test_a_retry_is_answered_though_others_have_pushed_since():
 
 def test_a_retry_reports_the_learning_rate_that_was_used_then():
     session = applied(push(seq=1, base=0))
-    session, _ = machine.advance(session, events.RateSet(0.5))
+    session, _ = machine.advance(session, changed(0.5))
     _, todo = machine.advance(session, push(seq=1, base=0))
     assert todo == (effects.Reply(seq=1, applied_step=1, duplicate=True, learning_rate=RATE),)
 
@@ -96,6 +100,35 @@ def test_a_retry_reports_the_learning_rate_that_was_used_then():
 def test_a_retry_with_other_bytes_is_refused(change: dict[str, int]):
     session = applied(push(seq=1, base=0))
     refuses(session, push(seq=1, base=0, **change), errors.DivergentRetryError, "applied as step 1 with other bytes")
+
+
+@pytest.mark.parametrize("meaning", [{"grad_scale": 2.0}, {"extras": (("loss", 0.5),)}], ids=str)
+def test_a_retry_that_says_something_else_is_refused(meaning: dict[str, Any]):
+    session = applied(push(seq=1, base=0))
+    other = dataclasses.replace(push(seq=1, base=0), options=sessions.PushOptions(**meaning))
+    refuses(session, other, errors.DivergentRetryError, "applied as step 1 with other loss or grad_scale")
+
+
+def test_a_retry_may_ask_for_less_and_hears_what_was_measured_then():
+    session, _ = machine.advance(opened(), push(seq=1, base=0))
+    session, _ = machine.advance(session, events.Updated(RATE, (("grad_norm", 2.0),)))
+    quiet = dataclasses.replace(push(seq=1, base=0), options=sessions.PushOptions(wants_params=False))
+    _, (reply,) = machine.advance(session, quiet)
+    assert reply == effects.Reply(1, 1, True, RATE, (("grad_norm", 2.0),))
+
+
+def test_a_refused_update_leaves_the_session_as_it_was():
+    before = applied(push(seq=1, base=0))
+    applying, _ = machine.advance(before, push(seq=2, base=1))
+    refusal = errors.NonFiniteError("not finite")
+    after, todo = machine.advance(applying, events.UpdateRefused(refusal))
+    assert (after, todo) == (before, (effects.Fail(refusal),))
+
+
+def test_a_skipped_push_counts_as_a_step_and_is_counted():
+    session, _ = machine.advance(opened(), push(seq=1, base=0))
+    session, _ = machine.advance(session, events.Updated(RATE, (("skipped", 1.0),), skipped=True))
+    assert (session.step, session.skipped) == (1, 1)
 
 
 def test_a_push_older_than_the_last_is_refused():
@@ -134,7 +167,7 @@ def test_an_unknown_worker_may_start_anywhere():
     session = applied(push(A, seq=41, base=0))
     assert session.workers[A].seq == 41
     session, todo = machine.advance(session, push(A, seq=42, base=1))
-    assert todo == (effects.Apply(index=1, learning_rate=None),)
+    assert todo == (effects.Apply(index=1, options=sessions.PLAIN),)
 
 
 def test_a_forgotten_worker_cannot_apply_its_push_again(monkeypatch: pytest.MonkeyPatch):
@@ -164,7 +197,7 @@ def test_an_update_that_fails_and_loses_nothing_may_be_tried_again():
     assert isinstance(fail, effects.Fail)
     assert isinstance(fail.error, errors.InternalError)
     assert "changed nothing: out of memory" in str(fail.error)
-    assert machine.advance(session, push())[1] == (effects.Apply(0, None),)
+    assert machine.advance(session, push())[1] == (effects.Apply(0, sessions.PLAIN),)
 
 
 def test_an_update_that_loses_the_state_fails_the_session_for_everybody():
@@ -172,7 +205,7 @@ def test_an_update_that_loses_the_state_fails_the_session_for_everybody():
     session, todo = machine.advance(session, events.UpdateFailed("device lost", state_lost=True))
     assert [type(effect) for effect in todo] == [effects.Fail, effects.Free]
     assert (session.phase, session.step, session.failure) == (machine.Phase.FAILED, 0, "device lost")
-    for event in (push(), push(B, seq=5), events.RateSet(0.1)):
+    for event in (push(), push(B, seq=5), changed(0.1)):
         refuses(session, event, errors.SessionFailedError, "device lost; delete it and create it anew")
 
 
@@ -186,17 +219,24 @@ def test_a_failed_session_can_be_deleted():
 def test_a_deleted_session_takes_nothing():
     session, todo = machine.advance(applied(push()), events.Deleted())
     assert todo == (effects.Free(),)
-    for event in (push(), push(seq=2, base=1), events.RateSet(0.1), events.Deleted()):
+    for event in (push(), push(seq=2, base=1), changed(0.1), events.Deleted()):
         refuses(session, event, errors.SessionNotFoundError, "was deleted")
 
 
-def test_a_rate_set_by_hand_holds_for_all_further_steps():
-    session, todo = machine.advance(applied(push()), events.RateSet(0.5))
+def test_a_change_is_kept_with_the_step_it_begins_at():
+    session, todo = machine.advance(applied(push()), changed(0.5, 1))
     assert todo == ()
-    for base in (1, 2):
-        session, todo = machine.advance(session, push(seq=base + 1, base=base))
-        assert todo == (effects.Apply(base, 0.5),)
-        session, _ = machine.advance(session, events.Updated(0.5))
+    session, _ = machine.advance(session, changed(0.25, 9))
+    assert [change.from_step for change in session.changes] == [1, 9]
+    refuses(session, changed(0.1, 0), errors.InvalidArgumentError, "from_step 0, but the next step is 1")
+
+
+def test_changes_are_remembered_up_to_a_number():
+    session = opened()
+    for number in range(limits.HYPERPARAM_CHANGES_MAX + 3):
+        session, _ = machine.advance(session, changed(float(number), 0))
+    assert len(session.changes) == limits.HYPERPARAM_CHANGES_MAX
+    assert session.changes[0].values == (("adam.step_size", 3.0),)
 
 
 @pytest.mark.parametrize("event", [events.Updated(RATE), events.UpdateFailed("x", state_lost=False)])
@@ -235,9 +275,9 @@ PUSH = st.builds(
 )
 # A push that fits, as seen from the model, so that histories get somewhere; or the last one again.
 FITTING = st.tuples(st.sampled_from(["fits", "again"]), st.sampled_from([A, B, C, "d" * 32]), st.integers(0, 1))
-RATE_SET = st.builds(events.RateSet, st.floats(0, 1))
+CHANGED = st.builds(changed, st.floats(0, 1), st.integers(0, 20))
 FAILURE = st.sampled_from([None] * 12 + [False, False, True])
-EVENT = st.one_of(PUSH, FITTING, FITTING, FITTING, RATE_SET)
+EVENT = st.one_of(PUSH, FITTING, FITTING, FITTING, CHANGED)
 
 
 class Model:
@@ -245,7 +285,7 @@ class Model:
 
     def __init__(self) -> None:
         self.applied: list[tuple[str, int, sessions.Digest]] = []
-        self.rate: float | None = None
+        self.changes: list[sessions.Change] = []
         self.end = ""  # failed or deleted
 
     def remembered(self) -> dict[str, tuple[int, sessions.Digest, int]]:
@@ -297,8 +337,8 @@ def run(history: list[tuple[Any, bool | None]], deleted_at: int) -> None:
             session, todo = machine.advance(session, events.Deleted())
             assert todo == (effects.Free(),)
             model.end = "deleted"
-        elif isinstance(event, events.RateSet):
-            session = rate_set(model, session, event)
+        elif isinstance(event, events.Changed):
+            session = change(model, session, event)
         else:
             session = pushed(model, session, event, failure)
         assert session.step == len(model.applied), "steps are contiguous"
@@ -308,14 +348,18 @@ def run(history: list[tuple[Any, bool | None]], deleted_at: int) -> None:
         assert (session.pending is None) == (session.phase is not machine.Phase.APPLYING)
 
 
-def rate_set(model: Model, session: machine.Session, event: events.RateSet) -> machine.Session:
+def change(model: Model, session: machine.Session, event: events.Changed) -> machine.Session:
     if model.end:
         with pytest.raises((errors.SessionFailedError, errors.SessionNotFoundError)):
             machine.advance(session, event)
         return session
-    model.rate = event.learning_rate
+    if event.change.from_step < len(model.applied):
+        refuses(session, event, errors.InvalidArgumentError, "but the next step is")
+        return session
+    model.changes.append(event.change)
     session, todo = machine.advance(session, event)
     assert todo == ()
+    assert list(session.changes) == model.changes[-limits.HYPERPARAM_CHANGES_MAX :]
     return session
 
 
@@ -332,7 +376,7 @@ def pushed(model: Model, session: machine.Session, event: events.Pushed, failure
         assert (reply.applied_step, reply.seq, reply.duplicate) == (verdict, event.key.seq, True)
         return session
     applying, todo = machine.advance(session, event)
-    assert todo == (effects.Apply(len(model.applied), model.rate),)
+    assert todo == (effects.Apply(len(model.applied), sessions.PLAIN),)
     if failure is not None:
         after, todo = machine.advance(applying, events.UpdateFailed("broken", failure))
         if not failure:

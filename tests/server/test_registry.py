@@ -16,7 +16,7 @@ import pytest
 
 import optwire
 from optwire import optimizers as opt
-from optwire_proto import digests, errors, payloads, specs, trees
+from optwire_proto import digests, errors, payloads, trees
 from optwire_server import config, testing
 from optwire_server.engine import engine
 
@@ -28,10 +28,11 @@ def test_a_defect_during_an_update_is_told_once_and_the_session_goes_on() -> Non
     with testing.serve() as serving, optwire.connect(serving.target) as client:
         session = client.create_session(PARAMS, opt.adam(opt.exponential_decay(0.1, 10, 0.9)), name="hiccup")
         live = serving.server.registry._by_name["hiccup"]
-        schedule, live.schedule = live.schedule, fail
+        program = live.plan.program
+        schedule, program.learning_rate = program.learning_rate, fail
         with pytest.raises(optwire.InternalError, match="changed nothing"):
             session.step(PARAMS)
-        live.schedule = schedule
+        program.learning_rate = schedule
         session.step(PARAMS)
         assert session.step_count == 1
 
@@ -118,7 +119,7 @@ def test_a_program_is_compiled_once_however_many_ask() -> None:
     tree = trees.flatten([np.ones((3, n), np.float32) for n in range(1, 6)]).spec
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         programs = list(
-            pool.map(lambda rate: running.compile(specs.check(opt.adam(rate)), tree), [0.1 + i for i in range(8)])
+            pool.map(lambda rate: running.compile(running.check(opt.adam(rate)), tree), [0.1 + i for i in range(8)])
         )
     assert all(program is programs[0] for program in programs)
     running.close()

@@ -16,11 +16,15 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from optwire.optimizers import described
+from optwire.optimizers import chain, described
 from optwire_proto import catalogue, entries, errors, specs
 from optwire_proto.optax_entries import ENTRIES, OPTAX_VERSION
 
-__all__ = ["OPTAX_VERSION", *sorted(entry.name.removeprefix("optax.") for entry in ENTRIES if not entry.refusal)]
+__all__ = [
+    "OPTAX_VERSION",
+    "chain",
+    *sorted(entry.name.removeprefix("optax.") for entry in ENTRIES if not entry.refusal),
+]
 
 Spec = specs.Spec
 _ENTRIES: Final = {entry.name.removeprefix("optax."): entry for entry in ENTRIES}
@@ -50,8 +54,9 @@ def _constructor(name: str, entry: entries.Entry) -> Callable[..., Spec]:
         except TypeError as exc:
             wrong = next((key for key in kwargs if key not in signature.parameters), "")
             hint = catalogue.suggestion(wrong, signature.parameters) if wrong else ""
+            parameters = signature.replace(return_annotation=inspect.Signature.empty)
             raise errors.SpecError(
-                f"{entry.name}: {exc}{hint}; expected {entry.name}{signature.replace(return_annotation=inspect.Signature.empty)}",
+                f"{entry.name}: {exc}{hint}; expected {entry.name}{parameters}",
                 subject=f"{entry.name}.{wrong}" if wrong else entry.name,
                 expected=", ".join(signature.parameters),
                 got=wrong,

@@ -67,6 +67,8 @@ def _plain(value: Any) -> Any:
     """NumPy's and other libraries' scalars and arrays as Python's numbers and lists, mappings as pairs."""
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, bytes):
+        return specs.Blob(value)
     if isinstance(value, Mapping):
         return tuple((_plain(key), _plain(item)) for key, item in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -193,15 +195,15 @@ def partition(transforms: Mapping[str, Spec]) -> Spec:
     """An optimizer for each group of parameters: ``partition({"**/bias": sgd(0.1), "**": adam(1e-3)})``.
 
     Args:
-      transforms: optimizer by name pattern, in order: the first pattern that matches a leaf's name decides. ``*`` is any
-        text within one component of a name, ``**`` any number of components. ``optax.set_to_zero()`` freezes a group.
+      transforms: optimizer by name pattern, in order: the first pattern that matches a leaf's name decides. ``*`` is
+        any text within one component of a name, ``**`` any number of components. ``optax.set_to_zero()`` freezes a
+        group.
 
     Raises:
       SpecError: as all functions here; and when a session is created, where a parameter is in no group, or a pattern
         matches none that earlier ones left.
     """
-    groups = tuple(transforms.items()) if isinstance(transforms, Mapping) else transforms
-    return _checked("transformation", "partition", {"transforms": groups})
+    return _checked("transformation", "partition", {"transforms": transforms})
 
 
 def accumulate(optimizer: Spec, k: int) -> Spec:
@@ -243,8 +245,7 @@ def exported(update: bytes, learning_rate: Rate = 1.0) -> Spec:
     Raises:
       UnsupportedError: when a session is created, where the server's operator does not allow programs.
     """
-    blob = specs.Blob(update) if isinstance(update, bytes) else update
-    return _optimizer("exported", update=blob, learning_rate=learning_rate)
+    return _optimizer("exported", update=update, learning_rate=learning_rate)
 
 
 def parse(text: str) -> Spec:

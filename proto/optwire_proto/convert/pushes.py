@@ -11,7 +11,7 @@ from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
 
-def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = sessions.PushOptions()) -> pb.PushBegin:
+def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = sessions.PLAIN) -> pb.PushBegin:
     return pb.PushBegin(
         key=pb.PushKey(
             session_id=key.session_id,

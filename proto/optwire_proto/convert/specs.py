@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 from optwire_proto import catalogue, entries, errors, limits, spec_text, specs
 from optwire_proto.v1 import optimizer_pb2 as pb
@@ -16,34 +17,62 @@ _TENSOR_TYPES = {
 }
 
 
-def spec_to_proto(spec: specs.Spec, depth: int = 0) -> pb.Spec:
-    """Raises SpecError where a spec holds what no argument can be, or is nested too deep."""
-    if depth > limits.SPEC_WIRE_DEPTH_MAX:
-        raise errors.SpecError(f"spec nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}")
+def spec_to_proto(spec: specs.Spec, where: str = "", depth: int = 0) -> pb.Spec:
+    """The spec at the path ``where``; raises SpecError where it holds what cannot travel, or is nested too deep."""
+    _check_depth(where, depth)
     specs.check_shape(spec)
-    _text(spec.name, "spec", limits.SPEC_NAME_BYTES_MAX)
+    _text(spec.name, where or "spec", limits.SPEC_NAME_BYTES_MAX)
+    inside = _inside(where, spec.name)
     arguments = []
     for name, value in spec.arguments:
-        _text(name, spec.name, limits.SPEC_NAME_BYTES_MAX)
-        arguments.append(pb.Argument(name=name, value=value_to_proto(value, f"{spec.name}.{name}", depth)))
+        _text(name, inside, limits.SPEC_NAME_BYTES_MAX)
+        arguments.append(pb.Argument(name=name, value=value_to_proto(value, f"{inside}.{name}", depth)))
     return pb.Spec(name=spec.name, arguments=arguments)
 
 
-def spec_from_proto(message: pb.Spec, depth: int = 0) -> specs.Spec:
-    """Raises SpecError for an argument without a value, for nesting that is too deep, and for text that is no spec."""
-    if depth > limits.SPEC_WIRE_DEPTH_MAX:
-        raise errors.SpecError(f"spec nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}")
+def spec_from_proto(message: pb.Spec, where: str = "", depth: int = 0) -> specs.Spec:
+    """The spec at the path ``where``.
+
+    Raises:
+      SpecError: an argument without a value, nesting that is too deep, text that is no spec.
+    """
+    _check_depth(where, depth)
     if message.text:
         if message.name or message.arguments:
-            raise errors.SpecError("spec: text beside a name or arguments, expected one of them", subject="spec")
-        return spec_text.parse(message.text, catalogue.CATALOGUE)
-    _text(message.name, "spec", limits.SPEC_NAME_BYTES_MAX)
+            subject = where or "spec"
+            raise errors.SpecError(f"{subject}: text beside a name or arguments, expected one of them", subject=subject)
+        with _at(where):
+            return spec_text.parse(message.text, catalogue.CATALOGUE)
+    _text(message.name, where or "spec", limits.SPEC_NAME_BYTES_MAX)
+    inside = _inside(where, message.name)
     arguments = []
     for argument in message.arguments:
-        _text(argument.name, message.name, limits.SPEC_NAME_BYTES_MAX)
-        where = f"{message.name[:80]}.{argument.name[:80]}"
-        arguments.append((argument.name, value_from_proto(argument.value, where, depth)))
+        _text(argument.name, inside, limits.SPEC_NAME_BYTES_MAX)
+        arguments.append((argument.name, value_from_proto(argument.value, f"{inside}.{argument.name}", depth)))
     return specs.Spec(message.name, tuple(arguments))
+
+
+def _inside(where: str, name: str) -> str:
+    return f"{where[-200:]}.{name}" if where else name
+
+
+def _check_depth(where: str, depth: int) -> None:
+    if depth > limits.SPEC_WIRE_DEPTH_MAX:
+        subject = where[-80:] or "spec"
+        raise errors.SpecError(f"{subject}: nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}", subject=subject)
+
+
+@contextlib.contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Puts the path of a value before what is said about a part of it alone."""
+    try:
+        yield
+    except errors.SpecError as exc:
+        if not where:
+            raise
+        part = "" if exc.subject in ("array", "blob", "spec") else f".{exc.subject}"
+        subject = f"{where}{part}"[-200:]
+        raise errors.SpecError(f"{where[-200:]}: {exc}", subject=subject, expected=exc.expected, got=exc.got) from exc
 
 
 def value_to_proto(value: specs.Value, where: str = "value", depth: int = 0) -> pb.Value:
@@ -58,14 +87,15 @@ def value_to_proto(value: specs.Value, where: str = "value", depth: int = 0) -> 
     if isinstance(value, str):
         return pb.Value(text=_text(value, where, limits.SPEC_TEXT_BYTES_MAX))
     if isinstance(value, specs.Spec):
-        return pb.Value(spec=spec_to_proto(value, depth + 1))
+        return pb.Value(spec=spec_to_proto(value, where, depth + 1))
     if isinstance(value, specs.Array):
         leaf = tensor_pb.LeafSpec(shape=value.shape, data_type=_TENSOR_TYPES[value.dtype])
         return pb.Value(tensor=pb.TensorValue(leaf=leaf, data=value.data))
     if isinstance(value, specs.Blob):
         return pb.Value(blob=value.data)
     if isinstance(value, tuple | list) and depth <= limits.SPEC_WIRE_DEPTH_MAX:
-        return pb.Value(list=pb.ValueList(values=[value_to_proto(item, where, depth + 1) for item in value]))
+        values = [value_to_proto(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return pb.Value(list=pb.ValueList(values=values))
     if isinstance(value, tuple | list):
         raise errors.SpecError(f"{where}: nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}", subject=where)
     got = f"{type(value).__name__} {specs.shown(value)}"[:80]
@@ -95,18 +125,33 @@ def value_from_proto(message: pb.Value, where: str, depth: int = 0) -> specs.Val
     if kind == "tensor":
         return _array_from_proto(message.tensor, where)
     if kind == "blob":
-        return specs.Blob(message.blob)
+        with _at(where):
+            return specs.Blob(message.blob)
     if kind == "absent":
         return None
     if kind == "text":
         return _text(message.text, where, limits.SPEC_TEXT_BYTES_MAX)
     if kind == "spec":
-        return spec_from_proto(message.spec, depth + 1)
+        return spec_from_proto(message.spec, where, depth + 1)
     if kind == "list":
-        if depth > limits.SPEC_WIRE_DEPTH_MAX:
-            raise errors.SpecError(f"{where}: nested deeper than {limits.SPEC_WIRE_DEPTH_MAX}", subject=where)
-        return tuple(value_from_proto(item, where, depth + 1) for item in message.list.values)
+        _check_depth(where, depth)
+        values = message.list.values
+        if len(values) > limits.SPEC_LIST_MAX:
+            raise specs.wrong(where, f"a list of at most {limits.SPEC_LIST_MAX} values, or an array", tuple(values))
+        return tuple(value_from_proto(item, place, depth + 1) for item, place in _places(values, where))
     return getattr(message, kind)
+
+
+def _places(values: Sequence[pb.Value], where: str) -> Iterator[tuple[pb.Value, str]]:
+    """The items of a list, each with its path as ``specs.places`` has it."""
+    for index, item in enumerate(values):
+        pair = item.list.values
+        name = pair[0].text[:80] if _is_group(pair) else index
+        yield item, where if _is_group(values) else f"{where}[{name!r}]"
+
+
+def _is_group(values: Sequence[pb.Value]) -> bool:
+    return len(values) == 2 and values[0].HasField("text") and values[1].HasField("spec")
 
 
 def _array_from_proto(message: pb.TensorValue, where: str) -> specs.Array:
@@ -118,7 +163,8 @@ def _array_from_proto(message: pb.TensorValue, where: str) -> specs.Array:
             subject=where,
             got=got,
         )
-    return specs.Array(dtype, tuple(message.leaf.shape), message.data)
+    with _at(where):
+        return specs.Array(dtype, tuple(message.leaf.shape), message.data)
 
 
 def arguments_to_proto(arguments: Iterable[tuple[str, specs.Value]]) -> list[pb.Argument]:

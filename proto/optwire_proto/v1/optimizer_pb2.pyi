@@ -96,7 +96,7 @@ class Spec(google.protobuf.message.Message):
     """Name from the served catalogue, such as "adam"; at most 128 bytes."""
     text: builtins.str
     """The whole spec as text, such as "adamw(1e-3, weight_decay=0.1)", instead of name and arguments; at most 512 KiB.
-    docs/specs.md has the grammar.
+    docs/spec-grammar.md has the grammar.
     """
     @property
     def arguments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:

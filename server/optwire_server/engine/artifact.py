@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import export
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import stablehlo
+from jaxlib.mlir.dialects import chlo, mhlo, sdy, stablehlo
 
 from optwire_proto import limits, tensors
 from optwire_server.engine import listing, operations
@@ -40,7 +40,10 @@ def read(data: bytes, platform: str, ops_max: int) -> listing.Listing:
     _check_header(exported, platform)
     slots, dtype, shape = _signature(exported)
     context = ir.Context()
-    stablehlo.register_dialect(context)
+    # All that JAX may write, so that what is not served is refused by its name.
+    for dialect in (stablehlo, chlo, sdy):
+        dialect.register_dialect(context)
+    mhlo.register_mhlo_dialect(context)
     with context:
         module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
         module.operation.verify()
@@ -178,7 +181,7 @@ class _Writer:
             element: Any = value.get_splat_value()
             scalar = np.asarray(element.value).astype(tensors.numpy_dtype(dtype))
             number = self.constant(scalar)
-            return self.emit("broadcast_in_dim", [number], shape, dtype, {"dimensions": []}) if shape else number
+            return number if shape == () else self.emit("broadcast_in_dim", [number], shape, dtype, {"dimensions": []})
         if dtype == "bf16":
             raise listing.refusal("constant arrays of other types, such as float32 and then converted", "bfloat16")
         array = np.asarray(value).astype(tensors.numpy_dtype(dtype))

@@ -1,8 +1,9 @@
-"""A checked spec to the rule it describes. Constructors are looked up by name in the catalogue; nothing is evaluated."""
+"""A checked spec to the rule it describes. Constructors are looked up in the catalogue; nothing is evaluated."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,11 @@ import numpy as np
 import optax
 import optax.contrib
 
-from optwire_proto import catalogue, errors, patterns, specs
+from optwire_proto import catalogue, errors, patterns, specs, tensors, trees
 from optwire_proto.entries import Entry, Parameter
 from optwire_proto.specs import Spec
 from optwire_server import optimizers
-from optwire_server.engine import imported, rule, signatures
+from optwire_server.engine import imported, rates, rule, signatures
 from optwire_server.engine.rule import Rule
 
 # What a server serves: ours, and what the installed optax has.
@@ -26,7 +27,6 @@ CATALOGUE: Final[Mapping[str, Entry]] = catalogue.merged(signatures.entries().va
 
 _SEED_OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "optimizer")
 _SEED_SCHEDULES: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "schedule")
-_CONSTANTS: Final = {"constant": "step_size", "constant_schedule": "value"}
 _CLIPS: Final = (
     "adaptive_grad_clip",
     "clip",
@@ -42,58 +42,24 @@ class Site:
     """What a spec is built for.
 
     Attributes:
-      names: names of all leaves, in order.
-      dtypes: their element types.
-      rates: learning rates by their path in the spec, traced or not; ``rates`` finds the paths.
+      leaves: all leaves, in order.
+      rates: learning rates by their path in the spec, traced or not; ``rates.rates`` finds the paths.
       seed: of the session's randomness.
     """
 
-    names: tuple[str, ...]
-    dtypes: tuple[Any, ...]
+    leaves: tuple[trees.LeafSpec, ...]
     rates: Mapping[str, Any]
     seed: int = 0
 
-
-def rates(spec: Spec) -> dict[str, float]:
-    """The learning rates of a checked spec that are numbers, by path: operands of the compiled update."""
-    return {
-        path: float(value)
-        for path, value in specs.places(spec)
-        if _is_rate(path) and isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-def _is_rate(path: str) -> bool:
-    """Whether a number at this path is a learning rate: given as one, or as a constant schedule in the place of one."""
-    place, _, name = path.rpartition(".")
-    holder, _, constant = place.rpartition(".")
-    if _CONSTANTS.get(constant) == name and holder:
-        return _is_rate(holder)
-    return name in catalogue.RATES and constant not in _SEED_SCHEDULES and constant != "max_learning_rate"
-
-
-def first_rate(spec: Spec) -> tuple[str, Any] | None:
-    """Path and value of the first learning rate that a checked spec names: a number or a schedule; None: it has none."""
-    for path, value in specs.places(spec):
-        if path.rpartition(".")[2] in catalogue.RATES and value is not None and _is_rate(path):
-            return path, value
-    return None
-
-
-def constant_rate(spec: Spec) -> float | None:
-    """The first learning rate of a checked spec where it is one number, given as such or as a constant schedule."""
-    found = first_rate(spec)
-    if found is None:
-        return None
-    value = found[1]
-    if isinstance(value, Spec):
-        return float(value[_CONSTANTS[value.name]]) if value.name in _CONSTANTS else None
-    return float(value)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all leaves."""
+        return tuple(leaf.name for leaf in self.leaves)
 
 
 def schedule(value: Spec) -> Callable[[Any], Any]:
     """The function from step to number that a checked spec describes."""
-    return _Builder(Site((), (), {})).schedule(value, "")
+    return _Builder(Site((), {})).schedule(value, "")
 
 
 def build(spec: Spec, site: Site) -> Rule:
@@ -155,8 +121,8 @@ class _Builder:
     def schedule(self, spec: Spec, path: str) -> Callable[[Any], Any]:
         """What a spec describes, as a function from step to number."""
         inside = f"{path}.{spec.name}" if path else spec.name
-        if spec.name in _CONSTANTS and f"{inside}.{_CONSTANTS[spec.name]}" in self._site.rates:
-            value = self._site.rates[f"{inside}.{_CONSTANTS[spec.name]}"]
+        if spec.name in rates.CONSTANTS and f"{inside}.{rates.CONSTANTS[spec.name]}" in self._site.rates:
+            value = self._site.rates[f"{inside}.{rates.CONSTANTS[spec.name]}"]
             return lambda count: value
         if spec.name == "table":
             values = np.asarray(spec["values"].numbers, np.float32)
@@ -215,12 +181,17 @@ class _Builder:
         return rule.ema_params(self._inner(spec, inside, leaves), spec["decay"], debias=spec["debias"])
 
     def _master_weights(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
-        dtypes = [self._site.dtypes[i] for i in leaves]
-        return rule.master_weights(self._inner(spec, inside, leaves), jnp.dtype(spec["dtype"]), dtypes)
+        wide = jnp.dtype(spec["dtype"])
+        name = tensors.dtype_name(wide)
+        assert name is not None, "checks admits element types of the protocol only"
+        within = [dataclasses.replace(leaf, dtype=name) for leaf in self._site.leaves]
+        inner = _Builder(dataclasses.replace(self._site, leaves=tuple(within)))._inner(spec, inside, leaves)
+        dtypes = [tensors.numpy_dtype(self._site.leaves[i].dtype) for i in leaves]
+        return rule.master_weights(inner, wide, dtypes)
 
     def _exported(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
         rate = self._rate(spec, inside, "learning_rate")
-        return exported_rule(imported.load(spec["update"].data), rate)
+        return exported_rule(_tried(spec["update"].data, tuple(self._site.leaves[i] for i in leaves)), rate)
 
     # ------------------------------------------------------------------------------------------- optax's
 
@@ -298,6 +269,20 @@ class _Builder:
 _LEFT_OUT: Final = object()
 
 
+@functools.lru_cache(maxsize=256)
+def _tried(data: bytes, leaves: tuple[trees.LeafSpec, ...]) -> imported.Imported:
+    """A program that was run once for these leaves, in a process of its own; those tried last are remembered."""
+    program = imported.load(data)
+    imported.attempt(program, leaves)
+    return program
+
+
+def is_elementwise(spec: Spec) -> bool:
+    """Whether no exported program of a spec computes with the length of a leaf, which no trace of it would show."""
+    found = (value for _, value in specs.places(spec) if isinstance(value, Spec) and value.name == "exported")
+    return all(imported.load(value["update"].data).elementwise for value in found)
+
+
 def exported_rule(program: imported.Imported, rate: Callable[[Any], Any]) -> Rule:
     """The rule of an exported program: leaf by leaf, slots start at zero. State: (step, params, slots)."""
 
@@ -333,7 +318,8 @@ def _called(maker: Callable[..., Any], arguments: Mapping[str, Any], inside: str
 
 def _callable(made: Any) -> Callable[[Any], Any]:
     assert callable(made), "a schedule is a function"
-    return made
+    function: Callable[[Any], Any] = made
+    return function
 
 
 def _by_leaf_norm(max_norm: float) -> Any:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +34,10 @@ class Granularity(enum.StrEnum):
 def derive(update: Callable[[Any, Any], Any], grads: Sequence[Any], state: Any) -> Granularity:
     """The finest granularity that the dataflow of an update allows.
 
-    A leaf is a gradient and all state that it is connected with, whichever way. A scalar of the state whose successor
-    depends on such scalars alone, as a count of steps does, belongs to no leaf and connects nothing.
+    A leaf is a gradient and all state that it is connected with, whichever way. State whose successor no gradient
+    reaches belongs to no leaf, and many leaves may read it: a count of steps, a key, a table of coefficients. Such
+    state allows ELEMENT if it is of shape () or read by one leaf alone, otherwise TENSOR at best. Parameters are taken
+    to follow their own gradient if it goes anywhere at all.
 
     Args:
       update: (gradients, state) -> state; traced, never run.
@@ -51,12 +55,13 @@ def derive(update: Callable[[Any, Any], Any], grads: Sequence[Any], state: Any) 
     flows = _walk(closed, [_Flow(near=1 << node) for node in range(len(closed.in_avals))])
     successors = dict(enumerate(flows, start=count))
     links = {node: flow.sources for node, flow in successors.items()}
-    free = _free(closed.in_avals, links)
-    if not _apart(closed.in_avals, count, links, free=free):
+    common = _closed(links, sum(1 << node for node in links))
+    if _idle_leaf_may_be_read(closed.in_avals, count, links, common) or not _apart(count, links, common):
         return Granularity.TREE
-    owned = [flow for node, flow in successors.items() if not free >> node & 1]
-    in_place = all(flow.uniform and not flow.far & ~free for flow in owned)
-    return Granularity.ELEMENT if in_place else Granularity.TENSOR
+    scalars = _closed(links, sum(1 << node for node in _bits(common) if closed.in_avals[node].shape == ()))
+    arrays = [flow for node, flow in successors.items() if not scalars >> node & 1]
+    in_place = all(flow.uniform and not flow.far & ~scalars for flow in arrays)
+    return Granularity.ELEMENT if in_place and _apart(count, links, scalars) else Granularity.TENSOR
 
 
 class _Flow(NamedTuple):
@@ -86,33 +91,36 @@ def _check_successor(state: Any, successor: Any) -> None:
             raise TypeError(f"update: array {k} of the state came back in shape {after}, expected {before}")
 
 
-def _free(avals: Sequence[Any], links: dict[int, int]) -> int:
-    """The scalars of the state whose successors depend on one another alone; `links` are the sources of successors."""
-    free = sum(1 << node for node in links if avals[node].shape == ())
+def _closed(links: dict[int, int], nodes: int) -> int:
+    """Those of some nodes whose successors depend on one another alone; `links` are the sources of every successor."""
     while True:
-        bound = sum(1 << node for node in _bits(free) if links[node] & ~free)
+        bound = sum(1 << node for node in _bits(nodes) if links[node] & ~nodes)
         if not bound:
-            return free
-        free &= ~bound
+            return nodes
+        nodes &= ~bound
 
 
-def _apart(avals: Sequence[Any], count: int, links: dict[int, int], *, free: int) -> bool:
-    """Whether no two of the `count` leaves are connected, but by scalars that are free."""
+def _apart(count: int, links: dict[int, int], free: int) -> bool:
+    """Whether nothing but what is `free` connects any two of the `count` leaves."""
     grads = (1 << count) - 1
     if any((sources & grads).bit_count() > 1 for sources in links.values()):
         return False  # Where the whole tree meets, this alone finds it, and soon.
+    components = _connected(count + len(links), {node: sources & ~free for node, sources in links.items()})
+    return all(sum(node < count for node in members) <= 1 for members in components)
+
+
+def _idle_leaf_may_be_read(avals: Sequence[Any], count: int, links: dict[int, int], common: int) -> bool:
+    """Whether other state may depend on the parameters of a leaf whose gradient goes nowhere.
+
+    Which state these are is not known. They look like the gradient, and no gradient reaches them.
+    """
     kinds = [(aval.shape, bool(jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact))) for aval in avals]
-    idle, alone = collections.Counter[object](), collections.Counter[object]()
-    for members in _connected(len(avals), {node: sources & ~free for node, sources in links.items()}):
-        leaves = sum(node < count for node in members)
-        if len(members) == 1:
-            (idle if leaves else alone)[kinds[members[0]]] += 1
-        elif leaves != 1:
-            return False  # What no gradient reaches has no known leaf: two such arrays may be of two leaves.
-    # A leaf whose gradient goes nowhere has parameters that stand alone. They must be there, and if they may be what
-    # looks like a free scalar, no other successor may read that.
-    read = {kinds[source] for node, sources in links.items() for source in _bits(sources & free & ~(1 << node))}
-    return idle <= alone and not idle.keys() & read
+    reached = functools.reduce(operator.or_, links.values(), 0)
+    idle = collections.Counter(kinds[node] for node in range(count) if not reached >> node & 1)
+    if not idle:
+        return False
+    read = {kinds[source] for node, sources in links.items() for source in _bits(sources & common & ~(1 << node))}
+    return not idle <= collections.Counter(kinds[node] for node in _bits(common)) or bool(idle.keys() & read)
 
 
 def _connected(count: int, links: dict[int, int]) -> list[list[int]]:

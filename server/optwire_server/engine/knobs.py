@@ -25,7 +25,7 @@ _INSIDE: Final[Mapping[str, tuple[str, bool]]] = {
 class _Leaf(NamedTuple):
     """One leaf on its way through a spec."""
 
-    index: int
+    at: int
     names: tuple[str, ...]
 
 
@@ -82,7 +82,7 @@ def _of_argument(value: Value, place: str, leaf: _Leaf) -> Iterator[_Treatment]:
 
 def _of_group(spec: Spec, place: str, leaf: _Leaf) -> _Treatment:
     transforms = spec["transforms"]
-    chosen = patterns.groups([pattern for pattern, _ in transforms], leaf.names, place)[leaf.index]
+    chosen = patterns.groups([pattern for pattern, _ in transforms], leaf.names, place)[leaf.at]
     pattern, member = transforms[chosen]
     return _Treatment(group=(pattern,)).and_then(_treatment(member, f"{place}[{pattern!r}]", leaf))
 
@@ -99,4 +99,4 @@ def _masked_out(spec: Spec, inside: str, leaf: _Leaf) -> Iterator[str]:
 
 
 def _in_mask(value: Value, place: str, leaf: _Leaf) -> bool:
-    return patterns.mask(value, leaf.names, place)[leaf.index]
+    return patterns.mask(value, leaf.names, place)[leaf.at]

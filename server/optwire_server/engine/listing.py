@@ -178,13 +178,14 @@ class Listing:
 
 def refusal(expected: str, got: object, *, problem: str = "") -> errors.SpecError:
     """The error for a program that is not served; ``problem`` says it where "expected, got" would not be a sentence."""
-    came = str(got)[:200]
-    return errors.SpecError(
-        f"program: {problem}" if problem else f"program: expected {expected}, got {came}",
-        subject="program",
-        expected=expected,
-        got=came,
-    )
+    came, wanted = _printable(str(got), 200), _printable(expected, 200)
+    message = _printable(problem, 400) or f"expected {wanted}, got {came}"
+    return errors.SpecError(f"program: {message}", subject="program", expected=wanted, got=came)
+
+
+def _printable(text: str, chars_max: int) -> str:
+    """A text that may quote names out of a file, fit for a terminal and a log."""
+    return "".join(char if char.isprintable() else "?" for char in text[:chars_max])
 
 
 def _apply(instruction: operations.Instruction, operands: Sequence[Any], unflattened: tuple[int, ...] | None) -> Any:

@@ -233,6 +233,7 @@ _ON_SIZES: Mapping[str, Callable[..., Any]] = {
     "add": lambda _, x, y: np.add(x, y),
     "and": lambda _, x, y: np.bitwise_and(x, y),
     "assert": _assert,
+    "broadcast_in_dim": lambda instruction, x: np.broadcast_to(x, instruction.shape),
     "compare": lambda instruction, x, y: getattr(operator, instruction["direction"].lower())(x, y),
     "concatenate": lambda instruction, *operands: np.concatenate(operands, instruction["dimension"]),
     "constant": _constant,

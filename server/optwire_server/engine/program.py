@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optwire_proto import checks, errors, specs, tensors, trees
-from optwire_server.engine import build, granularity, rule, telemetry
+from optwire_server.engine import build, granularity, rates, rule, telemetry
 
 # What JAX takes apart as the optimizer's state; it holds the parameters.
 OptState = Any
@@ -48,40 +48,37 @@ class Operands(NamedTuple):
 
     Attributes:
       rates: learning rates, in the order of ``Program.rate_paths``.
-      index: index of the push, from 0.
+      push: index of the push, from 0.
       grad_scale: what gradients are divided by; None where they are not.
       extras: what the push brought along, by optax's names.
     """
 
     rates: tuple[float, ...]
-    index: int
+    push: int
     grad_scale: float | None = None
-    extras: Mapping[str, float] = {}  # noqa: RUF012  never written to
+    extras: Mapping[str, float] = {}
 
 
 class Program:
     """An optimizer compiled for one tree and device.
 
-    Every update has the form ``(operands, grads, state) -> (state, notes)`` with the whole state donated and returned in
-    the order it came, so that XLA writes the new state over the old. Learning rates, index, scale and extras are
+    Every update has the form ``(operands, grads, state) -> (state, notes)`` with the whole state donated and returned
+    in the order it came, so that XLA writes the new state over the old. Learning rates, index, scale and extras are
     operands: none of them compiles anew.
     """
 
     def __init__(self, spec: specs.Spec, tree: trees.TreeSpec, device: jax.Device) -> None:
         self.spec = spec
-        self._names = tuple(leaf.name for leaf in tree.leaves)
-        self._dtypes = tuple(tensors.numpy_dtype(leaf.dtype) for leaf in tree.leaves)
+        self._leaves = tree.leaves
         self._wide = any(leaf.dtype in _WIDE for leaf in tree.leaves)
         self.device = device
-        self.rate_paths = tuple(build.rates(spec))
+        self.rate_paths = tuple(rates.rates(spec))
         self.extras = checks.extras(spec, build.CATALOGUE)
         # Whether what is not finite is refused, rather than skipped.
         self.rejects = specs.any_inside(
             spec, lambda found: found.name == "on_nonfinite" and found["policy"] == "reject"
         )
-        self._grads = [
-            jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf, dtype in zip(tree.leaves, self._dtypes, strict=True)
-        ]
+        self._grads = [jax.ShapeDtypeStruct(leaf.shape, tensors.numpy_dtype(leaf.dtype)) for leaf in tree.leaves]
         self._lock = threading.Lock()
         self._updates: dict[Variant, Callable[..., tuple[OptState, dict[str, Any]]]] = {}
         self._views: dict[str, Callable[[OptState], list[Any]]] = {}
@@ -92,8 +89,8 @@ class Program:
             self._state = self._settled()
             self.state_bytes: int = sum(_bytes(leaf) for leaf in jax.tree.leaves(self._state))
             self._owns_params = not jax.make_jaxpr(probe.params)(self._state).eqns
-            found = build.first_rate(spec)
-            scheduled = found is not None and build.constant_rate(spec) is None
+            found = rates.first_rate(spec)
+            scheduled = found is not None and rates.constant_rate(spec) is None
             schedule = build.schedule(found[1]) if found and scheduled else None
             self._schedule = jax.jit(schedule).lower(0).compile() if schedule else None
         for closing in (True, False)[: 1 if self.every == 1 else 2]:
@@ -171,8 +168,7 @@ class Program:
         """Whether a state of one is a state of the other."""
         if self is other:
             return True
-        mine, theirs = jax.tree.flatten(self._state), jax.tree.flatten(other._state)
-        return mine[1] == theirs[1] and list(map(_aval, mine[0])) == list(map(_aval, theirs[0]))
+        return _form(self._state) == _form(other._state)
 
     @functools.cached_property
     def granularity(self) -> granularity.Granularity:
@@ -181,7 +177,10 @@ class Program:
             step = self._traced(Variant())
             extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
             operands = Operands(tuple(0.0 for _ in self.rate_paths), 0, None, extras)
-            return granularity.derive(lambda grads, state: step(operands, grads, state)[0], self._grads, self._state)
+            found = granularity.derive(lambda grads, state: step(operands, grads, state)[0], self._grads, self._state)
+        if found is granularity.Granularity.ELEMENT and not build.is_elementwise(self.spec):
+            return granularity.Granularity.TENSOR
+        return found
 
     @contextlib.contextmanager
     def _building(self) -> Iterator[None]:
@@ -189,7 +188,7 @@ class Program:
             yield
 
     def _rule(self, rates: tuple[Any, ...], seed: int = 0) -> rule.Rule:
-        site = build.Site(self._names, self._dtypes, dict(zip(self.rate_paths, rates, strict=True)), seed)
+        site = build.Site(self._leaves, dict(zip(self.rate_paths, rates, strict=True)), seed)
         return build.build(self.spec, site)
 
     def _traced(self, variant: Variant) -> Callable[..., tuple[OptState, dict[str, Any]]]:
@@ -197,12 +196,12 @@ class Program:
 
         def update(operands: Operands, grads: list[Any], state: OptState) -> tuple[OptState, dict[str, Any]]:
             made = self._rule(operands.rates)
-            call = rule.Call(operands.index, variant.closing, operands.extras)
+            call = rule.Call(operands.push, variant.closing, operands.extras)
             if variant.scaled:
                 grads = [_unscaled(g, operands.grad_scale) for g in grads]
             new = jax.tree.map(_kept, made.update(grads, state, call), state)
             if variant.telemetry:
-                clip = build.clips(self.spec, build.Site(self._names, self._dtypes, {}))
+                clip = build.clips(self.spec, build.Site(self._leaves, {}))
                 call.notes.update(telemetry.measure(grads, made.params(state), made.params(new), clip))
             return new, call.notes
 
@@ -214,12 +213,10 @@ class Program:
         state = jax.eval_shape(lambda leaves: self._rule(rates).init(leaves), self._grads)
         for _ in range(_PROMOTIONS_MAX):
             new = jax.eval_shape(self._once, rates, self._grads, state)
-            if jax.tree.structure(new) != jax.tree.structure(state):
-                raise TypeError(f"the update changes the structure of its state, from {state} to {new}")
-            if [_aval(leaf) for leaf in jax.tree.leaves(new)] == [_aval(leaf) for leaf in jax.tree.leaves(state)]:
+            if _form(new) == _form(state):
                 return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
             state = new
-        raise TypeError("the update changes the shape or type of its state at every step")
+        raise TypeError("the update changes the structure, shape or type of its state at every step")
 
     def _once(self, rates: tuple[float, ...], grads: list[Any], state: OptState) -> OptState:
         extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
@@ -244,10 +241,9 @@ class ProgramCache:
           SpecError: an argument cannot be served.
         """
         # Learning rates are operands, and the text of a spec tells 2 from 2.0. Names matter to patterns only.
-        rateless = specs.replaced(spec, dict.fromkeys(build.rates(spec), 0.0))
         named = any(takes in ("mask", "groups") for _, _, takes in checks.by_takes(spec))
         names = tuple(leaf.name for leaf in tree.leaves) if named else ()
-        key = (str(rateless), tuple((leaf.shape, leaf.dtype) for leaf in tree.leaves), names)
+        key = (str(rates.rateless(spec)), tuple((leaf.shape, leaf.dtype) for leaf in tree.leaves), names)
         with self._lock:
             if key in self._programs:
                 self._programs.move_to_end(key)
@@ -301,8 +297,8 @@ def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
         for leaf in tree.leaves:
             if tensors.numpy_dtype(leaf.dtype).type(found["b2"]) == 1:
                 raise errors.SpecError(
-                    f"{inside}.b2: {found['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and no "
-                    "step would change it; use a smaller b2, such as 0.99, float32 parameters, or master_weights",
+                    f"{inside}.b2: {found['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and "
+                    "no step would change it; use a smaller b2, such as 0.99, float32 parameters, or master_weights",
                     subject=f"{inside}.b2",
                     expected=f"a number below 1 in {leaf.dtype}",
                     got=str(found["b2"]),
@@ -327,7 +323,7 @@ def _check_accumulation(spec: specs.Spec) -> None:
 def _unscaled(g: Any, scale: Any) -> Any:
     """A gradient divided by what it was multiplied by, in 32 bits at least: 65,536 is infinite in f16."""
     wide = jnp.promote_types(g.dtype, jnp.float32)
-    return g.astype(wide) / jnp.asarray(scale, jnp.finfo(wide).dtype)
+    return g.astype(wide) / jnp.asarray(scale, wide)
 
 
 def _kept(new: Any, old: Any) -> Any:
@@ -337,8 +333,10 @@ def _kept(new: Any, old: Any) -> Any:
     return lax.convert_element_type(new, old.dtype)
 
 
-def _aval(leaf: Any) -> tuple[Any, Any]:
-    return leaf.shape, leaf.dtype
+def _form(state: OptState) -> tuple[Any, list[Any]]:
+    """Structure, shapes and element types."""
+    leaves, structure = jax.tree.flatten(state)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _owned(state: OptState, like: OptState) -> OptState:

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 from typing import Any, Final
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
 
@@ -103,10 +102,10 @@ def _makes(name: str, maker: Any) -> bool:
     """Whether a public name makes transformations or schedules."""
     if name in _UNANNOTATED:
         return True
-    if not inspect.isfunction(maker):
+    if not inspect.isfunction(maker) and not isinstance(maker, functools.partial):  # nadam is a partial of adam
         return False
     makes = str(inspect.signature(maker).return_annotation)
-    return "GradientTransformation" in makes or name.endswith("_schedule") or name == "exponential_decay"
+    return "GradientTransformation" in makes or _is_schedule(name)
 
 
 def _entry(name: str, maker: Any, origin: str) -> Entry:
@@ -125,13 +124,18 @@ def _entry(name: str, maker: Any, origin: str) -> Entry:
 
 
 def _kind(name: str, signature: inspect.Signature) -> str:
-    if name.endswith("_schedule") or name == "exponential_decay":
+    if _is_schedule(name):
         return "schedule"
     wraps = any(_is_transformation(parameter) for parameter in signature.parameters.values())
     if wraps and not (name.startswith("scale_by_") or {"args", "linesearch"} & set(signature.parameters)):
         return "wrapper" if "learning_rate" not in signature.parameters or name == "schedule_free" else "optimizer"
     rated = {"learning_rate", "max_learning_rate"} & set(signature.parameters)
     return "optimizer" if rated and not name.startswith("scale_by_") else "transformation"
+
+
+def _is_schedule(name: str) -> bool:
+    named_so = name.endswith("_schedule") and name != "scale_by_schedule"
+    return named_so or name in ("exponential_decay", "join_schedules")
 
 
 def _summary(maker: Any) -> str:
@@ -150,7 +154,8 @@ def _parameters(name: str, signature: inspect.Signature) -> Iterator[Parameter]:
             takes=takes,
             default=_default(parameter, takes),
             none=parameter.default is None or "NoneType" in str(parameter.annotation),
-            keyword_only=parameter.kind is parameter.KEYWORD_ONLY,
+            # What must be given as None has optax's place, behind parameters with defaults, only by name.
+            keyword_only=parameter.kind is parameter.KEYWORD_ONLY or takes == "nothing",
             variadic=parameter.kind is parameter.VAR_POSITIONAL,
             choices=_choices(name, parameter),
         )

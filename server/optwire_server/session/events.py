@@ -13,7 +13,7 @@ class Pushed:
 
     key: sessions.PushKey
     digest: sessions.Digest
-    options: sessions.PushOptions = sessions.PushOptions()
+    options: sessions.PushOptions = sessions.PLAIN
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class Applied:
     digest: sessions.Digest
     step: int
     learning_rate: float
-    options: sessions.PushOptions = sessions.PushOptions()
+    options: sessions.PushOptions = sessions.PLAIN
     metrics: tuple[tuple[str, float], ...] = ()
 
 
