@@ -61,6 +61,12 @@ help: ## list the targets
 setup: .venv/.dev .venv-proto/.ready ## install all a developer needs, and the pre-commit hook
 	@if [ -z "$${CI:-}" ] && git rev-parse --git-dir >/dev/null 2>&1; then .venv/bin/pre-commit install; fi
 
+# torch.optim is an oracle of some tests and a client of an example; they skip themselves where it is not installed.
+TORCH ?= torch>=2.4
+.PHONY: torch
+torch: .venv/.demo ## install PyTorch for the tests and examples that use it (TORCH=torch==2.13.0 picks a build)
+	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install '$(TORCH)'
+
 # -- run -------------------------------------------------------------------------------------------------------------
 
 .PHONY: demo
@@ -92,7 +98,7 @@ test: .venv/.dev ## run the tests (ARGS='-m "not slow"' leaves the slow ones out
 	@$(PY) -m pytest $(ARGS)
 
 .PHONY: static
-static: lint types imports proto-check ## the gate without the tests
+static: lint types imports proto-check catalogue-check ## the gate without the tests
 
 .PHONY: lint
 lint: .venv/.dev ## formatting, lint rules, spelling
@@ -127,6 +133,19 @@ proto-check: .venv-proto/.ready ## is the schema sound, and the committed code w
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call GENERATE,"$$fresh") && \
 	diff -ru -x '*.proto' -x __init__.py -x __pycache__ proto/optwire_proto/v1 "$$fresh/optwire_proto/v1" || \
 	{ echo "the committed code is stale: run 'make proto'" >&2; exit 1; }
+
+.PHONY: catalogue
+catalogue: .venv/.dev ## read optax's signatures anew, into the copy that clients use
+	@$(PY) -W ignore -m optwire_server.engine.signatures > .venv/optax_entries.py
+	@mv .venv/optax_entries.py proto/optwire_proto/optax_entries.py
+
+.PHONY: catalogue-check
+catalogue-check: .venv/.dev ## does that copy say what the installed optax says?
+	@here=$$($(PY) -c 'import optax; print(optax.__version__)') && \
+	copy=$$($(PY) -c 'from optwire_proto import optax_entries; print(optax_entries.OPTAX_VERSION)') && \
+	if [ "$$here" != "$$copy" ]; then echo "skipped: optax $$here is installed, the copy is of $$copy"; exit 0; fi && \
+	$(PY) -W ignore -m optwire_server.engine.signatures | diff -u proto/optwire_proto/optax_entries.py - || \
+	{ echo "the copy of optax's signatures is stale: run 'make catalogue'" >&2; exit 1; }
 
 .PHONY: proto-breaking
 proto-breaking: .venv-proto/.ready ## does the schema break clients of AGAINST (origin/main)?

@@ -177,7 +177,15 @@ def merged(optax_entries: Iterable[Entry]) -> Mapping[str, Entry]:
 CATALOGUE: Final[Mapping[str, Entry]] = merged(OPTAX_ENTRIES)
 
 
+# What other libraries call an argument.
+_ALSO_KNOWN_AS: Final = {"lr": ("learning_rate", "step_size"), "wd": ("weight_decay",), "betas": ("b1",)}
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'adamw'?)`` where a name is close to a known one, otherwise nothing."""
-    close = difflib.get_close_matches(name[:80], list(known), 1, 0.6)
+    known = list(known)
+    for other in _ALSO_KNOWN_AS.get(name, ()):
+        if other in known:
+            return f" (did you mean {other!r}?)"
+    close = difflib.get_close_matches(name[:80], known, 1, 0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

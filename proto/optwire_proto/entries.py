@@ -52,3 +52,15 @@ class Entry:
     origin: str = "optwire"
     refusal: str = ""
     extras: tuple[str, ...] = ()
+
+    @property
+    def signature(self) -> str:
+        """As Python would write the call: ``clip(max_delta)``, ``adam(step_size, b1=0.9, b2=0.999, eps=1e-08)``."""
+        shown, star = [], False
+        for parameter in self.parameters:
+            if parameter.keyword_only and not star:
+                shown.append("*")
+                star = True
+            default = "" if parameter.default is REQUIRED else f"={parameter.default!r}"
+            shown.append(f"{'*' * parameter.variadic}{parameter.name}{default}")
+        return f"{self.name}({', '.join(shown)})"

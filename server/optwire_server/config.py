@@ -80,7 +80,7 @@ def _is_local(address: str) -> bool:
 
 
 def parser(prog: str = "optwire") -> argparse.ArgumentParser:
-    """The command line: ``serve`` and ``health``."""
+    """The command line: ``serve``, ``health`` and ``optimizers``."""
     root = argparse.ArgumentParser(prog=prog, description="A remote optimizer.")
     commands = root.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="hold optimizer state and apply pushes until SIGTERM or SIGINT")
@@ -104,6 +104,8 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
         ("drain-s", float, "seconds that pushes under way get to finish after SIGTERM (default 5)"),
     ):
         serve.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    listing = commands.add_parser("optimizers", help="list what this installation serves, or check a spec")
+    listing.add_argument("spec", nargs="?", help="a spec as text, such as 'adamw(1e-3)': prints its canonical form")
     health = commands.add_parser("health", help="ask a server whether it serves; exits 0 if so, 2 if not")
     health.add_argument("--target", default="localhost:50051", help="gRPC target (default localhost:50051)")
     health.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait (default 5)")

@@ -1,4 +1,7 @@
-"""The command ``optwire``: ``serve`` runs a server until a signal, ``health`` asks one whether it serves."""
+"""The command ``optwire``: ``serve`` runs a server until a signal, ``health`` asks one whether it serves.
+
+``optimizers`` lists what a server with this installation serves, and checks a spec.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command ``optwire``; returns its exit code."""
     flags = configs.parser().parse_args(argv)
     try:
-        return _serve(flags) if flags.command == "serve" else _check_health(flags)
+        commands = {"serve": _serve, "health": _check_health, "optimizers": _list_optimizers}
+        return commands[flags.command](flags)
     except ModuleNotFoundError as exc:
         print(f"optwire {flags.command}: {exc.name} is not installed; pip install 'optwire[server]'", file=sys.stderr)
         return 64
@@ -75,6 +79,32 @@ def _announce(address: str, port_file: str | None) -> None:
         unfinished = pathlib.Path(f"{port_file}.{os.getpid()}")
         unfinished.write_text(address)
         unfinished.replace(port_file)
+
+
+def _list_optimizers(flags: argparse.Namespace) -> int:
+    # Not at the top: optax's signatures take JAX to read.
+    from optwire_proto import checks, errors, spec_text, specs
+    from optwire_server.engine import build
+
+    if flags.spec:
+        try:
+            checked = checks.check(spec_text.parse(flags.spec, build.CATALOGUE), known=build.CATALOGUE)
+        except errors.OptwireError as exc:
+            print(f"optwire optimizers: {exc}", file=sys.stderr)
+            return 64
+        print(f"{checked}\nsha256 {specs.digest(checked)}")
+        return 0
+    for kind in ("optimizer", "wrapper", "transformation", "schedule"):
+        print(f"\n{kind}s")
+        for entry in sorted(build.CATALOGUE.values(), key=lambda entry: entry.name):
+            if entry.kind == kind and not entry.refusal:
+                needs = f" Each push brings {', '.join(entry.extras)}." if entry.extras else ""
+                print(f"  {entry.signature}\n      {entry.summary}{needs}")
+    print("\nnot served")
+    for entry in build.CATALOGUE.values():
+        if entry.refusal:
+            print(f"  {entry.name}: {entry.refusal}")
+    return 0
 
 
 def _check_health(flags: argparse.Namespace) -> int:
