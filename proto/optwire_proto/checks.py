@@ -92,25 +92,38 @@ def extras(spec: Spec, known: Catalogue) -> tuple[str, ...]:
     return tuple(sorted(set(itertools.chain(*found))))
 
 
-def check_names(spec: Spec, names: tuple[str, ...]) -> None:
+def check_length(spec: Spec) -> None:
+    """Raises LimitError where the canonical text of a checked spec is too long to be told in one message."""
+    length, most = len(str(spec)), limits.SPEC_TEXT_FORM_BYTES_MAX
+    if length > most:
+        raise errors.LimitError(
+            f"spec: {length} characters with every argument filled in, expected at most {most}",
+            subject="spec",
+            expected=f"at most {most} characters",
+            got=str(length),
+        )
+
+
+def check_names(spec: Spec, names: tuple[str, ...], known: Catalogue) -> None:
     """Whether the patterns of a checked spec fit a session's leaves.
 
     Raises:
       SpecError: a pattern matches no leaf, or a leaf is in no group of a partition; lists the names.
     """
-    for path, value, takes in by_takes(spec):
+    for path, value, takes in by_takes(spec, known):
         if takes == "mask" and not isinstance(value, bool):
             patterns.mask(value, names, path)
         elif takes == "groups":
             patterns.groups([pattern for pattern, _ in value], names, path)
 
 
-def by_takes(spec: Spec) -> Iterator[tuple[str, Value, str]]:
+def by_takes(spec: Spec, known: Catalogue) -> Iterator[tuple[str, Value, str]]:
+    """Path, value and what it is, as in ``Parameter.takes``, of every argument of a checked spec but those left out."""
     for path, value in specs.places(spec):
         if not isinstance(value, Spec):
             continue
         inside = f"{path}.{value.name}" if path else value.name
-        takes = {parameter.name: parameter.takes for parameter in catalogue.CATALOGUE[value.name].parameters}
+        takes = {parameter.name: parameter.takes for parameter in known[value.name].parameters}
         for name, argument in value.arguments:
             if argument is not None:
                 yield f"{inside}.{name}", argument, takes.get(name, "")
@@ -326,6 +339,9 @@ class _Checker:
     def _named(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
         if not isinstance(value, tuple | list) or not value or not all(_is_pair(item) for item in value):
             raise wrong(path, "{name: transformation}", value)
+        for name, _ in value:
+            if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= limits.SPEC_NAME_BYTES_MAX:
+                raise wrong(path, f"names of 1 to {limits.SPEC_NAME_BYTES_MAX} printable characters", name)
         if len({name for name, _ in value}) != len(value):
             raise wrong(path, "every name once", value)
         return tuple((name, self._spec(parameter, member, f"{path}[{name!r}]", depth)) for name, member in value)

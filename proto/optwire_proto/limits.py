@@ -46,6 +46,8 @@ SPEC_TEXT_FORM_BYTES_MAX = 512 * KIB
 PATTERN_CHARS_MAX = 256
 # Changes of hyperparameters kept with a session; older ones are folded into its spec.
 HYPERPARAM_CHANGES_MAX = 1024
+# And told of, where each is long.
+CHANGES_BYTES_MAX = 512 * KIB
 
 # Trailing metadata is limited to 8 KiB by common servers and proxies, and a status message grows threefold on the way
 # where it is not ASCII.

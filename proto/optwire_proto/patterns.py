@@ -18,6 +18,8 @@ def check(pattern: Any, path: str) -> None:
     """Raises SpecError where a value is no pattern."""
     if not isinstance(pattern, str) or not pattern.removeprefix("!") or len(pattern) > limits.PATTERN_CHARS_MAX:
         raise specs.wrong(path, f"a name pattern of at most {limits.PATTERN_CHARS_MAX} characters", pattern)
+    if pattern.encode(errors="replace").decode() != pattern:
+        raise specs.wrong(path, "a name pattern that is valid Unicode", pattern)
 
 
 def matches(pattern: str, name: str) -> bool:

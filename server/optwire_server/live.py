@@ -33,6 +33,7 @@ class LiveSession:
     create_key: str
     created_s: float
     variants: frozenset[program.Variant] = frozenset({program.Variant()})
+    views: frozenset[str] = frozenset({""})
     preparing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @property
@@ -56,6 +57,15 @@ class LiveSession:
                 plan.program.prepare(variant)
             self.variants |= {variant}
 
+    def prepare_view(self, which: str) -> None:
+        """Compiles the reading of a view for all plans, unless it is; InvalidArgumentError where there is none."""
+        if which in self.views:
+            return
+        with self.preparing:
+            for plan in self.plans:
+                plan.program.prepare_view(which)
+            self.views |= {which}
+
     def info(self) -> sessions.SessionInfo:
         """What the session is and where it stands."""
         now = self.machine
@@ -76,7 +86,7 @@ class LiveSession:
             created_s=self.created_s,
             failure=now.failure,
             seed=self.seed,
-            spec_digest=specs.digest(plan.spec),
+            spec_digest=plan.spec_digest,
             changes=now.changes,
         )
 

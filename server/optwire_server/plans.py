@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from optwire_server.engine import rates as learning_rates
 ProgramOf = Callable[[specs.Spec], program.Program]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What steps from ``from_step`` on use.
 
@@ -38,16 +39,25 @@ class Plan:
     values: Mapping[str, specs.Value]
     constant_rate: float | None
 
+    @functools.cached_property
+    def spec_digest(self) -> str:
+        """SHA-256 of the canonical text."""
+        return specs.digest(self.spec)
+
     @property
     def scheduled(self) -> bool:
         """Whether a schedule gives the first learning rate."""
         return self.constant_rate is None and learning_rates.first_rate(self.spec) is not None
 
+    def counted(self, index: int, skipped: int) -> int:
+        """How many of the pushes before that of an index count towards updates."""
+        return index - skipped * self.program.forfeits
+
     def learning_rate(self, index: int, skipped: int) -> float:
         """The first learning rate for the push of an index; ``skipped`` pushes changed nothing. NaN: there is none."""
         if self.constant_rate is not None:
             return self.constant_rate
-        scheduled = self.program.learning_rate((index - skipped) // self.program.every)
+        scheduled = self.program.learning_rate(self.counted(index, skipped) // self.program.every)
         return float("nan") if scheduled is None else scheduled
 
 
@@ -86,6 +96,7 @@ def changed(
     spec = base.spec
     for step, own in ((from_step, {**same, **values}), *((plan.from_step, plan.values) for plan in later)):
         spec = checks.check(specs.replaced(spec, dict(own)), known=build.CATALOGUE)
+        checks.check_length(spec)
         compiled = program_of(spec)
         if not compiled.same_state(plans[0].program):
             names = ", ".join(own)
@@ -146,7 +157,7 @@ def describe(plan: Plan, tree: trees.TreeSpec, step: int) -> sessions.OptimizerI
     """What a plan does, for people."""
     return sessions.OptimizerInfo(
         text=str(plan.spec),
-        spec_digest=specs.digest(plan.spec),
+        spec_digest=plan.spec_digest,
         granularity=str(plan.program.granularity),
         groups=knobs.groups(plan.spec, tuple(leaf.name for leaf in tree.leaves)),
         step=step,

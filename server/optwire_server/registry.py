@@ -225,12 +225,11 @@ class Registry:
         """
         live = self._find(id_=id_, name=name)
         machine.check_alive(live.machine)
-        with live.preparing:
-            for plan in live.plans:
-                plan.program.prepare_view(which)
+        live.prepare_view(which)
 
         def look() -> Read:
             machine.check_alive(live.machine)
+            live.held.program = live.plan.program  # the one that has the view
             return Read(live.info(), live.worker_seq(worker), self._engine.params(live.held, which))
 
         with self._landings.counted(live.tree.payload_bytes):
@@ -290,6 +289,8 @@ class Registry:
             compiled = self._engine.compile(spec, live.tree)
             for variant in live.variants:
                 compiled.prepare(variant)
+            for which in live.views:
+                compiled.prepare_view(which)
             return compiled
 
         return program_of

@@ -50,7 +50,7 @@ def run(
     try:
         rate = plan.learning_rate(apply.index, live.machine.skipped)
         live.held.program = plan.program
-        notes = engine.update(live.held, _variant(plan, apply), _operands(plan, apply), grads)
+        notes = engine.update(live.held, _variant(plan, apply, live.machine.skipped), _operands(plan, apply), grads)
     except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
         _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
         state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost
@@ -61,10 +61,10 @@ def run(
     return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped)
 
 
-def _variant(plan: plans.Plan, apply: effects.Apply) -> program.Variant:
+def _variant(plan: plans.Plan, apply: effects.Apply, skipped: int) -> program.Variant:
     every = plan.program.every
     return program.Variant(
-        closing=apply.index % every == every - 1,
+        closing=plan.counted(apply.index, skipped) % every == every - 1,
         scaled=apply.options.grad_scale != 1.0,
         telemetry=apply.options.telemetry,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from optwire_proto import errors, limits, sessions, specs
 from optwire_proto.convert.served import served
 from optwire_proto.convert.specs import (
@@ -38,7 +40,7 @@ def session_to_proto(info: sessions.SessionInfo) -> pb.Session:
         failure=info.failure,
         seed=info.seed,
         spec_digest=info.spec_digest,
-        changes=[_change_to_proto(change) for change in info.changes],
+        changes=_newest(info.changes),
     )
 
 
@@ -66,13 +68,26 @@ def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
     )
 
 
+def _newest(changes: Sequence[sessions.Change]) -> list[pb.HyperparamChange]:
+    """The newest changes that fit beside the rest of a message."""
+    kept: list[pb.HyperparamChange] = []
+    left = limits.CHANGES_BYTES_MAX
+    for change in reversed(changes):
+        message = _change_to_proto(change)
+        left -= message.ByteSize()
+        if left < 0:
+            break
+        kept.append(message)
+    return kept[::-1]
+
+
 def _change_to_proto(change: sessions.Change) -> pb.HyperparamChange:
     return pb.HyperparamChange(from_step=change.from_step, hyperparams=arguments_to_proto(change.values))
 
 
 def optimizer_to_proto(info: sessions.OptimizerInfo) -> pb.DescribeOptimizerResponse:
     return pb.DescribeOptimizerResponse(
-        text=info.text[: limits.SPEC_TEXT_FORM_BYTES_MAX],
+        text=info.text,
         spec_digest=info.spec_digest,
         granularity=info.granularity,
         groups=[

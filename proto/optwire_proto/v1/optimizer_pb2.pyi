@@ -435,7 +435,9 @@ class Session(google.protobuf.message.Message):
 
     @property
     def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___HyperparamChange]:
-        """Changes of hyperparameters, in effect or to come, in the order in which they were made; the newest 1,024."""
+        """Changes of hyperparameters, in effect or to come, in the order in which they were made: the newest
+        1,024, or as many of those as fit 512 KiB.
+        """
 
     def __init__(
         self,
@@ -928,7 +930,7 @@ class DescribeOptimizerResponse(google.protobuf.message.Message):
     EXTRAS_FIELD_NUMBER: builtins.int
     VIEWS_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """Canonical text of the spec, every argument filled in; cut after 512 KiB."""
+    """Canonical text of the spec, every argument filled in; at most 512 Ki characters."""
     spec_digest: builtins.str
     """SHA-256 of that text, in hexadecimal digits."""
     granularity: builtins.str

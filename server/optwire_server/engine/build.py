@@ -263,7 +263,9 @@ class _Builder:
         own = given.get("key") if given.get("key") is not None else given.get("seed")
         if own is not None:
             return own
-        return jax.random.fold_in(jax.random.key(self._site.seed), zlib.crc32(place.encode()))
+        low, high = self._site.seed % 2**32, self._site.seed // 2**32
+        seed = jax.random.fold_in(jax.random.key(low), high)
+        return jax.random.fold_in(seed, zlib.crc32(place.encode()))
 
 
 _LEFT_OUT: Final = object()

@@ -76,6 +76,7 @@ class Engine:
     def check(self, spec: specs.Spec) -> specs.Spec:
         """The spec complete, checked against the installed optax; raises SpecError, UnsupportedError."""
         checked = checks.check(spec, known=build.CATALOGUE)
+        checks.check_length(checked)
         if not self._allow_programs and specs.any_inside(checked, lambda found: found.name == "exported"):
             raise errors.UnsupportedError(
                 "exported: this server takes no programs; its operator allows them with --allow-programs",

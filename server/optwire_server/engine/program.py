@@ -85,9 +85,12 @@ class Program:
         with self._building():
             probe = self._rule(tuple(0.0 for _ in self.rate_paths))
             self.every = probe.every
+            # How many pushes a skipped update is the end of: those gathered for it, where it is inside an accumulation.
+            self.forfeits = probe.every if _inside_accumulation(spec) else 1
             self.views = tuple(sorted(probe.views))
             self._state = self._settled()
             self.state_bytes: int = sum(_bytes(leaf) for leaf in jax.tree.leaves(self._state))
+            self._params = probe.params
             self._owns_params = not jax.make_jaxpr(probe.params)(self._state).eqns
             found = rates.first_rate(spec)
             scheduled = found is not None and rates.constant_rate(spec) is None
@@ -152,10 +155,10 @@ class Program:
 
     def params(self, state: OptState, which: str = "") -> list[jax.Array]:
         """Parameters in a state; those of ``which == ""`` mostly share its memory."""
-        if which in self._views:
-            with self.precision():
-                return list(self._views[which](state))
-        return list(self._rule(tuple(0.0 for _ in self.rate_paths)).params(state))
+        if not which and self._owns_params:
+            return list(self._params(state))
+        with self.precision():
+            return list(self._views[which](state))
 
     def learning_rate(self, index: int) -> float | None:
         """What the schedule of the first learning rate gives for a step, or None where no schedule gives it."""
@@ -200,6 +203,9 @@ class Program:
             if variant.scaled:
                 grads = [_unscaled(g, operands.grad_scale) for g in grads]
             new = jax.tree.map(_kept, made.update(grads, state, call), state)
+            if self.rejects and "finite" in call.notes:  # what is around the policy keeps its state, too
+                finite = call.notes["finite"]
+                new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
             if variant.telemetry:
                 clip = build.clips(self.spec, build.Site(self._leaves, {}))
                 call.notes.update(telemetry.measure(grads, made.params(state), made.params(new), clip))
@@ -241,7 +247,7 @@ class ProgramCache:
           SpecError: an argument cannot be served.
         """
         # Learning rates are operands, and the text of a spec tells 2 from 2.0. Names matter to patterns only.
-        named = any(takes in ("mask", "groups") for _, _, takes in checks.by_takes(spec))
+        named = any(takes in ("mask", "groups") for _, _, takes in checks.by_takes(spec, build.CATALOGUE))
         names = tuple(leaf.name for leaf in tree.leaves) if named else ()
         key = (str(rates.rateless(spec)), tuple((leaf.shape, leaf.dtype) for leaf in tree.leaves), names)
         with self._lock:
@@ -281,9 +287,10 @@ def check_tree(spec: specs.Spec, tree: trees.TreeSpec) -> None:
                 expected=", ".join(served),
                 got=leaf.dtype,
             )
-    checks.check_names(spec, tuple(leaf.name for leaf in tree.leaves))
+    checks.check_names(spec, tuple(leaf.name for leaf in tree.leaves), build.CATALOGUE)
     _check_decay(spec, tree)
     _check_accumulation(spec)
+    _check_policy(spec)
 
 
 def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
@@ -318,6 +325,36 @@ def _check_accumulation(spec: specs.Spec) -> None:
             expected="one accumulate around all parameters",
             got=f"{len(found)}",
         )
+
+
+def _check_policy(spec: specs.Spec) -> None:
+    """Raises SpecError where a policy for what is not finite could not be kept, or its count would mean nothing."""
+    found = [
+        (path, value["policy"])
+        for path, value in specs.places(spec)
+        if isinstance(value, specs.Spec) and value.name == "on_nonfinite"
+    ]
+    skips = [path for path, policy in found if policy == "skip"]
+    problem = ""
+    for path, policy in found:
+        if policy == "reject" and "accumulate.optimizer" in path:
+            problem = "'reject' inside accumulate, which has taken all pushes but one by then"
+        elif policy == "skip" and ("partition.transforms[" in path or path != skips[0]):
+            problem = "'skip' for a part of the parameters, or twice; a push is skipped as a whole"
+        if problem:
+            raise errors.SpecError(
+                f"{path}: on_nonfinite with {problem}; put one on_nonfinite around everything",
+                subject=path,
+                expected="on_nonfinite around everything",
+                got=policy,
+            )
+
+
+def _inside_accumulation(spec: specs.Spec) -> bool:
+    """Whether what is not finite is skipped inside an accumulation, and not push by push."""
+    places = specs.places(spec)
+    skips = (path for path, value in places if isinstance(value, specs.Spec) and value.name == "on_nonfinite")
+    return any("accumulate.optimizer" in path for path in skips)
 
 
 def _unscaled(g: Any, scale: Any) -> Any:

@@ -111,7 +111,9 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         self, request: pb.DescribeOptimizerRequest, context: grpc.ServicerContext
     ) -> pb.DescribeOptimizerResponse:
         id_, name = convert.ref_from_proto(request.session)
-        return convert.optimizer_to_proto(self._registry.describe(id_=id_, name=name))
+        described = convert.optimizer_to_proto(self._registry.describe(id_=id_, name=name))
+        _check_size("optimizer", described.ByteSize(), "fewer groups or masks")
+        return described
 
     def UpdateHyperparams(
         self, request: pb.UpdateHyperparamsRequest, context: grpc.ServicerContext
@@ -209,11 +211,16 @@ def _without_tree(info: sessions.SessionInfo) -> pb.Session:
 
 def _check_answerable(begin: pb.CreateSessionBegin) -> None:
     """Raises LimitError where a session could be created, but GetSession could not describe it in one message."""
-    size, most = begin.tree.ByteSize() + begin.spec.ByteSize(), limits.MESSAGE_BYTES_MAX - 64 * limits.KIB
+    size = begin.tree.ByteSize() + begin.spec.ByteSize()
+    _check_size("tree and spec", size, "shorter names or fewer leaves")
+
+
+def _check_size(what: str, size: int, advice: str) -> None:
+    most = limits.MESSAGE_BYTES_MAX - limits.MIB  # room for the changes of hyperparameters, and what is around
     if size > most:
         raise errors.LimitError(
-            f"tree and spec: {size} bytes as a message, expected at most {most}; use shorter names or fewer leaves",
-            subject="tree",
+            f"{what}: {size} bytes as a message, expected at most {most}; use {advice}",
+            subject=what.partition(" ")[0],
             expected=f"at most {most} bytes",
             got=str(size),
         )
