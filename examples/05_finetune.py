@@ -37,7 +37,7 @@ Params = dict[str, dict[str, np.ndarray]]
 
 
 def pretrained() -> Params:
-    """A base with weights of -1, 0 and 1, so that its features are exact in every framework; a head that knows nothing."""
+    """A base with weights of -1, 0 and 1, so that its features are exact everywhere, and a head that knows nothing."""
     rng = np.random.default_rng(0)
     return {
         "base": {"weight": rng.integers(-1, 2, (64, 96)).astype(np.float32)},
@@ -46,7 +46,7 @@ def pretrained() -> Params:
 
 
 def examples() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Handwritten digits: pixels for training (in 256ths), targets of -1 and 1; then pixels and labels to evaluate on."""
+    """Handwritten digits: pixels (in 256ths) and targets of -1 and 1 to train on; pixels and labels to evaluate on."""
     digits = datasets.load_digits()
     pixels = (digits.data / 256).astype(np.float32)
     targets = np.where(np.eye(10)[digits.target] > 0, 1, -1).astype(np.float32)
