@@ -187,5 +187,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     for other in _ALSO_KNOWN_AS.get(name, ()):
         if other in known:
             return f" (did you mean {other!r}?)"
+    if name.lower() in known:
+        return f" (did you mean {name.lower()!r}?)"
     close = difflib.get_close_matches(name[:80], known, 1, 0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

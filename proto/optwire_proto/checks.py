@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from optwire_proto import catalogue, entries, errors, limits, patterns, specs
+from optwire_proto import catalogue, errors, limits, patterns, specs
 from optwire_proto.entries import REQUIRED, Entry, Parameter
 from optwire_proto.specs import Spec, Value, wrong
 
@@ -109,12 +109,31 @@ def check_names(spec: Spec, names: tuple[str, ...], known: Catalogue) -> None:
 
     Raises:
       SpecError: a pattern matches no leaf, or a leaf is in no group of a partition; lists the names.
+      LimitError: too many, too long patterns for so many leaves.
     """
+    work = 0
     for path, value, takes in by_takes(spec, known):
-        if takes == "mask" and not isinstance(value, bool):
-            patterns.mask(value, names, path)
-        elif takes == "groups":
-            patterns.groups([pattern for pattern, _ in value], names, path)
+        if takes == "groups":
+            listed = tuple(pattern for pattern, _ in value)
+        elif takes == "mask" and not isinstance(value, bool):
+            listed = (value,) if isinstance(value, str) else value
+        else:
+            continue
+        work += patterns.work(listed, names)
+        if work > limits.PATTERN_WORK_MAX:
+            raise _too_much(path, work)
+        _ = patterns.groups(listed, names, path) if takes == "groups" else patterns.mask(listed, names, path)
+
+
+def _too_much(path: str, work: int) -> errors.LimitError:
+    most = limits.PATTERN_WORK_MAX
+    return errors.LimitError(
+        f"{path}: matching these patterns takes {work} comparisons of characters, expected at most {most}; use fewer "
+        "or shorter patterns",
+        subject=path,
+        expected=f"at most {most}",
+        got=str(work),
+    )
 
 
 def by_takes(spec: Spec, known: Catalogue) -> Iterator[tuple[str, Value, str]]:
@@ -157,8 +176,9 @@ class _Checker:
         for parameter in entry.parameters:
             value = given.get(parameter.name, parameter.default)
             if value is REQUIRED:
+                why = "; it must be None: a line search needs the loss" if parameter.takes == "nothing" else ""
                 raise errors.SpecError(
-                    f"{inside}: missing argument {parameter.name!r}{_why_missing(parameter)}",
+                    f"{inside}: missing argument {parameter.name!r}{why}",
                     subject=f"{inside}.{parameter.name}",
                     expected=parameter.takes,
                     got="nothing",
@@ -339,11 +359,10 @@ class _Checker:
     def _named(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
         if not isinstance(value, tuple | list) or not value or not all(_is_pair(item) for item in value):
             raise wrong(path, "{name: transformation}", value)
-        for name, _ in value:
-            if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= limits.SPEC_NAME_BYTES_MAX:
-                raise wrong(path, f"names of 1 to {limits.SPEC_NAME_BYTES_MAX} printable characters", name)
-        if len({name for name, _ in value}) != len(value):
-            raise wrong(path, "every name once", value)
+        most = limits.SPEC_NAME_BYTES_MAX
+        names = {name for name, _ in value if isinstance(name, str) and name.isprintable() and 0 < len(name) <= most}
+        if len(names) != len(value):
+            raise wrong(path, f"every name once, names of 1 to {most} printable characters", value)
         return tuple((name, self._spec(parameter, member, f"{path}[{name!r}]", depth)) for name, member in value)
 
     def _optimizer(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
@@ -355,17 +374,15 @@ class _Checker:
 
 def _count(value: Value, levels: int = 3) -> int:
     """How many values an argument is; no parameter takes lists in lists deeper than mappings in a list."""
-    if not levels or not isinstance(value, tuple | list):
-        return 1
-    return 1 + sum(_count(item, levels - 1) for item in value)
+    items = value if levels and isinstance(value, tuple | list) else ()
+    return 1 + sum(_count(item, levels - 1) for item in items)
 
 
 def _number(kind: str, value: Value, path: str, further: str = "") -> Value:
     test, expected = _NUMBERS[kind]
     # 32 bits hold every count there is; a real number stands for a whole one nowhere.
     if not specs.is_number(value) or not test(value):
-        unbounded = isinstance(value, int | float) and not isinstance(value, bool) and not specs.is_number(value)
-        finite = ", finite and in 32 bits" if unbounded and kind != "number" else ""
+        finite = ", finite and in 32 bits" if type(value) in (int, float) and kind != "number" and test(value) else ""
         raise wrong(path, expected + finite + further, value)
     return value
 
@@ -396,10 +413,6 @@ def _check_whole(spec: Spec, where: str) -> None:
 def _check_ordered(boundaries: Value, where: str) -> None:
     if any(a > b for a, b in itertools.pairwise(boundaries)):
         raise wrong(f"{where}.boundaries", "boundaries that do not decrease", boundaries)
-
-
-def _why_missing(parameter: entries.Parameter) -> str:
-    return "; it must be None, as a line search needs the loss function" if parameter.takes == "nothing" else ""
 
 
 def _article(noun: str) -> str:

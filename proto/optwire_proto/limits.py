@@ -44,6 +44,8 @@ SPEC_BLOB_BYTES_MAX = 256 * KIB
 # Room for a blob as base64.
 SPEC_TEXT_FORM_BYTES_MAX = 512 * KIB
 PATTERN_CHARS_MAX = 256
+# Characters of patterns times characters of names, of one spec: seconds at worst, and 60 groups of 2,000 leaves.
+PATTERN_WORK_MAX = 100_000_000
 # Changes of hyperparameters kept with a session; older ones are folded into its spec.
 HYPERPARAM_CHANGES_MAX = 1024
 # And told of, where each is long.

@@ -8,6 +8,7 @@ array of a tree that is one array has the empty name, which ``**`` matches. Stan
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,11 @@ def matches(pattern: str, name: str) -> bool:
     return reached[-1]
 
 
+def work(patterns: Sequence[str], names: Sequence[str]) -> int:
+    """What matching costs at worst: each character of a pattern against each of a name."""
+    return sum(map(len, patterns)) * sum(map(len, names))
+
+
 Mask = str | bool | Sequence[str]
 
 
@@ -49,7 +55,11 @@ def mask(value: Mask, names: Sequence[str], path: str) -> tuple[bool, ...]:
     """
     if isinstance(value, bool):
         return (value,) * len(names)
-    listed = [value] if isinstance(value, str) else list(value)
+    return _mask((value,) if isinstance(value, str) else tuple(value), tuple(names), path)
+
+
+@functools.lru_cache(maxsize=256)  # one spec is built several times
+def _mask(listed: tuple[str, ...], names: tuple[str, ...], path: str) -> tuple[bool, ...]:
     found = {pattern: [matches(pattern.removeprefix("!"), name) for name in names] for pattern in listed}
     for pattern, hits in found.items():
         if not any(hits):
@@ -67,6 +77,11 @@ def groups(patterns: Sequence[str], names: Sequence[str], path: str) -> tuple[in
     Raises:
       SpecError: a name that no pattern matches; a pattern that matches nothing, or nothing that an earlier one left.
     """
+    return _groups(tuple(patterns), tuple(names), path)
+
+
+@functools.lru_cache(maxsize=256)
+def _groups(patterns: tuple[str, ...], names: tuple[str, ...], path: str) -> tuple[int, ...]:
     chosen: list[int | None] = [None] * len(names)
     for index, pattern in enumerate(patterns):
         hits = [k for k, name in enumerate(names) if matches(pattern, name)]

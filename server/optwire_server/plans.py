@@ -88,13 +88,14 @@ def changed(
       SpecError: a value that the argument cannot take, or that would need other slots.
     """
     base = at(plans, from_step)
-    values = {resolve(base.spec, name): value for name, value in hyperparams.items()}
+    values = _resolved(base.spec, hyperparams)
     earlier = [plan for plan in plans if plan.from_step < from_step]
     later = [plan for plan in plans if plan.from_step > from_step]
     same = base.values if base.from_step == from_step and from_step > 0 else {}
     made: list[Plan] = []
     spec = base.spec
-    for step, own in ((from_step, {**same, **values}), *((plan.from_step, plan.values) for plan in later)):
+    for step, own in ((from_step, _merged(same, values)), *((plan.from_step, plan.values) for plan in later)):
+        _check_there(spec, own, step)
         spec = checks.check(specs.replaced(spec, dict(own)), known=build.CATALOGUE)
         checks.check_length(spec)
         compiled = program_of(spec)
@@ -108,6 +109,47 @@ def changed(
             )
         made.append(make(spec, compiled, step, own))
     return (*earlier, *made), values
+
+
+def _resolved(spec: specs.Spec, hyperparams: Mapping[str, specs.Value]) -> dict[str, specs.Value]:
+    """New values by whole path; raises InvalidArgumentError where two of them are of one thing."""
+    values: dict[str, specs.Value] = {}
+    for name, value in hyperparams.items():
+        path = resolve(spec, name)
+        for other in values:
+            if path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
+                raise errors.InvalidArgumentError(
+                    f"hyperparams: {name[:80]!r} and another name give {other} two values",
+                    subject=name[:80],
+                    expected="one value for each argument",
+                    got=f"{other}, {path}"[:400],
+                )
+        values[path] = value
+    return values
+
+
+def _merged(before: Mapping[str, specs.Value], values: Mapping[str, specs.Value]) -> dict[str, specs.Value]:
+    """Changes of one step in one: what is new wins, and goes into a schedule that was set before."""
+    inside = {path for path in values if any(path.startswith(f"{outer}.") for outer in before)}
+    kept = {
+        path: specs.replaced(value, dict(values), path)
+        for path, value in before.items()
+        if not any(path.startswith(f"{outer}.") for outer in values)
+    }
+    return {**kept, **{path: value for path, value in values.items() if path not in inside}}
+
+
+def _check_there(spec: specs.Spec, values: Mapping[str, specs.Value], step: int) -> None:
+    """Raises InvalidArgumentError where a pending change is of something that this change takes away."""
+    there = {path for path, _ in specs.places(spec)}
+    for path in values:
+        if path not in there:
+            raise errors.InvalidArgumentError(
+                f"hyperparams: {path[-200:]} is to change at step {step}, and would not be there any more",
+                subject=path[-200:],
+                expected="changes that leave it there, or from that step on",
+                got=f"a change before step {step}",
+            )
 
 
 def resolve(spec: specs.Spec, name: str) -> str:

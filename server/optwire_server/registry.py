@@ -268,6 +268,9 @@ class Registry:
             while True:
                 now = live.plans
                 at = live.machine.step if from_step is None else from_step
+                # Before anything is compiled for it; again once it is, as the session moves on meanwhile.
+                check_incarnation(live.machine, incarnation)
+                machine.advance(live.machine, events.Changed(sessions.Change(at, ())))
                 plans, values = planning.changed(now, hyperparams, at, self._compiler(live))
                 change = sessions.Change(at, tuple(values.items()))
 

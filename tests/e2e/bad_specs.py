@@ -105,7 +105,7 @@ def masked(mask: Any) -> pb.Spec:
 
 
 NAMES = [
-    bad("a name misspelt", spec("adanw", **RATE), "adanw", "unknown optimizer (did you mean 'adamw'?)"),
+    bad("a name misspelt", spec("adamwd", **RATE), "adamwd", "unknown optimizer (did you mean 'adamw'?)"),
     bad("a name in capitals", spec("AdamW", **RATE), "AdamW", "(did you mean 'adamw'?)"),
     bad("a name like no other", spec("qqq", **RATE), "qqq", "unknown optimizer; expected one of sgd, momentum"),
     bad("no name", spec("", **RATE), "", "unknown optimizer"),
@@ -154,7 +154,7 @@ NAMES = [
     bad(
         "a program inside",
         chain(CLIP, spec("exported", update=b"program")),
-        "exported",
+        "chain.members[1].exported",
         "takes no programs",
         NOT_SERVED,
     ),
@@ -273,9 +273,15 @@ KINDS = [
         "a list of 4097 values, expected a list of at most 4096",
     ),
     bad(
-        "20,000 values in lists that are short enough",
-        chain(*[spec("clip", max_delta=1.0)] * 4000, *[spec("adaptive_grad_clip", clipping=1.0, axis=[0] * 9)] * 90),
-        "",
+        "24,000 values in lists that are short enough",
+        scheduled(
+            spec(
+                "join_schedules",
+                schedules=[spec("piecewise_constant", boundaries=range(4095), values=[0.1] * 4096)] * 3,
+                boundaries=[1, 2],
+            )
+        ),
+        "sgd.step_size.join_schedules.schedules[1].piecewise_constant.values",
         "more than 16384 values in one spec",
     ),
     bad(
@@ -370,6 +376,18 @@ KINDS = [
         "every name once",
     ),
     bad(
+        "a number as name in a chain",
+        spec("named_chain", args=[[1, SCALE]]),
+        "named_chain.args",
+        "expected every name once, names of 1 to 128 printable",
+    ),
+    bad(
+        "a name of 1,000 characters in a chain",
+        spec("named_chain", args={"x" * 1000: SCALE}),
+        "named_chain.args",
+        "expected every name once, names of 1 to 128 printable",
+    ),
+    bad(
         "a number in a named chain",
         spec("named_chain", args={"a": 1.0}),
         "named_chain.args['a']",
@@ -457,17 +475,17 @@ TABLES = [
     table("a table of two dimensions", array([0.1] * 4, [2, 2]), "expected an array of one dimension"),
     table("a table without dimensions", array([0.1], []), "expected an array of one dimension"),
     table("a table of nine dimensions", array([0.1], [1] * 9), "at most 8 dimensions"),
-    table("a table that is too short", array([0.1] * 3, [4]), "12 bytes, expected 16 bytes for f32[4]"),
-    table("a table that is too long", array([0.1] * 5, [4]), "20 bytes, expected 16 bytes for f32[4]"),
-    table("a table of half an element", pb.TensorValue(leaf=array([0.1]).leaf, data=b"123"), "3 bytes, expected 4"),
+    table("a table that is too short", array([0.1] * 3, [4]), "'12 bytes', expected 16 bytes for f32[4]"),
+    table("a table that is too long", array([0.1] * 5, [4]), "'20 bytes', expected 16 bytes for f32[4]"),
+    table("a table of half an element", pb.TensorValue(leaf=array([0.1]).leaf, data=b"123"), "'3 bytes', expected 4"),
     table("a table of 16-bit numbers", array([1], kind="h", data_type=tensor_pb.DATA_TYPE_F16), "element type of f32"),
     table("a table of an unknown type", array([1], data_type=99), "element type 99"),
     table("a table with a name", pb.TensorValue(leaf=tensor_pb.LeafSpec(name="x", shape=[1], data_type=1)), "'x'"),
     table("a table of 16,385 points", array([0.1] * 16_385), "at most 65536 bytes"),
     table("a list of 5,000 points", [0.1] * 5000, "expected a list of at most 4096 values, or an array"),
     table("a list of 300,000 points", range(300_000), "a list of 300000 values, expected a list of at most 4096"),
-    table("a table that says 10,000,000 points", array([0.1] * 100, [10**7]), "400 bytes, expected 40000000 bytes"),
-    table("a table that says 2**80 points", array([0.1], [2**40, 2**40]), "4 bytes, expected"),
+    table("a table that says 10,000,000 points", array([0.1] * 100, [10**7]), "'400 bytes', expected 40000000 bytes"),
+    table("a table that says 2**80 points", array([0.1], [2**40, 2**40]), "'4 bytes', expected"),
     table("a table of minus one points", array([0.1], [-1]), "at most 8 dimensions from 0 up"),
     table("a table with an empty dimension of many", array([], [0, 2**40]), "expected an array of one dimension"),
 ]
@@ -488,8 +506,8 @@ DEPTHS = [
 ]
 
 TEXTS = [
-    text("a name misspelt", "adamv(0.1)", "adamv", "the catalogue has no adamv; did you mean adamw?"),
-    text("a name misspelt beside named arguments", "adamv(learning_rate=0.1)", "adamv", "(did you mean 'adamw'?)"),
+    text("a name misspelt", "adamwd(0.1)", "adamwd", "the catalogue has no adamwd; did you mean adamw?"),
+    text("a name misspelt beside named arguments", "adamwd(learning_rate=0.1)", "adamwd", "(did you mean 'adamw'?)"),
     text("an argument misspelt", "adamw(0.1, weight_decy=0.1)", "adamw.weight_decy", "mean 'weight_decay'?"),
     text("an argument twice", "adam(0.1, step_size=0.2)", "adam.step_size", "step_size for the second time"),
     text("an argument too many", "sgd(0.1, 0.9)", "sgd", "at most 1 arguments without a name: step_size"),
@@ -576,12 +594,13 @@ class BadRequest:
     subject: str
     fragment: str
     reason: str = "INVALID_ARGUMENT"
+    code: str = "INVALID_ARGUMENT"
+    compiles: bool = False  # whether the mistake shows only in the state of a program
 
 
-def wrong(
-    name: str, session: str, subject: str, fragment: str, reason: str = "INVALID_ARGUMENT", **changes: Any
-) -> Any:
-    return pytest.param(BadRequest(session, changes, subject, fragment, reason), id=name)
+def wrong(name: str, session: str, subject: str, fragment: str, reason: str = INVALID[0], **more: Any) -> Any:
+    own = {key: more.pop(key) for key in ("code", "compiles") if key in more}
+    return pytest.param(BadRequest(session, more, subject, fragment, reason, **own), id=name)
 
 
 def extras(*pairs: tuple[str, Any]) -> list[pb.Argument]:
@@ -624,9 +643,8 @@ READS = [
 ]
 
 
-def change(name: str, session: str, subject: str, fragment: str, *pairs: Any, reason: str = "", **request: Any) -> Any:
-    hyperparams = extras(*pairs)
-    return wrong(name, session, subject, fragment, reason or "INVALID_ARGUMENT", hyperparams=hyperparams, **request)
+def change(name: str, session: str, subject: str, fragment: str, *pairs: Any, **more: Any) -> Any:
+    return wrong(name, session, subject, fragment, hyperparams=extras(*pairs), **more)
 
 
 SPEC = "INVALID_SPEC"
@@ -642,7 +660,22 @@ CHANGES = [
     change("a name that is none of its places", "plain", "sgd.step_size", "is none of", ("sgd.step_size", 0.5)),
     change("a name that means several", "grouped", "learning_rate", "means several: partition", ("learning_rate", 0.5)),
     change("the end of several", "grouped", "optax.sgd.learning_rate", "several", ("optax.sgd.learning_rate", 0.5)),
-    change("two names for one place", "plain", "", "", ("learning_rate", 0.5), ("adam.step_size", 0.6)),
+    change(
+        "two names for one place",
+        "plain",
+        "adam.step_size",
+        "give adam.step_size two values",
+        ("learning_rate", 0.5),
+        ("adam.step_size", 0.6),
+    ),
+    change(
+        "a schedule and what is inside it",
+        "averaged",
+        "transition_steps",
+        "and another name give",
+        ("learning_rate", 0.5),
+        ("transition_steps", 50),
+    ),
     change("a rate of NaN", "plain", "learning_rate", "nan, expected a finite number", ("learning_rate", NAN)),
     change("an infinite rate", "plain", "learning_rate", "inf, expected a finite number", ("learning_rate", INF)),
     change("a rate in words", "plain", "learning_rate", "'fast', expected a finite", ("learning_rate", "fast")),
@@ -700,7 +733,28 @@ CHANGES = [
         "needs another state than the session",
         ("memory_size", 2),
         reason=SPEC,
+        compiles=True,
     ),
-    change("a step that has passed", "plain", "from_step", "", ("learning_rate", 0.5), from_step=0),
+    change(
+        "a step that has passed", "plain", "from_step", "from_step 0, but the next", ("learning_rate", 0.5), from_step=0
+    ),
+    change(
+        "b1 from a step that has passed",
+        "plain",
+        "from_step",
+        "from_step 0, but the next step is",
+        ("b1", 0.25),
+        from_step=0,
+    ),
+    change(
+        "b1 for another incarnation",
+        "plain",
+        "plain",
+        "incarnation 9, expected 1",
+        ("b1", 0.75),
+        incarnation=9,
+        code="FAILED_PRECONDITION",
+        reason="WRONG_INCARNATION",
+    ),
     change("256 changes of one name", "plain", "hyperparams", "a name twice", *[("b1", 0.5)] * 256),
 ]

@@ -96,7 +96,8 @@ def _relative(remote: Any, local: Any) -> float:
 
 
 def _wide(leaf: Any) -> np.ndarray:
-    return np.asarray(leaf).astype(np.float64)
+    array = np.asarray(leaf)
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
 def _ulp(magnitude: np.ndarray, dtype: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
@@ -127,7 +128,14 @@ class _Local:
     """Optax's public names, those of ``optax.contrib`` among them, called as ``optwire.optax`` is."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(optax, name) if hasattr(optax, name) else getattr(optax.contrib, name)
+        maker = getattr(optax, name) if hasattr(optax, name) else getattr(optax.contrib, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # optimistic_adam is served as long as it is there
+                return maker(*args, **kwargs)
+
+        return called
 
 
 Local: Final = _Local()
@@ -139,7 +147,9 @@ def of_optax(made: Any, *, wants_loss: bool = False, views: Mapping[str, Callabl
     def update(step: Any, grads: Any, state: Any, loss: Any) -> Any:
         params, inner = state
         updates, inner = made.update(grads, inner, params, **({"value": loss} if wants_loss else {}))
-        return optax.apply_updates(params, updates), inner
+        moved = optax.apply_updates(params, updates)
+        # One transformation of optax, scale_by_distance_over_gradients, makes shape (1,) of scalars.
+        return jax.tree.map(lambda new, old: jnp.reshape(new, old.shape), moved, params), inner
 
     return Oracle(lambda params: (params, made.init(params)), update, lambda state: state[0], views or {})
 
@@ -207,7 +217,7 @@ _OPTIMIZERS: Final[dict[str, _Maker]] = {
     "muon": lambda o, kernels: o.muon(0.02, weight_decay=0.01, weight_decay_mask=kernels),
     "nadam": lambda o, kernels: o.nadam(0.01, b2=0.99),
     "nadamw": lambda o, kernels: o.nadamw(_linear(o), weight_decay=0.1, mask=kernels),
-    "noisy_sgd": lambda o, kernels: o.noisy_sgd(0.01, eta=0.1, seed=3),
+    "noisy_sgd": lambda o, kernels: o.noisy_sgd(0.01, eta=0.1, key=3),
     "novograd": lambda o, kernels: o.novograd(0.01, weight_decay=0.01),
     "optax.adagrad": lambda o, kernels: o.adagrad(0.1),
     "optax.adam": lambda o, kernels: o.adam(_linear(o), nesterov=True, mu_dtype="float32"),
@@ -233,7 +243,7 @@ _OPTIMIZERS: Final[dict[str, _Maker]] = {
 _TRANSFORMATIONS: Final[dict[str, _Maker]] = {
     "adaptive_grad_clip": _scaled(lambda o, kernels: o.adaptive_grad_clip(0.05)),
     "add_decayed_weights": _scaled(lambda o, kernels: o.add_decayed_weights(0.1, mask=kernels)),
-    "add_noise": _scaled(lambda o, kernels: o.add_noise(0.1, 0.55, seed=3)),
+    "add_noise": _scaled(lambda o, kernels: o.add_noise(0.1, 0.55, key=3)),
     "apply_every": _scaled(lambda o, kernels: o.apply_every(3)),
     "apply_if_finite": _scaled(lambda o, kernels: o.apply_if_finite(o.scale_by_adam(), 5)),
     "centralize": _scaled(lambda o, kernels: o.centralize()),

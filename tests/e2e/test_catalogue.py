@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from tests.e2e import catalogue_drift, catalogue_samples
+from tests.e2e import catalogue_drift, catalogue_samples, catalogue_table
 
 import optwire
 from optwire import optax as remote
@@ -36,8 +36,8 @@ REFUSED = sorted(name for name, entry in build.CATALOGUE.items() if entry.refusa
 FURTHER = {
     ("fromage", "float32"): (
         3e-6,
-        "it decays parameters by 1 / sqrt(1 + rate**2) - 1, which loses most digits in float32, where a rate that is an "
-        "operand is computed with; a constant is worked out in Python's 64 bits",
+        "it decays parameters by 1 / sqrt(1 + rate**2) - 1, which loses most digits in float32, and so for an operand; "
+        "Python works the constant out in 64 bits",
     )
 }
 
@@ -154,6 +154,17 @@ def test_which_eval_reads_what_optax_evaluates_schedule_free_optimizers_by(
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_master_weights_of_64_bits_keep_what_32_bits_would_lose(trusting: optwire.Client, dtype: Any) -> None:
+    spec = opt.master_weights(remote.sgd(1e-9), "float64")
+    with trusting.create_session({"w": np.ones(3, dtype)}, spec) as session:
+        for _ in range(200):
+            params = session.step({"w": np.ones(3, dtype)})
+    trusting.delete_session(session.name)
+    assert params["w"].dtype == dtype
+    np.testing.assert_allclose(params["w"], dtype(1 - 2e-7), rtol=1e-14)
+
+
 # ------------------------------------------------------------------------------------------------------ refused
 
 
@@ -175,10 +186,21 @@ def test_what_is_not_served_says_why(client: optwire.Client, entry: str) -> None
 
 # ------------------------------------------------------------------------------------------------------ complete
 
+
+def test_the_document_lists_what_there_is() -> None:
+    """Names and signatures; the figures beside them are of one machine. ``make catalogue`` writes it anew."""
+    rows = [row for row in catalogue_table.DOCUMENT.read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
+    listed = sorted(row.removeprefix("| `").partition("`")[0] for row in rows)
+    served = [catalogue_table.signature(entry) for entry in build.CATALOGUE.values() if not entry.refusal]
+    assert listed == sorted([*served, *REFUSED])
+    for name in REFUSED:
+        assert f"| `{name}` | {build.CATALOGUE[name].refusal} |" in rows
+
+
 # Arguments to try a public name of optax with: each stands in for all that the name demands.
 _TRIED = (0.5, 2, optax.identity(), lambda *_: jnp.float32(0.5), "linear", (0.5,), [lambda _: 0.5], {"a": 0.5}, None)
-# What makes a transformation of something, and is none: a type's constructor, or what optimizers are used with.
-_NO_MAKERS = {"GradientTransformation", "GradientTransformationExtraArgs", "WrappedSchedule"}
+# Types, and a function over states that gives back a number where it is given one.
+_NO_MAKERS = {"GradientTransformation", "GradientTransformationExtraArgs", "WrappedSchedule", "tree_map_params"}
 
 
 def test_whatever_public_name_of_optax_makes_a_transformation_or_schedule_is_in_the_catalogue() -> None:

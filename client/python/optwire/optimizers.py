@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optwire_proto import catalogue, checks, entries, spec_text, specs
+import numpy as np
+
+from optwire_proto import catalogue, checks, entries, limits, spec_text, specs
 
 Spec = specs.Spec
 Rate = float | Spec
@@ -65,6 +67,8 @@ def described(entry: entries.Entry, arguments: Mapping[str, Any]) -> Spec:
 
 def _plain(value: Any) -> Any:
     """NumPy's and other libraries' scalars and arrays as Python's numbers and lists, mappings as pairs."""
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return np.dtype(value).name
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, bytes):
@@ -177,6 +181,9 @@ def clip_by_leaf_norm(max_norm: float) -> Spec:
 
 def table(values: Sequence[float]) -> Spec:
     """A schedule given by one value for each step, at most 16,384 of them; the last one goes on."""
+    if len(values) > limits.SPEC_ARRAY_BYTES_MAX // 4:
+        most = limits.SPEC_ARRAY_BYTES_MAX // 4
+        raise specs.wrong("table.values", f"at most {most} numbers", f"{len(values)} numbers")
     numbers = _plain(values)
     if isinstance(numbers, tuple) and all(map(specs.is_number, numbers)):
         numbers = specs.Array.of("f32", (len(numbers),), numbers)
@@ -254,4 +261,6 @@ def parse(text: str) -> Spec:
     Raises:
       SpecError: says at which line, column and path it goes wrong.
     """
+    if not isinstance(text, str):
+        raise specs.wrong("spec", "text", text)
     return spec_text.parse(text, catalogue.CATALOGUE)

@@ -27,6 +27,8 @@ CATALOGUE: Final[Mapping[str, Entry]] = catalogue.merged(signatures.entries().va
 
 _SEED_OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "optimizer")
 _SEED_SCHEDULES: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "schedule")
+# What else replaces parameters by itself.
+_RULES: Final = ("accumulate", "on_nonfinite", "ema_params", "master_weights", "exported", "lookahead")
 _CLIPS: Final = (
     "adaptive_grad_clip",
     "clip",
@@ -90,18 +92,10 @@ class _Builder:
         inside = f"{path}.{spec.name}" if path else spec.name
         if spec.name in _SEED_OPTIMIZERS:
             return self._seed(spec, inside)
-        if spec.name in (
-            "chain",
-            "partition",
-            "accumulate",
-            "on_nonfinite",
-            "ema_params",
-            "master_weights",
-            "exported",
-        ):
-            return getattr(self, f"_{spec.name}")(spec, inside, leaves)
         if spec.name == "lookahead":
             return rule.lookahead(self._optax(spec, inside, leaves))
+        if spec.name in ("chain", "partition", *_RULES):
+            return getattr(self, f"_{spec.name}")(spec, inside, leaves)
         return self._optax(spec, inside, leaves)
 
     def transformation(self, spec: Spec, path: str, leaves: Sequence[int]) -> Any:
@@ -155,15 +149,15 @@ class _Builder:
     def _partition(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
         place = f"{inside}.transforms"
         transforms = spec["transforms"]
-        chosen = patterns.groups([pattern for pattern, _ in transforms], self._site.names, place)
+        chosen = patterns.groups(tuple(pattern for pattern, _ in transforms), self._site.names, place)
         members = [[i for i in leaves if chosen[i] == group] for group in range(len(transforms))]
         makes = [
             (member, f"{place}[{pattern!r}]", at) for (pattern, member), at in zip(transforms, members, strict=True)
         ]
-        made = [self._made(member, where, leaves) for member, where, _ in makes]
-        if not any(isinstance(found, Rule) for found in made):
-            labels = [chosen[i] for i in leaves]
-            return optax.partition(dict(enumerate(made)), labels)
+        if not any(_makes_rule(member) for member, _, _ in makes):
+            made = [self._made(member, where, leaves) for member, where, _ in makes]
+            return optax.partition(dict(enumerate(made)), [chosen[i] for i in leaves])
+        # Each is built for its own leaves: an exported program may serve no others.
         rules = [self.rule(member, where, at) for member, where, at in makes]
         position = {leaf: k for k, leaf in enumerate(leaves)}
         return rule.split(rules, [[position[i] for i in at] for at in members])
@@ -271,6 +265,15 @@ class _Builder:
 _LEFT_OUT: Final = object()
 
 
+def _makes_rule(spec: Spec) -> bool:
+    """Whether a spec describes a rule, and no optax transformation."""
+    if spec.name == "chain":
+        return _makes_rule(spec["members"][-1])
+    if spec.name == "partition":
+        return any(_makes_rule(member) for _, member in spec["transforms"])
+    return spec.name in _SEED_OPTIMIZERS or spec.name in _RULES
+
+
 @functools.lru_cache(maxsize=256)
 def _tried(data: bytes, leaves: tuple[trees.LeafSpec, ...]) -> imported.Imported:
     """A program that was run once for these leaves, in a process of its own; those tried last are remembered."""
@@ -335,19 +338,43 @@ def _by_leaf_norm(max_norm: float) -> Any:
     return optax.stateless(lambda grads, _: jax.tree.map(clipped, grads))
 
 
-def clips(spec: Spec, site: Site) -> Callable[[list[Any], list[Any]], Any] | None:
-    """What share of the gradients' elements the leading clip of a checked spec changes; None where there is none."""
+def clips(spec: Spec, site: Site, state: Any, *, closing: bool) -> Callable[[list[Any], list[Any]], Any] | None:
+    """What share of the gradients' elements the leading clip of a checked spec changes.
+
+    None where there is no clip, or where the push is only gathered and meets none. ``state`` is that of the spec's rule
+    before the push: a clip inside an accumulation meets the mean of what was gathered.
+    """
     found = _leading_clip(spec)
-    if found is None:
+    if found is None or (not closing and not _meets_each_push(spec)):
         return None
     made = _Builder(site).transformation(found, "", range(len(site.names)))
 
     def fraction(grads: list[Any], params: list[Any]) -> Any:
+        grads = _met(spec, grads, state)
         after, _ = made.update(grads, made.init(params), params)
         changed = sum(jnp.sum(a != b, dtype=jnp.float32) for a, b in zip(after, grads, strict=True))
         return changed / max(sum(g.size for g in grads), 1)
 
     return fraction
+
+
+def _meets_each_push(spec: Spec) -> bool:
+    """Whether the leading clip stands outside of any accumulation."""
+    inner = spec["optimizer"] if spec.name in _RULES[:4] else spec["members"][0] if spec.name == "chain" else None
+    return spec.name != "accumulate" and (inner is None or _meets_each_push(inner))
+
+
+def _met(spec: Spec, grads: list[Any], state: Any) -> list[Any]:
+    """Gradients of a push that closes a step as the leading clip meets them, behind the wrappers around it."""
+    if spec.name == "chain":
+        return _met(spec["members"][0], grads, state)
+    if spec.name == "accumulate":
+        grads = [((total + g) / spec["k"]).astype(g.dtype) for total, g in zip(state[0], grads, strict=True)]
+    elif spec.name == "on_nonfinite" and spec["policy"] == "zero":
+        grads = [jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)) for g in grads]
+    if spec.name not in _RULES[:4]:
+        return grads
+    return _met(spec["optimizer"], grads, state if spec.name == "master_weights" else state[-1])
 
 
 def _leading_clip(spec: Spec) -> Spec | None:

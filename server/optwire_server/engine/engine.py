@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import build, program
+from optwire_server.engine import admission, build, program
 
 T = TypeVar("T")
 
@@ -77,18 +77,20 @@ class Engine:
         """The spec complete, checked against the installed optax; raises SpecError, UnsupportedError."""
         checked = checks.check(spec, known=build.CATALOGUE)
         checks.check_length(checked)
-        if not self._allow_programs and specs.any_inside(checked, lambda found: found.name == "exported"):
-            raise errors.UnsupportedError(
-                "exported: this server takes no programs; its operator allows them with --allow-programs",
-                subject="exported",
-                expected="an optimizer of the catalogue",
-                got="exported",
-            )
+        for path, found in specs.places(checked):
+            if isinstance(found, specs.Spec) and found.name == "exported" and not self._allow_programs:
+                subject = f"{path}.exported" if path else "exported"
+                raise errors.UnsupportedError(
+                    f"{subject}: this server takes no programs; its operator allows them with --allow-programs",
+                    subject=subject,
+                    expected="an optimizer of the catalogue",
+                    got="exported",
+                )
         return checked
 
     def compile(self, spec: specs.Spec, tree: trees.TreeSpec) -> program.Program:
         """The program for a checked spec and a tree. May take seconds the first time; raises TreeError."""
-        program.check_tree(spec, tree)
+        admission.check(spec, tree)
         return self._programs.get(spec, tree)
 
     def hold(

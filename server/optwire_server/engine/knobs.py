@@ -82,7 +82,7 @@ def _of_argument(value: Value, place: str, leaf: _Leaf) -> Iterator[_Treatment]:
 
 def _of_group(spec: Spec, place: str, leaf: _Leaf) -> _Treatment:
     transforms = spec["transforms"]
-    chosen = patterns.groups([pattern for pattern, _ in transforms], leaf.names, place)[leaf.at]
+    chosen = patterns.groups(tuple(pattern for pattern, _ in transforms), leaf.names, place)[leaf.at]
     pattern, member = transforms[chosen]
     return _Treatment(group=(pattern,)).and_then(_treatment(member, f"{place}[{pattern!r}]", leaf))
 

@@ -19,10 +19,7 @@ from optwire_server.engine import build, granularity, rates, rule, telemetry
 # What JAX takes apart as the optimizer's state; it holds the parameters.
 OptState = Any
 
-# Optimizers whose formula is linear in the gradients, and so means the same for complex numbers.
-_COMPLEX = ("sgd", "momentum", "nesterov")
 _WIDE = ("f64", "c128")
-_FLOATING = ("f32", "f64", "bf16", "f16")
 # What a push brings along beside gradients, and what optax calls it.
 OPTAX_EXTRAS = {"loss": "value"}
 # How often a state's element types are followed to a fixed point: a 16-bit slot may become 32 bits wide, once.
@@ -70,7 +67,10 @@ class Program:
     def __init__(self, spec: specs.Spec, tree: trees.TreeSpec, device: jax.Device) -> None:
         self.spec = spec
         self._leaves = tree.leaves
-        self._wide = any(leaf.dtype in _WIDE for leaf in tree.leaves)
+        # Of leaves, or of slots that the spec asks for: without, JAX would quietly make 32 bits of them.
+        self._wide = any(leaf.dtype in _WIDE for leaf in tree.leaves) or specs.any_inside(
+            spec, lambda found: "float64" in (value for _, value in found.arguments)
+        )
         self.device = device
         self.rate_paths = tuple(rates.rates(spec))
         self.extras = checks.extras(spec, build.CATALOGUE)
@@ -155,10 +155,9 @@ class Program:
 
     def params(self, state: OptState, which: str = "") -> list[jax.Array]:
         """Parameters in a state; those of ``which == ""`` mostly share its memory."""
-        if not which and self._owns_params:
-            return list(self._params(state))
-        with self.precision():
-            return list(self._views[which](state))
+        with self.precision():  # for casts that change nothing, too: they are no part of a jaxpr, and would narrow here
+            read = self._params if not which and self._owns_params else self._views[which]
+            return list(read(state))
 
     def learning_rate(self, index: int) -> float | None:
         """What the schedule of the first learning rate gives for a step, or None where no schedule gives it."""
@@ -207,7 +206,7 @@ class Program:
                 finite = call.notes["finite"]
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
             if variant.telemetry:
-                clip = build.clips(self.spec, build.Site(self._leaves, {}))
+                clip = build.clips(self.spec, build.Site(self._leaves, {}), state, closing=variant.closing)
                 call.notes.update(telemetry.measure(grads, made.params(state), made.params(new), clip))
             return new, call.notes
 
@@ -270,84 +269,6 @@ class ProgramCache:
                     if len(self._programs) > self._programs_max:
                         self._programs.popitem(last=False)
                     self._compiling.pop(key, None)
-
-
-def check_tree(spec: specs.Spec, tree: trees.TreeSpec) -> None:
-    """Raises TreeError where an optimizer is not defined for a leaf's element type, SpecError for masks and groups."""
-    optimizer = checks.core(spec).name
-    split = specs.any_inside(spec, lambda found: found.name == "split_real_and_imaginary")
-    served = (*_FLOATING, "c64", "c128") if optimizer in _COMPLEX or split else _FLOATING
-    for leaf in tree.leaves:
-        if leaf.dtype not in served:
-            where = f"params[{leaf.name!r}]" if leaf.name else "params"
-            raise errors.TreeError(
-                f"{where}: {optimizer} is not defined for element type {leaf.dtype}; "
-                f"expected one of {', '.join(served)}",
-                subject=leaf.name,
-                expected=", ".join(served),
-                got=leaf.dtype,
-            )
-    checks.check_names(spec, tuple(leaf.name for leaf in tree.leaves), build.CATALOGUE)
-    _check_decay(spec, tree)
-    _check_accumulation(spec)
-    _check_policy(spec)
-
-
-def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
-    """Raises SpecError where Adam's second moment would be corrected by one minus one: its parameters never move."""
-    if specs.any_inside(spec, lambda found: found.name == "master_weights"):
-        return
-    for path, found in specs.places(spec):
-        if not isinstance(found, specs.Spec) or found.name != "adam":
-            continue
-        inside = f"{path}.adam" if path else "adam"
-        for leaf in tree.leaves:
-            if tensors.numpy_dtype(leaf.dtype).type(found["b2"]) == 1:
-                raise errors.SpecError(
-                    f"{inside}.b2: {found['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and "
-                    "no step would change it; use a smaller b2, such as 0.99, float32 parameters, or master_weights",
-                    subject=f"{inside}.b2",
-                    expected=f"a number below 1 in {leaf.dtype}",
-                    got=str(found["b2"]),
-                )
-
-
-def _check_accumulation(spec: specs.Spec) -> None:
-    """Raises SpecError unless there is at most one accumulate, and all leaves are in it: a push closes one step."""
-    found = [path for path, value in specs.places(spec) if isinstance(value, specs.Spec) and value.name == "accumulate"]
-    inside = [path for path in found if "partition.transforms[" in path]
-    if len(found) > 1 or inside:
-        path = (inside or found[1:])[0]
-        raise errors.SpecError(
-            f"{path}: accumulate inside {'a partition' if inside else 'another accumulate'}; one accumulate around all "
-            "parameters is served",
-            subject=path,
-            expected="one accumulate around all parameters",
-            got=f"{len(found)}",
-        )
-
-
-def _check_policy(spec: specs.Spec) -> None:
-    """Raises SpecError where a policy for what is not finite could not be kept, or its count would mean nothing."""
-    found = [
-        (path, value["policy"])
-        for path, value in specs.places(spec)
-        if isinstance(value, specs.Spec) and value.name == "on_nonfinite"
-    ]
-    skips = [path for path, policy in found if policy == "skip"]
-    problem = ""
-    for path, policy in found:
-        if policy == "reject" and "accumulate.optimizer" in path:
-            problem = "'reject' inside accumulate, which has taken all pushes but one by then"
-        elif policy == "skip" and ("partition.transforms[" in path or path != skips[0]):
-            problem = "'skip' for a part of the parameters, or twice; a push is skipped as a whole"
-        if problem:
-            raise errors.SpecError(
-                f"{path}: on_nonfinite with {problem}; put one on_nonfinite around everything",
-                subject=path,
-                expected="on_nonfinite around everything",
-                got=policy,
-            )
 
 
 def _inside_accumulation(spec: specs.Spec) -> bool:

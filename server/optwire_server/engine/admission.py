@@ -1,0 +1,88 @@
+"""Whether an optimizer can serve a tree: element types, patterns, and what no argument shows alone."""
+
+from __future__ import annotations
+
+from optwire_proto import checks, errors, specs, tensors, trees
+from optwire_server.engine import build
+
+# Optimizers whose formula is linear in the gradients, and so means the same for complex numbers.
+_COMPLEX = ("sgd", "momentum", "nesterov")
+_FLOATING = ("f32", "f64", "bf16", "f16")
+
+
+def check(spec: specs.Spec, tree: trees.TreeSpec) -> None:
+    """Raises TreeError where an optimizer is not defined for a leaf's element type, SpecError for masks and groups."""
+    optimizer = checks.core(spec).name
+    split = specs.any_inside(spec, lambda found: found.name == "split_real_and_imaginary")
+    served = (*_FLOATING, "c64", "c128") if optimizer in _COMPLEX or split else _FLOATING
+    for leaf in tree.leaves:
+        if leaf.dtype not in served:
+            where = f"params[{leaf.name!r}]" if leaf.name else "params"
+            raise errors.TreeError(
+                f"{where}: {optimizer} is not defined for element type {leaf.dtype}; "
+                f"expected one of {', '.join(served)}",
+                subject=leaf.name,
+                expected=", ".join(served),
+                got=leaf.dtype,
+            )
+    checks.check_names(spec, tuple(leaf.name for leaf in tree.leaves), build.CATALOGUE)
+    _check_decay(spec, tree)
+    _check_accumulation(spec)
+    _check_policy(spec)
+
+
+def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
+    """Raises SpecError where Adam's second moment would be corrected by one minus one: its parameters never move."""
+    if specs.any_inside(spec, lambda found: found.name == "master_weights"):
+        return
+    for path, found in specs.places(spec):
+        if not isinstance(found, specs.Spec) or found.name != "adam":
+            continue
+        inside = f"{path}.adam" if path else "adam"
+        for leaf in tree.leaves:
+            if tensors.numpy_dtype(leaf.dtype).type(found["b2"]) == 1:
+                raise errors.SpecError(
+                    f"{inside}.b2: {found['b2']} rounds to 1 in {leaf.dtype}, the type of params[{leaf.name!r}], and "
+                    "no step would change it; use a smaller b2, such as 0.99, float32 parameters, or master_weights",
+                    subject=f"{inside}.b2",
+                    expected=f"a number below 1 in {leaf.dtype}",
+                    got=str(found["b2"]),
+                )
+
+
+def _check_accumulation(spec: specs.Spec) -> None:
+    """Raises SpecError unless there is at most one accumulate, and all leaves are in it: a push closes one step."""
+    found = [path for path, value in specs.places(spec) if isinstance(value, specs.Spec) and value.name == "accumulate"]
+    inside = [path for path in found if "partition.transforms[" in path]
+    if len(found) > 1 or inside:
+        path = (inside or found[1:])[0]
+        raise errors.SpecError(
+            f"{path}: accumulate inside {'a partition' if inside else 'another accumulate'}; one accumulate around all "
+            "parameters is served",
+            subject=path,
+            expected="one accumulate around all parameters",
+            got=f"{len(found)}",
+        )
+
+
+def _check_policy(spec: specs.Spec) -> None:
+    """Raises SpecError where a policy for what is not finite could not be kept, or its count would mean nothing."""
+    found = [
+        (path, value["policy"])
+        for path, value in specs.places(spec)
+        if isinstance(value, specs.Spec) and value.name == "on_nonfinite"
+    ]
+    skips = [path for path, policy in found if policy == "skip"]
+    problem = ""
+    for path, policy in found:
+        if policy == "reject" and "accumulate.optimizer" in path:
+            problem = "'reject' inside accumulate, which has taken all pushes but one by then"
+        elif policy == "skip" and ("partition.transforms[" in path or path != skips[0]):
+            problem = "'skip' for a part of the parameters, or twice; a push is skipped as a whole"
+        if problem:
+            raise errors.SpecError(
+                f"{path}: on_nonfinite with {problem}; put one on_nonfinite around everything",
+                subject=path,
+                expected="on_nonfinite around everything",
+                got=policy,
+            )

@@ -1,0 +1,151 @@
+"""What compiles, and what must not. JAX itself counts: it reports the time that each compilation took.
+
+The promise: "Changing the learning rate 1,000 times: zero compilations (counted). Two sessions with different
+elementwise rates share one executable."
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import optwire
+from optwire import optax as remote
+from optwire import optimizers as opt
+from optwire_proto import checks, trees
+from optwire_server.engine import build, program
+
+# Reported by JAX once for each module that XLA compiles, on whichever thread.
+EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Compilations:
+    """How many there have been since it was made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def hear(self, event: str, duration_s: float, **_: Any) -> None:
+        self.count += event == EVENT
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Compilations]:
+    heard = Compilations()
+    jax.monitoring.register_event_duration_secs_listener(heard.hear)
+    try:
+        yield heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard.hear)
+
+
+def params(size: int = 5) -> dict[str, Any]:
+    return {"dense": {"kernel": np.ones((size, 3), np.float32), "bias": np.ones(3, np.float32)}}
+
+
+SPECS = {
+    "adam": opt.adam(0.1),
+    "optax.adam": remote.adam(0.1),
+    "adamw in a chain": opt.chain(remote.clip_by_global_norm(1.0), remote.adamw(0.1, mask="**/kernel")),
+    "sgd": opt.sgd(0.1),
+}
+
+
+def test_the_counter_counts_compilations_on_any_thread(client: optwire.Client) -> None:
+    with counted() as heard:
+        jax.jit(lambda x: x * 3.25)(np.ones(17)).block_until_ready()
+        here = heard.count
+        assert here >= 1
+        # Of a shape that no other test has: the server's threads compile for it.
+        with client.create_session(params(23), opt.adam(0.1)) as session:
+            assert heard.count > here
+    client.delete_session(session.name)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_thousand_learning_rates_compile_nothing(client: optwire.Client, spec: opt.Spec) -> None:
+    with client.create_session(params(), spec) as session:
+        # The first reading of a scalar on the device may compile how it is read.
+        session.set_hyperparams(learning_rate=0.05)
+        session.step(params())
+        with counted() as heard:
+            for k in range(1000):
+                rate = 0.1 + k / 1000
+                session.set_hyperparams(learning_rate=rate)
+                if k % 50 == 0:
+                    session.step(params())
+                    assert session.last_ack is not None
+                    assert session.last_ack.learning_rate == rate
+            assert session.info().learning_rate == 0.1 + 999 / 1000
+            session.step(params())
+        assert heard.count == 0
+        assert session.step_count == 22
+    client.delete_session(session.name)
+
+
+def test_changed_rates_give_the_bits_of_an_optimizer_made_with_them(client: optwire.Client) -> None:
+    """That nothing compiled must not mean that nothing changed."""
+    changed, made = (client.create_session(params(), remote.sgd(rate)) for rate in (0.1, 0.7))
+    changed.set_hyperparams(learning_rate=0.7)
+    ours, theirs = changed.step(params()), made.step(params())
+    np.testing.assert_array_equal(ours["dense"]["kernel"], theirs["dense"]["kernel"])
+    assert ours["dense"]["bias"][0] == np.float32(1) - np.float32(0.7)
+    for session in (changed, made):
+        session.close()
+        client.delete_session(session.name)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_session_with_other_rates_compiles_nothing(client: optwire.Client, spec: opt.Spec) -> None:
+    first = client.create_session(params(), spec)
+    first.step(params())
+    other = opt.parse(str(spec).replace("=0.1", "=0.025"))
+    assert other != spec
+    with counted() as heard, client.create_session(params(), other) as second:
+        second.step(params())
+    assert heard.count == 0
+    first.close()
+    for session in (first, second):
+        client.delete_session(session.name)
+
+
+def test_specs_that_differ_in_rates_are_one_program() -> None:
+    cache = program.ProgramCache(jax.devices()[0])
+    tree = trees.flatten(params()).spec
+
+    def made(text: str) -> program.Program:
+        return cache.get(checks.check(opt.parse(text), known=build.CATALOGUE), tree)
+
+    assert made("optax.adam(0.1)") is made("optax.adam(0.2)") is made("optax.adam(2)")
+    assert made("partition({'**/bias': sgd(1.0), '**': adam(0.1)})") is made(
+        "partition({'**/bias': sgd(0.5), '**': adam(0.3)})"
+    )
+    assert made("optax.adam(0.1)") is not made("optax.adam(0.1, b1=0.8)")
+    # A constant schedule is a number in other words.
+    assert made("optax.adam(constant_schedule(0.1))") is made("optax.adam(constant_schedule(0.2))")
+
+
+def test_a_schedule_replaced_by_a_number_and_back_compiles_once_each(client: optwire.Client) -> None:
+    schedule = remote.cosine_decay_schedule(0.1, 1000)
+    with client.create_session(params(), remote.adam(schedule)) as session:
+        session.step(params())
+        with counted() as heard:
+            session.set_hyperparams(learning_rate=0.5)
+            session.step(params())
+            assert session.last_ack is not None
+            assert session.last_ack.learning_rate == 0.5
+        assert heard.count <= 2, "the update with a rate as an operand, unless another session has it"
+        with counted() as heard:
+            session.set_hyperparams(learning_rate=schedule)
+            session.step(params())
+            assert session.last_ack.learning_rate == pytest.approx(float(0.05 * (1 + np.cos(np.pi * 2 / 1000))))
+            for rate in (0.5, 0.25, schedule, 0.125, schedule):
+                session.set_hyperparams(learning_rate=rate)
+                session.step(params())
+        assert heard.count == 0, "the programs of both are there"
+    client.delete_session(session.name)
