@@ -139,6 +139,10 @@ catalogue: .venv/.dev ## read optax's signatures anew, into the copy that client
 	@$(PY) -W ignore -m optwire_server.engine.signatures > .venv/optax_entries.py
 	@mv .venv/optax_entries.py proto/optwire_proto/optax_entries.py
 
+.PHONY: catalogue-docs
+catalogue-docs: .venv/.dev ## measure every entry of the catalogue and write docs/catalogue.md; takes minutes
+	@$(PY) -m tests.e2e.catalogue_table
+
 .PHONY: catalogue-check
 catalogue-check: .venv/.dev ## does that copy say what the installed optax says?
 	@here=$$($(PY) -c 'import optax; print(optax.__version__)') && \

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from optwire_proto import catalogue, checks, errors, sessions, specs, trees
+from optwire_proto import catalogue, checks, errors, limits, sessions, specs, trees
 from optwire_server.engine import build, knobs, program
 from optwire_server.engine import rates as learning_rates
 
@@ -86,11 +86,20 @@ def changed(
     Raises:
       InvalidArgumentError: a name that means nothing, or several values.
       SpecError: a value that the argument cannot take, or that would need other slots.
+      LimitError: changes for too many steps are waiting.
     """
     base = at(plans, from_step)
     values = _resolved(base.spec, hyperparams)
     earlier = [plan for plan in plans if plan.from_step < from_step]
     later = [plan for plan in plans if plan.from_step > from_step]
+    if len(earlier) + 1 + len(later) > limits.HYPERPARAM_STEPS_MAX + 1:  # and the one that is in effect
+        raise errors.LimitError(
+            f"hyperparams: changes are waiting for {limits.HYPERPARAM_STEPS_MAX} steps to come, the limit; make this one "
+            "later, or set a schedule",
+            subject="from_step",
+            expected=f"at most {limits.HYPERPARAM_STEPS_MAX} steps to come",
+            got=f"step {from_step} beside them",
+        )
     same = base.values if base.from_step == from_step and from_step > 0 else {}
     made: list[Plan] = []
     spec = base.spec

@@ -266,7 +266,7 @@ class Registry:
         live = self._find(id_=id_, name=name)
         with live.preparing:
             while True:
-                now = live.plans
+                now = planning.current(live.plans, live.machine.step)
                 at = live.machine.step if from_step is None else from_step
                 # Before anything is compiled for it; again once it is, as the session moves on meanwhile.
                 check_incarnation(live.machine, incarnation)

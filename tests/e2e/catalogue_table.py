@@ -29,10 +29,9 @@ LARGE: Final = {"conv": {"kernel": (3, 3, 32, 64)}, "dense": {"bias": (256,), "k
 _INTRODUCTION: Final = """\
 # Catalogue
 
-What a spec may name. Entries without a prefix or an origin are the seed's or optwire's own; the rest is optax's, of the
-version that the server has installed, by optax's own names, arguments and defaults. Where the seed has the same name,
-optax's is written `optax.adam`. [specs.md](specs.md) says how specs are written, and `optwire optimizers` prints what a
-server at hand has.
+What a spec may name. The seed's names and what surrounds an update are optwire's own; the rest is optax's, of the
+version that the server has, by optax's names, arguments and defaults. Where the seed has the same name, optax's is
+written `optax.adam`. [specs.md](specs.md) says how specs are written; `optwire optimizers` prints what a server has.
 """
 _TITLES: Final = {
     "optimizer": "Optimizers",
@@ -123,7 +122,7 @@ def _method() -> Iterator[str]:
     yield f"""\
 ## How this was made
 
-By `make catalogue`, with {versions}, on a {platform.machine()} CPU. `tests/e2e/test_catalogue.py` repeats the
+By `make catalogue-docs`, with {versions}, on a {platform.machine()} CPU. `tests/e2e/test_catalogue.py` repeats the
 measurements and holds them to their bounds; `tests/server/test_schedules.py` holds schedules to theirs, bit for bit.
 
 Each entry made {catalogue_samples.STEPS} steps with random gradients over a tree with convolution kernels, a matrix, a

@@ -323,6 +323,25 @@ def test_a_rejected_push_changes_nothing_of_what_is_around_the_policy(client: op
             assert bits(session.params(which)) == bits(calm.params(which)), which
 
 
+@pytest.mark.parametrize("outer", ["ema_params", "chain", "momentum and average"])
+def test_a_skipped_push_changes_nothing_of_what_is_around_the_policy(client: optwire.Client, outer: str) -> None:
+    """A momentum outside would keep a NaN for good, and skip all that follows."""
+    around = {
+        "momentum and average": lambda inner: opt.ema_params(opt.chain(remote.trace(0.9), inner), debias=True)
+    } | AROUND_A_REFUSAL
+    spec = around[outer](opt.on_nonfinite(opt.momentum(0.1, 0.9), "skip"))
+    session, calm = client.create_session(PARAMS, spec), client.create_session(PARAMS, spec)
+    for g in GRADS[:4]:
+        session.step(with_nan(g))
+        assert session.last_ack is not None
+        assert session.last_ack.metrics == {"skipped": 1.0}
+        session.step(g)
+        assert session.last_ack.metrics == {}
+        calm.step(g)
+        for which in ("", *session.describe().views):
+            assert bits(session.params(which)) == bits(calm.params(which)), which
+
+
 @pytest.mark.parametrize("name", ["seed", "optax"])
 def test_a_push_that_is_not_finite_is_skipped_and_counted(client: optwire.Client, name: str) -> None:
     namespace: Any = opt if name == "seed" else remote

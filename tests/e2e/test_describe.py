@@ -308,6 +308,8 @@ def test_what_is_not_served_says_why(client: optwire.Client) -> None:
     refused = {name: entry.refusal for name, entry in catalogue.items() if entry.refusal}
     assert {"conditionally_transform", "monitor", "measure_with_ema"} <= set(refused)
     for name, reason in refused.items():
+        if name == "optax.chain":
+            continue  # in Python and in text another name for optwire's own
         with pytest.raises(optwire.UnsupportedError, match="is not served: ") as caught:
             getattr(remote, name.removeprefix("optax."))
         assert reason in str(caught.value)

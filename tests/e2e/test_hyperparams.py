@@ -395,6 +395,25 @@ def test_the_newest_changes_are_kept(client: optwire.Client) -> None:
     assert push(session, 1) == [1199.0]
 
 
+def test_changes_wait_for_so_many_steps_and_no_more(client: optwire.Client) -> None:
+    session = client.create_session(PARAMS, opt.sgd(0.1))
+    for step in range(256, 0, -1):
+        session.set_hyperparams(learning_rate=float(step), from_step=step)
+    before = session.info()
+    with pytest.raises(optwire.LimitError, match="waiting for 256 steps to come"):
+        session.set_hyperparams(learning_rate=0.5, from_step=300)
+    assert session.info() == before
+    # What is in effect, and a step that has a change already, are no more of them.
+    session.set_hyperparams(learning_rate=0.25)
+    session.set_hyperparams(learning_rate=7.5, from_step=2)
+    assert push(session, 3) == [0.25, 1.0, 7.5]
+    # As steps pass there is room again.
+    session.set_hyperparams(learning_rate=0.5, from_step=300)
+    session.set_hyperparams(learning_rate=0.5, from_step=301)
+    with pytest.raises(optwire.LimitError):
+        session.set_hyperparams(learning_rate=0.5, from_step=302)
+
+
 # ---------------------------------------------------------------------------------------------- ends, retries, races
 
 

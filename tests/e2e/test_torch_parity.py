@@ -4,8 +4,8 @@ The promise: "≤ 1e-6 relative where the formulas agree; where torch and optax 
 ``docs/torch.md`` is the table for people; a test here holds it to the cases.
 
 A small network is trained for 200 steps. In float64 both sides follow their own parameters, as in real training; and
-both get the gradients of torch's run, where what is compared is the optimizer and not the network. In float32 only that:
-the rounding of one step changes the gradients of the next.
+both get the gradients of torch's run, so that the optimizer is compared and not the network. In float32 only that: the
+rounding of one step changes the gradients of the next.
 """
 
 from __future__ import annotations

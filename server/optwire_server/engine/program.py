@@ -202,7 +202,8 @@ class Program:
             if variant.scaled:
                 grads = [_unscaled(g, operands.grad_scale) for g in grads]
             new = jax.tree.map(_kept, made.update(grads, state, call), state)
-            if self.rejects and "finite" in call.notes:  # what is around the policy keeps its state, too
+            whole = self.rejects or self.forfeits == 1  # what is around the policy keeps its state, too
+            if whole and "finite" in call.notes:
                 finite = call.notes["finite"]
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
             if variant.telemetry:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jax import lax
+
+# Of the exponent and of the mantissa.
+_BITS: Final = {"bfloat16": (8, 7), "float16": (5, 10)}
 
 
 def measure(
@@ -40,7 +43,7 @@ def norm(leaves: list[Any]) -> Any:
 def _wide(leaf: Any) -> Any:
     """A leaf in 32 bits at least, rounded as it is kept: XLA leaves out a rounding to 16 bits that is undone again."""
     wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    if wide.dtype == leaf.dtype:
+    if leaf.dtype.name not in _BITS:
         return wide
-    kept = jnp.finfo(leaf.dtype)
-    return lax.reduce_precision(wide, exponent_bits=kept.nexp, mantissa_bits=kept.nmant)
+    exponent, mantissa = _BITS[leaf.dtype.name]
+    return lax.reduce_precision(wide, exponent_bits=exponent, mantissa_bits=mantissa)
