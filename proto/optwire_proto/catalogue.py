@@ -166,7 +166,7 @@ AROUND: Final = (
 
 OURS: Final[Mapping[str, Entry]] = {entry.name: entry for entry in (*SEED, *AROUND)}
 # Names of the hyperparameter that everyone calls the learning rate.
-RATES: Final = ("learning_rate", "step_size", "max_learning_rate")
+RATES: Final = ("learning_rate", "step_size", "step_size_fn", "max_learning_rate")
 
 
 def merged(optax_entries: Iterable[Entry]) -> Mapping[str, Entry]:

@@ -32,6 +32,8 @@ SPEC_NAME_BYTES_MAX = 128
 SPEC_TEXT_BYTES_MAX = 4 * KIB
 # Numbers of a spec are computed with in 32 bits or fewer, unless the parameters have 64; larger ones would be infinite.
 SPEC_NUMBER_MAX = 3.4028234663852886e38
+# Smaller ones are 0 where the update divides by them.
+GRAD_SCALE_MIN = 1.1754943508222875e-38
 SPEC_DEPTH_MAX = 16
 # On the wire a chain counts twice, as a spec and as a list; a guard against bombs, the rule is the one above.
 SPEC_WIRE_DEPTH_MAX = 40

@@ -94,8 +94,8 @@ def changed(
     later = [plan for plan in plans if plan.from_step > from_step]
     if len(earlier) + 1 + len(later) > limits.HYPERPARAM_STEPS_MAX + 1:  # and the one that is in effect
         raise errors.LimitError(
-            f"hyperparams: changes are waiting for {limits.HYPERPARAM_STEPS_MAX} steps to come, the limit; make this one "
-            "later, or set a schedule",
+            f"hyperparams: changes are waiting for {limits.HYPERPARAM_STEPS_MAX} steps to come, the limit; make this "
+            "one later, or set a schedule",
             subject="from_step",
             expected=f"at most {limits.HYPERPARAM_STEPS_MAX} steps to come",
             got=f"step {from_step} beside them",

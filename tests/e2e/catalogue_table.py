@@ -1,4 +1,4 @@
-"""``docs/catalogue.md``: every entry of the catalogue, with what was measured of it. ``make catalogue`` calls this.
+"""``docs/catalogue.md``: every entry of the catalogue, with what was measured of it (``make catalogue-docs``).
 
 python -m tests.e2e.catalogue_table    # writes docs/catalogue.md; takes some minutes
 """

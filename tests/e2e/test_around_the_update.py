@@ -300,6 +300,16 @@ def test_a_policy_that_could_not_be_kept_is_refused_by_its_path(
     assert caught.value.subject == subject
 
 
+def test_parameters_that_would_overflow_in_half_precision_are_rejected(client: optwire.Client) -> None:
+    start = {"w": np.full(3, 60000, np.float16)}
+    session = client.create_session(start, opt.on_nonfinite(opt.master_weights(opt.sgd(1.0))))
+    with pytest.raises(optwire.NonFiniteError, match="the update would make the state infinite"):
+        session.step({"w": np.full(3, -10000, np.float16)})
+    np.testing.assert_array_equal(
+        session.step({"w": np.full(3, -4000, np.float16)})["w"], np.full(3, 64000, np.float16)
+    )
+
+
 # Specs whose outer parts keep something, too: a refused push must leave that alone as well.
 AROUND_A_REFUSAL: dict[str, Callable[[opt.Spec], opt.Spec]] = {
     "ema_params": lambda inner: opt.ema_params(inner, decay=0.5),

@@ -188,7 +188,7 @@ def test_what_is_not_served_says_why(client: optwire.Client, entry: str) -> None
 
 
 def test_the_document_lists_what_there_is() -> None:
-    """Names and signatures; the figures beside them are of one machine. ``make catalogue`` writes it anew."""
+    """Names and signatures; the figures beside them are of one machine. ``make catalogue-docs`` writes it anew."""
     rows = [row for row in catalogue_table.DOCUMENT.read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
     listed = sorted(row.removeprefix("| `").partition("`")[0] for row in rows)
     served = [catalogue_table.signature(entry) for entry in build.CATALOGUE.values() if not entry.refusal]

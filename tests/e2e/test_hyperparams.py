@@ -408,10 +408,10 @@ def test_changes_wait_for_so_many_steps_and_no_more(client: optwire.Client) -> N
     session.set_hyperparams(learning_rate=7.5, from_step=2)
     assert push(session, 3) == [0.25, 1.0, 7.5]
     # As steps pass there is room again.
-    session.set_hyperparams(learning_rate=0.5, from_step=300)
-    session.set_hyperparams(learning_rate=0.5, from_step=301)
+    for step in (300, 301, 302):  # 1 and 2 are over, and 3 is in effect
+        session.set_hyperparams(learning_rate=0.5, from_step=step)
     with pytest.raises(optwire.LimitError):
-        session.set_hyperparams(learning_rate=0.5, from_step=302)
+        session.set_hyperparams(learning_rate=0.5, from_step=303)
 
 
 # ---------------------------------------------------------------------------------------------- ends, retries, races

@@ -62,9 +62,12 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.P
 
 def _options(message: pb.PushBegin) -> sessions.PushOptions:
     scale = message.grad_scale or 1.0
-    if not (0 < scale <= limits.SPEC_NUMBER_MAX):  # False for NaN
+    if not limits.GRAD_SCALE_MIN <= scale <= limits.SPEC_NUMBER_MAX:  # NaN is neither
         raise errors.InvalidArgumentError(
-            f"push.grad_scale: {scale}, expected a positive finite number", subject="grad_scale", got=str(scale)
+            f"push.grad_scale: {scale}, expected a positive finite number that is normal in 32 bits",
+            subject="grad_scale",
+            expected="a positive finite number that is normal in 32 bits",
+            got=str(scale),
         )
     extras: dict[str, float] = {}
     for argument in message.extras:

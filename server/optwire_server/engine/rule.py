@@ -156,7 +156,8 @@ def on_nonfinite(rule: Rule, policy: str) -> Rule:
             grads = [jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)) for g in grads]
             return taken + 1, rule.update(grads, inner, call)
         new = rule.update(grads, inner, dataclasses.replace(call, index=taken))
-        finite = all_finite(grads) & all_finite(jax.tree.leaves(new))
+        # Parameters may be narrower than the state: what master weights hold can be infinite in f16.
+        finite = all_finite([*grads, *jax.tree.leaves(new), *rule.params(new)])
         call.notes["finite"] = finite & call.notes.get("finite", True)
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, inner)
         return taken + finite.astype(taken.dtype), kept
