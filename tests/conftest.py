@@ -1,7 +1,9 @@
 """The real server, once for all tests, and a client of it for each."""
 
+import gc
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 import optwire
@@ -18,3 +20,11 @@ def server() -> Iterator[testing.Serving]:
 def client(server: testing.Serving) -> Iterator[optwire.Client]:
     with optwire.connect(server.target) as client:
         yield client
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """What one module compiled, the next need not carry along: thousands of programs make all others slow."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -382,8 +382,8 @@ def _number(kind: str, value: Value, path: str, further: str = "") -> Value:
     test, expected = _NUMBERS[kind]
     # 32 bits hold every count there is; a real number stands for a whole one nowhere.
     if not specs.is_number(value) or not test(value):
-        finite = ", finite and in 32 bits" if type(value) in (int, float) and kind != "number" and test(value) else ""
-        raise wrong(path, expected + finite + further, value)
+        strange = type(value) in (int, float) and not specs.is_number(value)  # NaN, infinite, or beyond 32 bits
+        raise wrong(path, expected + ", finite and in 32 bits" * (strange and kind != "number") + further, value)
     return value
 
 
