@@ -2,7 +2,7 @@
 
 What a ``Parameter.takes`` may be:
 
-    number positive nonnegative fraction decay count index   numbers, see ``_NUMBERS``
+    number positive nonnegative fraction decay count index few   numbers, see ``_NUMBERS``
     rate:KIND          a number of that kind, or a schedule
     flag dtype text    True or False; "float32", "bfloat16", ...; one of ``choices``
     numbers array      a list of numbers; an Array (or a list of numbers, which becomes one)
@@ -34,6 +34,10 @@ _NUMBERS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "decay": (lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1"),
     "count": (lambda value: isinstance(value, int) and value > 0, "a whole number from 1 up"),
     "index": (lambda value: isinstance(value, int) and value >= 0, "a whole number from 0 up"),
+    "few": (
+        lambda value: isinstance(value, int) and 0 < value <= limits.SPEC_FEW_MAX,
+        f"a whole number from 1 to {limits.SPEC_FEW_MAX}",
+    ),
 }
 DTYPES: Final = ("float32", "float64", "bfloat16", "float16")
 _TRANSFORMS: Final = ("optimizer", "transformation", "wrapper")
@@ -302,8 +306,8 @@ class _Checker:
         )
 
     def _mappings(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
-        if not isinstance(value, tuple | list) or not value:
-            raise wrong(path, "a list of {name: number}", value)
+        if not isinstance(value, tuple | list) or not 0 < len(value) <= limits.SPEC_FEW_MAX:
+            raise wrong(path, f"a list of 1 to {limits.SPEC_FEW_MAX} mappings {{name: number}}", value)
         # Each mapping is the arguments of one warmup_cosine_decay_schedule.
         allowed = {"init_value", "peak_value", "warmup_steps", "decay_steps", "end_value", "exponent"}
         stored = []

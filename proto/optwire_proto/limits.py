@@ -38,6 +38,8 @@ SPEC_DEPTH_MAX = 16
 # On the wire a chain counts twice, as a spec and as a list; a guard against bombs, the rule is the one above.
 SPEC_WIRE_DEPTH_MAX = 40
 SPEC_LIST_MAX = 4096
+# Repetitions that are unrolled in the compiled update.
+SPEC_FEW_MAX = 64
 # Values of one spec, all lists together: what is larger is a table and belongs into an array.
 SPEC_VALUES_MAX = 16_384
 SPEC_ARRAY_BYTES_MAX = 64 * KIB

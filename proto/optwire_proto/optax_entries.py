@@ -147,9 +147,9 @@ ENTRIES = (
     Entry('cosine_onecycle_schedule', 'schedule', (
         Parameter('transition_steps', 'count'),
         Parameter('peak_value', 'nonnegative'),
-        Parameter('pct_start', 'number', default=0.3),
-        Parameter('div_factor', 'number', default=25.0),
-        Parameter('final_div_factor', 'number', default=10000.0),
+        Parameter('pct_start', 'fraction', default=0.3),
+        Parameter('div_factor', 'positive', default=25.0),
+        Parameter('final_div_factor', 'positive', default=10000.0),
     ), 'Returns a function which implements the onecycle learning rate schedule.', 'optax'),
     Entry('ema', 'transformation', (
         Parameter('decay', 'fraction'),
@@ -207,17 +207,17 @@ ENTRIES = (
     ), 'The LARS optimizer.', 'optax'),
     Entry('lbfgs', 'optimizer', (
         Parameter('learning_rate', 'rate:nonnegative', default=None, none=True),
-        Parameter('memory_size', 'index', default=10),
+        Parameter('memory_size', 'few', default=10),
         Parameter('scale_init_precond', 'flag', default=True),
         Parameter('linesearch', 'nothing', none=True, keyword_only=True),
     ), 'L-BFGS optimizer.', 'optax'),
     Entry('linear_onecycle_schedule', 'schedule', (
         Parameter('transition_steps', 'count'),
         Parameter('peak_value', 'nonnegative'),
-        Parameter('pct_start', 'number', default=0.3),
-        Parameter('pct_final', 'number', default=0.85),
-        Parameter('div_factor', 'number', default=25.0),
-        Parameter('final_div_factor', 'number', default=10000.0),
+        Parameter('pct_start', 'fraction', default=0.3),
+        Parameter('pct_final', 'fraction', default=0.85),
+        Parameter('div_factor', 'positive', default=25.0),
+        Parameter('final_div_factor', 'positive', default=10000.0),
     ), 'Returns a learning rate with three linear phases.', 'optax'),
     Entry('linear_schedule', 'schedule', (
         Parameter('init_value', 'number'),
@@ -428,7 +428,7 @@ ENTRIES = (
         Parameter('epsilon', 'nonnegative', default=1e-30),
     ), 'Scaling by a factored estimate of the gradient rms (as in Adafactor).', 'optax'),
     Entry('scale_by_lbfgs', 'transformation', (
-        Parameter('memory_size', 'index', default=10),
+        Parameter('memory_size', 'few', default=10),
         Parameter('scale_init_precond', 'flag', default=True),
     ), 'Scales updates by L-BFGS.', 'optax'),
     Entry('scale_by_learning_rate', 'transformation', (
@@ -678,7 +678,7 @@ ENTRIES = (
         Parameter('weight_decay', 'nonnegative', default=0.01),
         Parameter('eps', 'nonnegative', default=1e-08),
         Parameter('s_init', 'number', default=1e-06),
-        Parameter('num_betas', 'index', default=6),
+        Parameter('num_betas', 'few', default=6),
     ), 'Mechanic - a black box learning rate tuner/optimizer.', 'optax.contrib'),
     Entry('momo', 'optimizer', (
         Parameter('learning_rate', 'rate:nonnegative', default=1.0),
@@ -699,7 +699,7 @@ ENTRIES = (
     Entry('muon', 'optimizer', (
         Parameter('learning_rate', 'rate:nonnegative'),
         Parameter('ns_coeffs', 'numbers', default=(3.4445, -4.775, 2.0315)),
-        Parameter('ns_steps', 'count', default=5),
+        Parameter('ns_steps', 'few', default=5),
         Parameter('beta', 'number', default=0.95),
         Parameter('eps', 'nonnegative', default=1e-08),
         Parameter('weight_decay', 'nonnegative', default=0.0),

@@ -58,7 +58,7 @@ def mask(value: Mask, names: Sequence[str], path: str) -> tuple[bool, ...]:
     return _mask((value,) if isinstance(value, str) else tuple(value), tuple(names), path)
 
 
-@functools.lru_cache(maxsize=256)  # one spec is built several times
+@functools.lru_cache(maxsize=32)  # one spec is built several times
 def _mask(listed: tuple[str, ...], names: tuple[str, ...], path: str) -> tuple[bool, ...]:
     found = {pattern: [matches(pattern.removeprefix("!"), name) for name in names] for pattern in listed}
     for pattern, hits in found.items():
@@ -80,7 +80,7 @@ def groups(patterns: Sequence[str], names: Sequence[str], path: str) -> tuple[in
     return _groups(tuple(patterns), tuple(names), path)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _groups(patterns: tuple[str, ...], names: tuple[str, ...], path: str) -> tuple[int, ...]:
     chosen: list[int | None] = [None] * len(names)
     for index, pattern in enumerate(patterns):

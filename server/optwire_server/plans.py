@@ -117,7 +117,28 @@ def changed(
                 got=specs.shown(next(iter(own.values()))),
             )
         made.append(make(spec, compiled, step, own))
+    _check_effect(base.program, made[0].program, values)
     return (*earlier, *made), values
+
+
+def moved(plans: Sequence[Plan], step: int, to: int) -> tuple[Plan, ...] | None:
+    """The plans with the change of ``step`` at a later one; None where another plan begins on the way."""
+    if any(step < plan.from_step <= to for plan in plans):
+        return None
+    return tuple(dataclasses.replace(plan, from_step=to) if plan.from_step == step else plan for plan in plans)
+
+
+def _check_effect(before: program.Program, after: program.Program, values: Mapping[str, specs.Value]) -> None:
+    """Raises InvalidArgumentError where a change makes no difference: the arguments only count at creation."""
+    idle = set(values) <= after.idle_rates if after is before else after.update_text == before.update_text
+    if idle:
+        names = ", ".join(values)
+        raise errors.InvalidArgumentError(
+            f"hyperparams: {names[:400]} only counts when a session is created; no update looks at it",
+            subject=names[:200],
+            expected="an argument that updates look at",
+            got=names[:200],
+        )
 
 
 def _resolved(spec: specs.Spec, hyperparams: Mapping[str, specs.Value]) -> dict[str, specs.Value]:
@@ -169,11 +190,11 @@ def resolve(spec: specs.Spec, name: str) -> str:
     Raises:
       InvalidArgumentError: no argument, or several.
     """
-    names = [name]
-    if name.rpartition(".")[2] == "learning_rate":
-        names.append(f"{name.removesuffix('learning_rate')}step_size")
     found = {path: value for path, value in specs.places(spec) if _changes(path, value)}
-    matching = [path for path in found if any(specs.ends_with(path, end) for end in names)]
+    matching = [path for path in found if specs.ends_with(path, name)]
+    if specs.ends_with(name, "learning_rate"):
+        seeds = f"{name.removesuffix('learning_rate')}step_size"
+        matching += [path for path in found if specs.ends_with(path, seeds) and learning_rates.is_learning_rate(path)]
     if name in found:
         return name
     outer = [path for path in matching if not any(other != path and path.startswith(f"{other}.") for other in matching)]

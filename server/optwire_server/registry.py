@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from optwire_proto import errors, sessions, specs, trees
 from optwire_server import plans as planning
@@ -24,6 +25,8 @@ from optwire_server.live import Creation, LiveSession, Push, Read, Reply
 from optwire_server.session import effects, events, machine
 
 Plans = tuple[planning.Plan, ...]
+# How often a change is worked out anew, since a change that was waiting came into effect meanwhile.
+_CHANGE_TRIES = 8
 
 _log = logging.getLogger("optwire.registry")
 
@@ -245,7 +248,7 @@ class Registry:
         with self._lock:
             names = sorted(name for name in self._by_name if name > after)
             page = [self._by_name[name] for name in names[:page_size]]
-        infos = [dataclasses.replace(live.info(), tree=None) for live in page]
+        infos = [dataclasses.replace(live.info(), tree=None, changes=()) for live in page]
         return infos, names[page_size - 1] if len(names) > page_size else ""
 
     def set_hyperparams(
@@ -265,25 +268,31 @@ class Registry:
         """
         live = self._find(id_=id_, name=name)
         with live.preparing:
-            while True:
+            for _ in range(_CHANGE_TRIES):
                 now = planning.current(live.plans, live.machine.step)
                 at = live.machine.step if from_step is None else from_step
                 # Before anything is compiled for it; again once it is, as the session moves on meanwhile.
                 check_incarnation(live.machine, incarnation)
                 machine.advance(live.machine, events.Changed(sessions.Change(at, ())))
                 plans, values = planning.changed(now, hyperparams, at, self._compiler(live))
-                change = sessions.Change(at, tuple(values.items()))
 
-                def put(at: int = at, plans: Plans = plans, change: sessions.Change = change) -> bool:
+                def put(
+                    at: int = at, plans: Plans = plans, values: tuple[Any, ...] = tuple(values.items())
+                ) -> int | None:
                     check_incarnation(live.machine, incarnation)
-                    if from_step is None and live.machine.step != at:
-                        return False  # a push came between; the next step is another
-                    self._advance(live, events.Changed(change))
-                    live.plans = planning.current(plans, live.machine.step)
-                    return True
+                    step = live.machine.step if from_step is None else from_step  # pushes may have come between
+                    fitting = planning.moved(plans, at, step)
+                    if fitting is None:
+                        return None  # among them the first of another plan: other values are to be changed
+                    self._advance(live, events.Changed(sessions.Change(step, values)))
+                    live.plans = planning.current(fitting, live.machine.step)
+                    return step
 
-                if self._engine.run(put):
-                    return live.info(), at
+                if (begins := self._engine.run(put)) is not None:
+                    return live.info(), begins
+        raise errors.UnavailableError(
+            f"session {live.machine.name!r}: its hyperparameters change too fast to change them"
+        )
 
     def _compiler(self, live: LiveSession) -> Callable[[specs.Spec], program.Program]:
         """Compiles a spec for a session, in all variants that it has used."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import numpy as np
 
@@ -16,9 +15,6 @@ from optwire_server.live import LiveSession
 from optwire_server.session import effects, events
 
 _log = logging.getLogger("optwire.updates")
-
-# What a push calls it -> what optax calls it.
-_OPTAX_NAMES: Final = program.OPTAX_EXTRAS
 
 
 def check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
@@ -72,7 +68,7 @@ def _variant(plan: plans.Plan, apply: effects.Apply, skipped: int) -> program.Va
 
 def _operands(plan: plans.Plan, apply: effects.Apply) -> program.Operands:
     scale = apply.options.grad_scale
-    extras = {_OPTAX_NAMES[name]: value for name, value in apply.options.extras}
+    extras = {program.OPTAX_EXTRAS[name]: value for name, value in apply.options.extras}
     return program.Operands(plan.rates, apply.index, scale if scale != 1.0 else None, extras)
 
 

@@ -45,6 +45,11 @@ SPELLED = {
     "defaults, written out and left out": Spelled(
         optimizers.adam(0.1, b1=0.9, eps=1e-8), "adam(0.1)", spec("adam", step_size=0.1, b2=0.999)
     ),
+    "a number of what is unrolled": Spelled(
+        optax.muon(0.1, ns_steps=3),
+        "optax.contrib.muon(0.1, ns_steps=3)",
+        spec("muon", learning_rate=0.1, ns_steps=3),
+    ),
     "a NumPy scalar": Spelled(optimizers.adam(np.float64(0.25)), "adam(0.25)", spec("adam", step_size=0.25)),
     "a schedule": Spelled(
         optimizers.adam(optimizers.exponential_decay(0.1, 10, 0.5)),

@@ -107,6 +107,7 @@ def masked(mask: Any) -> pb.Spec:
 NAMES = [
     bad("a name misspelt", spec("adamwd", **RATE), "adamwd", "unknown optimizer (did you mean 'adamw'?)"),
     bad("a name in capitals", spec("AdamW", **RATE), "AdamW", "(did you mean 'adamw'?)"),
+    bad("muon of 65 steps", spec("muon", learning_rate=0.1, ns_steps=65), "muon.ns_steps", "from 1 to 64"),
     bad("a name like no other", spec("qqq", **RATE), "qqq", "unknown optimizer; expected one of sgd, momentum"),
     bad("no name", spec("", **RATE), "", "unknown optimizer"),
     bad("no spec", pb.Spec(), "", "unknown optimizer"),

@@ -290,6 +290,7 @@ def test_a_push_within_an_accumulation_is_rejected_and_another_takes_its_place(c
             "partition.transforms['w']",
         ),
         (opt.on_nonfinite(opt.on_nonfinite(opt.sgd(0.1), "skip"), "skip"), "on_nonfinite.optimizer"),
+        (opt.on_nonfinite(opt.on_nonfinite(opt.sgd(0.1), "reject"), "skip"), "on_nonfinite.optimizer"),
     ],
 )
 def test_a_policy_that_could_not_be_kept_is_refused_by_its_path(

@@ -25,7 +25,7 @@ CLIP = made("clip", max_delta=1.0)
 # What a parameter takes -> a value that all of that kind take.
 GOOD: dict[str, Any] = {
     **dict.fromkeys(("number", "positive", "nonnegative", "fraction", "decay"), 0.5),
-    **dict.fromkeys(("count", "index", "seed", "axes"), 2),
+    **dict.fromkeys(("count", "index", "few", "seed", "axes"), 2),
     "rate": CONSTANT,
     "flag": True,
     "dtype": "float32",

@@ -1101,7 +1101,7 @@ class UpdateHyperparamsRequest(google.protobuf.message.Message):
     @property
     def hyperparams(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
         """New values. A name is a path inside the spec, or the end of one if no other ends so; "learning_rate" also means the
-        seed's step_size. Values are numbers, flags, and schedules where a rate is asked for.
+        seed's step_size. Values are numbers, and schedules where a learning rate is.
         """
 
     def __init__(

@@ -5,16 +5,15 @@ from __future__ import annotations
 from optwire_proto import checks, errors, specs, tensors, trees
 from optwire_server.engine import build
 
-# Optimizers whose formula is linear in the gradients, and so means the same for complex numbers.
-_COMPLEX = ("sgd", "momentum", "nesterov")
+# Linear in the gradients, up to a real factor, or taking numbers apart: the same for complex numbers.
+_COMPLEX = ("sgd", "momentum", "nesterov", "clip_grads", "clip_by_global_norm", "split_real_and_imaginary")
 _FLOATING = ("f32", "f64", "bf16", "f16")
 
 
 def check(spec: specs.Spec, tree: trees.TreeSpec) -> None:
     """Raises TreeError where an optimizer is not defined for a leaf's element type, SpecError for masks and groups."""
     optimizer = checks.core(spec).name
-    split = specs.any_inside(spec, lambda found: found.name == "split_real_and_imaginary")
-    served = (*_FLOATING, "c64", "c128") if optimizer in _COMPLEX or split else _FLOATING
+    served = (*_FLOATING, "c64", "c128") if _takes_complex(spec) else _FLOATING
     for leaf in tree.leaves:
         if leaf.dtype not in served:
             where = f"params[{leaf.name!r}]" if leaf.name else "params"
@@ -29,6 +28,26 @@ def check(spec: specs.Spec, tree: trees.TreeSpec) -> None:
     _check_decay(spec, tree)
     _check_accumulation(spec)
     _check_policy(spec)
+    _check_lookahead(spec)
+
+
+def _takes_complex(spec: specs.Spec) -> bool:
+    """Whether every stage means the same for complex numbers."""
+    if spec.name == "chain":
+        return all(map(_takes_complex, spec["members"]))
+    if spec.name == "partition":
+        return all(_takes_complex(member) for _, member in spec["transforms"])
+    if spec.name in ("accumulate", "ema_params", "on_nonfinite"):
+        return _takes_complex(spec["optimizer"])
+    return spec.name in _COMPLEX
+
+
+def _check_lookahead(spec: specs.Spec) -> None:
+    """Raises SpecError where lookahead surrounds what needs the loss, since optax's does not hand it on."""
+    for path, found in specs.places(spec):
+        if isinstance(found, specs.Spec) and found.name == "lookahead" and checks.extras(found, build.CATALOGUE):
+            subject = f"{path}.lookahead.fast_optimizer" if path else "lookahead.fast_optimizer"
+            raise specs.wrong(subject, "an optimizer that needs gradients alone", found["fast_optimizer"])
 
 
 def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
@@ -77,6 +96,11 @@ def _check_policy(spec: specs.Spec) -> None:
     for path, policy in found:
         if policy == "reject" and "accumulate.optimizer" in path:
             problem = "'reject' inside accumulate, which has taken all pushes but one by then"
+        elif policy != "zero" and any(
+            other not in ("zero", policy) and path.startswith(f"{outer}.on_nonfinite." if outer else "on_nonfinite.")
+            for outer, other in found
+        ):
+            problem = "another policy around it"
         elif policy == "skip" and ("partition.transforms[" in path or path != skips[0]):
             problem = "'skip' for a part of the parameters, or twice; a push is skipped as a whole"
         if problem:

@@ -316,7 +316,7 @@ def _called(maker: Callable[..., Any], arguments: Mapping[str, Any], inside: str
     """Calls a constructor of optax; what it refuses is an error of the spec."""
     try:
         return maker(**arguments)
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as exc:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, NotImplementedError) as exc:
         text = f"{exc}".splitlines()[0][:300] if f"{exc}" else type(exc).__name__
         raise errors.SpecError(f"{inside}: optax refuses these arguments: {text}", subject=inside, got=text) from exc
 

@@ -54,11 +54,11 @@ class Engine:
     sees the state between two of them. Compiling happens on the thread that asks, so it delays no update.
     """
 
-    def __init__(self, *, allow_programs: bool = False) -> None:
+    def __init__(self, *, allow_programs: bool = False, state_bytes_max: int = 2**63) -> None:
         self._allow_programs = allow_programs
         self.catalogue: Mapping[str, entries.Entry] = build.CATALOGUE
         self._device = jax.devices()[0]
-        self._programs = program.ProgramCache(self._device)
+        self._programs = program.ProgramCache(self._device, state_bytes_max=state_bytes_max)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="optwire-device")
 
     def run(self, function: Callable[[], T]) -> T:

@@ -56,7 +56,11 @@ def load(data: bytes, limits: Limits = DEFAULTS, *, platform: str = "cpu") -> Im
     """
     if not 0 < len(data) <= limits.bytes_max:
         raise listing.refusal(f"1 to {limits.bytes_max} bytes", f"{len(data)} bytes")
-    return Imported(hashlib.sha256(data).hexdigest(), trial.read(data, platform, limits), limits)
+    body = trial.read(data, platform, limits)
+    # The child counts, too; but a child that the file has taken over may send what it likes.
+    if len(body.instructions) > 2 * limits.ops_max:
+        raise listing.refusal(f"at most {limits.ops_max} operations", f"{len(body.instructions)} instructions")
+    return Imported(hashlib.sha256(data).hexdigest(), body, limits)
 
 
 def attempt(program: Imported, leaves: Sequence[trees.LeafSpec]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optwire_proto import checks, errors, specs, tensors, trees
@@ -64,7 +65,9 @@ class Program:
     operands: none of them compiles anew.
     """
 
-    def __init__(self, spec: specs.Spec, tree: trees.TreeSpec, device: jax.Device) -> None:
+    def __init__(
+        self, spec: specs.Spec, tree: trees.TreeSpec, device: jax.Device, state_bytes_max: int = 2**63
+    ) -> None:
         self.spec = spec
         self._leaves = tree.leaves
         # Of leaves, or of slots that the spec asks for: without, JAX would quietly make 32 bits of them.
@@ -90,6 +93,13 @@ class Program:
             self.views = tuple(sorted(probe.views))
             self._state = self._settled()
             self.state_bytes: int = sum(_bytes(leaf) for leaf in jax.tree.leaves(self._state))
+            if self.state_bytes > state_bytes_max:  # before the compiler is asked for as much
+                raise errors.LimitError(
+                    f"state_bytes_max: {self.state_bytes}, expected at most {state_bytes_max}",
+                    subject="state_bytes_max",
+                    expected=f"at most {state_bytes_max}",
+                    got=str(self.state_bytes),
+                )
             self._params = probe.params
             self._owns_params = not jax.make_jaxpr(probe.params)(self._state).eqns
             found = rates.first_rate(spec)
@@ -117,7 +127,7 @@ class Program:
         with self._lock:
             if variant in self._updates:
                 return
-            with self._building():
+            with self._building(), _compiling():
                 rates = tuple(0.0 for _ in self.rate_paths)
                 extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
                 operands = Operands(rates, 0, 1.0 if variant.scaled else None, extras)
@@ -165,6 +175,29 @@ class Program:
             return None
         with self.precision():
             return float(self._schedule(index))
+
+    @functools.cached_property
+    def _jaxpr(self) -> Any:
+        """The update as it is traced."""
+        extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
+        operands = Operands(tuple(0.0 for _ in self.rate_paths), 0, None, extras)
+        with self._building():
+            return jax.make_jaxpr(self._traced(Variant()))(operands, self._grads, self._state)
+
+    @functools.cached_property
+    def update_text(self) -> int:
+        """A digest of what the update computes: equal for programs that do not differ."""
+        constants = tuple(np.asarray(constant).tobytes() for constant in self._jaxpr.consts)
+        return hash((str(self._jaxpr.jaxpr), constants))
+
+    @functools.cached_property
+    def idle_rates(self) -> frozenset[str]:
+        """Paths of learning rates that the update does not look at, as only the first state depends on them."""
+        jaxpr = self._jaxpr.jaxpr
+        used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+        return frozenset(
+            path for path, variable in zip(self.rate_paths, jaxpr.invars, strict=False) if id(variable) not in used
+        )
 
     def same_state(self, other: Program) -> bool:
         """Whether a state of one is a state of the other."""
@@ -232,8 +265,9 @@ class Program:
 class ProgramCache:
     """The programs in use, the longest unused forgotten first. Thread-safe; compiles on the calling thread."""
 
-    def __init__(self, device: jax.Device, programs_max: int = 256) -> None:
+    def __init__(self, device: jax.Device, programs_max: int = 256, state_bytes_max: int = 2**63) -> None:
         self._device = device
+        self._state_bytes_max = state_bytes_max
         self._programs_max = programs_max
         self._lock = threading.Lock()
         self._programs: collections.OrderedDict[tuple[object, ...], Program] = collections.OrderedDict()
@@ -261,7 +295,7 @@ class ProgramCache:
                     return self._programs[key]
             program = None
             try:
-                program = Program(spec, tree, self._device)
+                program = Program(spec, tree, self._device, self._state_bytes_max)
                 return program
             finally:
                 with self._lock:
@@ -270,6 +304,23 @@ class ProgramCache:
                     if len(self._programs) > self._programs_max:
                         self._programs.popitem(last=False)
                     self._compiling.pop(key, None)
+
+
+# Compilers at work at once, in the whole process: specs that take long must not take every thread and all memory.
+_COMPILERS = threading.BoundedSemaphore(4)
+_COMPILER_WAIT_S = 60.0
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    if not _COMPILERS.acquire(timeout=_COMPILER_WAIT_S):
+        raise errors.LimitError(
+            f"other updates have been compiling for {_COMPILER_WAIT_S:.0f} s", subject="compilers", retry_after_s=1.0
+        )
+    try:
+        yield
+    finally:
+        _COMPILERS.release()
 
 
 def _inside_accumulation(spec: specs.Spec) -> bool:
@@ -327,5 +378,5 @@ def _refusing(spec: specs.Spec) -> Iterator[None]:
         yield
     except errors.OptwireError:
         raise
-    except (TypeError, ValueError, OverflowError, AssertionError, IndexError, NotImplementedError) as exc:
+    except (TypeError, ValueError, ArithmeticError, AssertionError, IndexError, NotImplementedError) as exc:
         raise errors.TreeError(f"{spec.name} cannot take these parameters: {exc}"[:800], got=str(exc)[:200]) from exc

@@ -13,6 +13,7 @@ from optwire_proto.specs import Spec
 # Schedules that are a number, and the argument that is it.
 CONSTANTS: Final = {"constant": "step_size", "constant_schedule": "value"}
 _SCHEDULES: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "schedule")
+_OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "optimizer")
 
 
 def rates(spec: Spec) -> dict[str, float]:
@@ -42,7 +43,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def _is_rate(path: str) -> bool:
-    """Whether a number at this path is a learning rate: given as one, or as a constant schedule in the place of one."""
+    """Whether a number here is an operand: a rate, what a ``scale`` multiplies by, a constant in their place."""
     place, _, name = path.rpartition(".")
     holder, _, constant = place.rpartition(".")
     if CONSTANTS.get(constant) == name and holder:
@@ -51,11 +52,20 @@ def _is_rate(path: str) -> bool:
 
 
 def first_rate(spec: Spec) -> tuple[str, Any] | None:
-    """Path and value, a number or a schedule, of the first learning rate in a checked spec; None: it has none."""
-    for path, value in specs.places(spec):
-        if path.rpartition(".")[2] in catalogue.RATES and value is not None and _is_rate(path):
-            return path, value
-    return None
+    """Path and value, a number or a schedule, of the first learning rate in a checked spec; None: it has none.
+
+    Where nothing is called one, the first schedule of a ``scale_by_schedule`` is taken for it.
+    """
+    places = [(path, value) for path, value in specs.places(spec) if value is not None]
+    named = (found for found in places if is_learning_rate(found[0]))
+    return next(named, next((found for found in places if specs.ends_with(found[0], "step_size_fn")), None))
+
+
+def is_learning_rate(path: str) -> bool:
+    """Whether what stands at a path is called a learning rate, or the seed's ``step_size``."""
+    place, _, name = path.rpartition(".")
+    holder = place.rpartition(".")[2]
+    return name in ("learning_rate", "max_learning_rate") or (name == "step_size" and holder in _OPTIMIZERS)
 
 
 def constant_rate(spec: Spec) -> float | None:

@@ -166,34 +166,34 @@ def on_nonfinite(rule: Rule, policy: str) -> Rule:
 
 
 def ema_params(rule: Rule, decay: float, *, debias: bool) -> Rule:
-    """Keeps a moving average of the parameters: ``e <- decay * e + (1 - decay) * params``. State: (e, updates, rule's).
+    """Keeps a moving average of the parameters: ``e <- decay * e + (1 - decay) * params``. State: (e, weight, rule's).
 
-    Without ``debias`` it starts at the initial parameters; with it, at zero, and is divided by ``1 - decay ** updates``
-    when read (Kingma and Ba, 2015, section 3, for the parameters themselves). It is kept in 32 bits at least: with a
-    decay of 0.999, one in bf16 would be rounded to what it was.
+    Without ``debias`` it starts at the initial parameters; with it, at zero, and is divided when read by the weight
+    that parameters have in it, ``1 - decay ** updates`` unless the decay has changed (Kingma and Ba, 2015, section 3,
+    for the parameters themselves). It is kept in 32 bits at least: with a decay of 0.999, one in bf16 would be rounded
+    to what it was.
     """
 
     def init(params: Leaves) -> State:
         start = [jnp.zeros(leaf.shape, _wide(leaf)) if debias else jnp.array(leaf, _wide(leaf)) for leaf in params]
-        return start, jnp.zeros((), jnp.int32), rule.init(params)
+        return start, jnp.zeros((), jnp.float32), rule.init(params)
 
     def update(grads: Leaves, state: State, call: Call) -> State:
-        average, made, inner = state
+        average, weight, inner = state
         inner = rule.update(grads, inner, call)
         if not call.closing:
-            return average, made, inner
+            return average, weight, inner
         pairs = zip(average, rule.params(inner), strict=True)
-        return [(decay * e + (1 - decay) * leaf).astype(e.dtype) for e, leaf in pairs], made + 1, inner
+        average = [(decay * e + (1 - decay) * leaf).astype(e.dtype) for e, leaf in pairs]
+        return average, decay * weight + (1 - decay), inner
 
     def read(state: State) -> Leaves:
-        average, made, inner = state
+        average, weight, inner = state
         params = rule.params(inner)
         if not debias:
             return like(average, params)
-        weight = 1 - decay ** made.astype(jnp.float32)
-        return [
-            jnp.where(made > 0, e / weight, leaf).astype(leaf.dtype) for e, leaf in zip(average, params, strict=True)
-        ]
+        pairs = zip(average, params, strict=True)
+        return [jnp.where(weight > 0, e / weight, leaf).astype(leaf.dtype) for e, leaf in pairs]
 
     return around(rule, init, update, ema=read)
 

@@ -59,7 +59,11 @@ _BY_NAME: Final[Mapping[str, str]] = {
     **dict.fromkeys(("b1", "b2", "b3", "beta3", "decay", "rho", "adam_b1", "adam_b2"), "fraction"),
     **dict.fromkeys(("max_norm", "max_delta", "threshold", "clipping", "clipping_threshold"), "positive"),
     **dict.fromkeys(("eps", "eps_root", "epsilon", "eta", "min_norm", "weight_decay"), "nonnegative"),
-    **dict.fromkeys(("k", "sync_period", "accumulation_size", "ns_steps"), "count"),
+    **dict.fromkeys(("k", "sync_period", "accumulation_size"), "count"),
+    # Each of these is unrolled in the compiled update, or makes as many slots.
+    **dict.fromkeys(("ns_steps", "num_betas", "memory_size"), "few"),
+    **dict.fromkeys(("pct_start", "pct_final"), "fraction"),
+    **dict.fromkeys(("div_factor", "final_div_factor"), "positive"),
     **dict.fromkeys(("max_consecutive_errors", "decay_steps", "transition_steps"), "count"),
     **dict.fromkeys(
         ("warmup_steps", "transition_begin", "decay_offset", "step_offset", "patience", "cooldown"), "index"

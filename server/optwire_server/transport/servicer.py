@@ -206,7 +206,7 @@ def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], str
 
 
 def _without_tree(info: sessions.SessionInfo) -> pb.Session:
-    return convert.session_to_proto(dataclasses.replace(info, tree=None))
+    return convert.session_to_proto(dataclasses.replace(info, tree=None, changes=()))
 
 
 def _check_answerable(begin: pb.CreateSessionBegin) -> None:
