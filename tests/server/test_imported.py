@@ -576,20 +576,26 @@ def test_a_damaged_file_is_refused_or_is_a_program_that_passes_every_wall(damage
     )
     outcomes = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(outcomes) == len(damaged), result.stderr[-2000:]
-    survivors, dead = 0, []
+    survivors, refused, dead = 0, [], []
     for data, (status, answer) in zip(damaged, outcomes, strict=True):
         if status != 0:
             dead.append(data)
-        elif answer not in ("refused", "raised"):
+        elif answer in ("refused", "raised"):
+            refused.append(data)
+        else:
             survivors += 1
             with contextlib.suppress(errors.SpecError, errors.TreeError):
                 program = imported.Imported("", listing.Listing.from_json(answer), imported.DEFAULTS)
                 program.check_leaves([trees.LeafSpec("w", program.shape or (5,), program.dtype)])
     assert survivors > 10
     print(f"{len(damaged)} files: {survivors} are programs, {len(dead)} ended the process that read them")
-    # The same by the way that clients take, for those that crash and for a few of the others.
-    for data in [*dead[:4], *damaged[1:300:100], *damaged[-3:]]:
+    # The same by the way that clients take, for a few. Whether a parser crashes on a file depends on what lies beside
+    # it in memory: one that ended a process above may be read this time, but it never ends this one.
+    for data in [*refused[1:300:100], *refused[-3:]]:
         with pytest.raises(errors.SpecError, match="program"):
+            imported.load(data)
+    for data in dead[:4]:
+        with contextlib.suppress(errors.SpecError, errors.TreeError):
             imported.load(data).check_leaves([leaf(5)])
     imported.load(serialized(adam, slots=2)).check_leaves([leaf(5)])
 
