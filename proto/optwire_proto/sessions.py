@@ -119,6 +119,14 @@ class OptimizerInfo:
     views: tuple[str, ...] = ()
 
 
+class ReplyContent(enum.StrEnum):
+    """What a reply carries beside the ack."""
+
+    PARAMS = "params"
+    UPDATES = "updates"
+    NONE = "none"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions:
     """What a push says beside its gradients.
@@ -126,19 +134,28 @@ class PushOptions:
     Attributes:
       grad_scale: what the gradients were multiplied by; the update divides by it.
       extras: (name, number) pairs that the optimizer needs, such as the loss.
+      hyperparams: (name, new value) pairs, as a change of hyperparameters has them, that take effect with this push.
+      absent: positions of the leaves that have no gradient, ascending; the payload leaves them out.
       telemetry: whether the ack carries metrics.
-      wants_params: whether the reply carries the parameters.
+      reply: what the reply carries.
     """
 
     grad_scale: float = 1.0
     extras: tuple[tuple[str, float], ...] = ()
+    hyperparams: tuple[tuple[str, specs.Value], ...] = ()
+    absent: tuple[int, ...] = ()
     telemetry: bool = False
-    wants_params: bool = True
+    reply: ReplyContent = ReplyContent.PARAMS
 
     @property
-    def meaning(self) -> tuple[float, tuple[tuple[str, float], ...]]:
-        """What makes a difference to the update: a retry must repeat it."""
-        return self.grad_scale, self.extras
+    def meaning(self) -> Mapping[str, object]:
+        """What makes a difference to the update, by name: a retry must repeat it."""
+        return {
+            "grad_scale": self.grad_scale,
+            "loss": self.extras,
+            "hyperparams": self.hyperparams,
+            "absent leaves": self.absent,
+        }
 
 
 # A push that says nothing beside its gradients.

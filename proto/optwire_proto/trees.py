@@ -108,6 +108,11 @@ class TreeSpec:
         """Length of one payload, in bytes."""
         return self.offsets[-1]
 
+    def without(self, absent: Sequence[int]) -> TreeSpec:
+        """The flat tree of the leaves whose positions are not in ``absent``."""
+        gone = frozenset(absent)
+        return TreeSpec(tuple(leaf for index, leaf in enumerate(self.leaves) if index not in gone))
+
 
 class Flat(NamedTuple):
     """A nest taken apart."""
@@ -222,6 +227,50 @@ def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]
                     got=str(came),
                 )
     return flat.arrays
+
+
+def match_present(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array | None]:
+    """As ``match``, but None may stand in the place of an array: it is absent, and None in the result.
+
+    Raises:
+      TreeMismatchError: as ``match``; or nothing is there.
+    """
+    arrays: list[tensors.Array | None] | None = list(_walk(spec, tree) or ()) or None
+    if arrays is not None:
+        return arrays
+    values = _leaf_values(spec, tree)
+    absent = [index for index, value in enumerate(values or ()) if value is None]
+    if values is None or not absent:
+        return list(match(spec, tree, what))
+    if len(absent) == len(spec.leaves):
+        raise errors.TreeMismatchError(
+            f"{what}: None in the place of every array, expected at least one array", expected="arrays", got="None"
+        )
+    for index in absent:  # memory that is never touched
+        values[index] = tensors.empty(spec.leaves[index].shape, spec.leaves[index].dtype)
+    arrays = list(match(spec, unflatten(spec, values), what))
+    for index in absent:
+        arrays[index] = None
+    return arrays
+
+
+def _leaf_values(spec: TreeSpec, tree: Any) -> list[Any] | None:
+    """What stands in the places of the leaves, whatever it is; None where the containers differ."""
+    if not spec.nodes:
+        names = [leaf.name for leaf in spec.leaves]
+        return [tree[name] for name in names] if isinstance(tree, dict) and tree.keys() == set(names) else None
+    values: list[Any] = []
+    waiting = [tree]
+    for node in spec.nodes:
+        value = waiting.pop()
+        if node.kind is nests.Kind.LEAF:
+            values.append(value)
+            continue
+        children = nests.children_of(node, value)
+        if children is None:
+            return None
+        waiting.extend(reversed(children))
+    return values
 
 
 def _walk(spec: TreeSpec, tree: Any) -> list[tensors.Array] | None:

@@ -21,7 +21,8 @@ class LiveSession:
     """A session, its arrays, and what its steps use.
 
     ``plans`` is replaced on the device's thread, as ``machine`` and ``held`` are; ``preparing`` is held by whoever
-    compiles for the session meanwhile: the next plans, or another variant of their programs.
+    compiles for the session meanwhile: the next plans, or another variant of their programs. ``added`` is a step and
+    what it added to the parameters, kept until the next one for a retry of a push that asked for it.
     """
 
     machine: machine.Session
@@ -35,6 +36,7 @@ class LiveSession:
     variants: frozenset[program.Variant] = frozenset({program.Variant()})
     views: frozenset[str] = frozenset({""})
     preparing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    added: tuple[int, Params] | None = None
 
     @property
     def plan(self) -> planning.Plan:
@@ -119,6 +121,15 @@ class Creation:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PushedChange:
+    """Hyperparameters that a push changes: what they are, the plans before, and those after."""
+
+    change: sessions.Change
+    before: tuple[planning.Plan, ...]
+    plans: tuple[planning.Plan, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Push:
     """A push whose payload is on its way."""
 
@@ -126,11 +137,12 @@ class Push:
     options: sessions.PushOptions
     session: LiveSession
     landing: landing.Landing
+    change: PushedChange | None = None
 
 
 @dataclasses.dataclass(slots=True)
 class Reply:
-    """The answer to a push: what became of it, and the parameters (in order) if they were asked for.
+    """The answer to a push: what became of it, and the parameters (in order), or what was added to them, if asked for.
 
     On a CPU ``params`` are views that keep the next update from writing in place: let go of them soon.
     """

@@ -21,7 +21,7 @@ from optwire_server import updates
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
 from optwire_server.engine import landing, program
-from optwire_server.live import Creation, LiveSession, Push, Read, Reply
+from optwire_server.live import Creation, LiveSession, Params, Push, PushedChange, Read, Reply
 from optwire_server.session import effects, events, machine
 
 Plans = tuple[planning.Plan, ...]
@@ -180,11 +180,25 @@ class Registry:
         if payload_bytes_max is not None and live.tree.payload_bytes > payload_bytes_max:
             raise _over("payload of a unary Step, in bytes", live.tree.payload_bytes, payload_bytes_max)
         machine.admit(live.machine, key)
-        updates.check_extras(live, options)
+        updates.check_options(live, options)
         for variant in updates.variants(live, options):
             live.prepare(variant)
-        with contextlib.closing(self._landings.land(live.tree)) as lent:
-            yield Push(key, options, live, lent)
+        change = self._pushed_change(live, key, options)
+        tree = live.tree.without(options.absent) if options.absent else live.tree
+        with contextlib.closing(self._landings.land(tree)) as lent:
+            yield Push(key, options, live, lent, change)
+
+    def _pushed_change(
+        self, live: LiveSession, key: sessions.PushKey, options: sessions.PushOptions
+    ) -> PushedChange | None:
+        """What a push changes of the hyperparameters, with every program it needs compiled; None for a retry."""
+        if not options.hyperparams or key.base_step != live.machine.step:
+            return None
+        with live.preparing:
+            before = live.plans
+            now = planning.current(before, key.base_step)
+            plans, values = planning.changed(now, dict(options.hyperparams), key.base_step, self._compiler(live))
+        return PushedChange(sessions.Change(key.base_step, tuple(values.items())), before, plans)
 
     def push(self, push: Push, digest: sessions.Digest) -> Reply:
         """Applies a push whose payload is in, or answers it from state if it had been applied."""
@@ -194,6 +208,10 @@ class Registry:
     def _apply(self, push: Push, digest: sessions.Digest) -> Reply:
         """On the engine's thread: tells the machine, then does what it says, in order."""
         live = push.session
+        if push.change and push.change.before is not live.plans and push.key.base_step == live.machine.step:
+            raise errors.UnavailableError(
+                f"session {live.machine.name!r}: its hyperparameters were changed by another while this push was coming"
+            )
         todo = self._advance(live, events.Pushed(push.key, digest, push.options))
         reply: Reply | None = None
         failure: errors.OptwireError | None = None
@@ -201,10 +219,10 @@ class Registry:
             effect, *todo = todo
             match effect:
                 case effects.Apply():
-                    todo += self._advance(live, updates.run(self._engine, live, effect, push.landing.arrays()))
+                    todo += self._advance(live, updates.run(self._engine, push, effect))
                 case effects.Reply():
-                    params = self._engine.params(live.held) if push.options.wants_params else []
-                    reply = Reply(live.ack(effect, sum(leaf.nbytes for leaf in params)), params)
+                    arrays = self._answer(live, push.options.reply, effect.applied_step)
+                    reply = Reply(live.ack(effect, sum(leaf.nbytes for leaf in arrays)), arrays)
                 case effects.Fail():
                     failure = effect.error
                 case effects.Free():
@@ -213,6 +231,23 @@ class Registry:
             raise failure
         assert reply is not None, "a push was neither answered nor refused"
         return reply
+
+    def _answer(self, live: LiveSession, content: sessions.ReplyContent, step: int) -> Params:
+        """The arrays that a reply carries to the push that became ``step``."""
+        if content is sessions.ReplyContent.NONE:
+            return []
+        if content is sessions.ReplyContent.PARAMS:
+            return self._engine.params(live.held)
+        if live.added is None or live.added[0] != step:
+            raise errors.StaleStepError(
+                f"session {live.machine.name!r}: what step {step} added to the parameters is not kept any more; read "
+                "the parameters",
+                subject="reply",
+                expected="a retry before the next push",
+                got=f"a retry at step {live.machine.step}",
+                step=live.machine.step,
+            )
+        return live.added[1]
 
     def _advance(self, live: LiveSession, event: events.Event) -> Sequence[effects.Effect]:
         live.machine, todo = machine.advance(live.machine, event)

@@ -11,14 +11,38 @@ from optwire_proto import errors, sessions, tensors
 from optwire_server import plans
 from optwire_server.engine import engine as engines
 from optwire_server.engine import program
-from optwire_server.live import LiveSession
+from optwire_server.live import LiveSession, Push
 from optwire_server.session import effects, events
 
 _log = logging.getLogger("optwire.updates")
 
 
-def check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
-    """Raises InvalidArgumentError unless a push brings along exactly what the optimizer needs beside gradients."""
+def check_options(live: LiveSession, options: sessions.PushOptions) -> None:
+    """Raises InvalidArgumentError unless a push brings along exactly what the optimizer needs and can do without."""
+    _check_extras(live, options)
+    leaves = live.tree.leaves
+    if not options.absent:
+        return
+    if options.absent[-1] >= len(leaves) or len(options.absent) == len(leaves):
+        raise errors.InvalidArgumentError(
+            f"absent_leaves: {len(options.absent)} up to {options.absent[-1]}, expected positions below {len(leaves)}, "
+            "and not all of them",
+            subject="absent_leaves",
+            expected=f"fewer than {len(leaves)} positions below {len(leaves)}",
+            got=f"{len(options.absent)} up to {options.absent[-1]}",
+        )
+    if not live.plan.program.skippable:
+        name = leaves[options.absent[0]].name
+        raise errors.InvalidArgumentError(
+            f"grads[{name!r}] is absent, but the optimizer of session {live.machine.name!r} needs every gradient; put "
+            "per_leaf(...) around the part that is to leave such leaves alone",
+            subject=name,
+            expected="a gradient for every leaf, or an optimizer in per_leaf",
+            got="none",
+        )
+
+
+def _check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
     needed, given = live.plan.program.extras, tuple(sorted(name for name, _ in options.extras))
     if given != needed:
         expected = f"exactly {', '.join(needed)}" if needed else "nothing beside the gradients"
@@ -35,18 +59,35 @@ def check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
 def variants(live: LiveSession, options: sessions.PushOptions) -> Sequence[program.Variant]:
     """The variants of the program that a push with these options may run."""
     closing = (True,) if live.plan.program.every == 1 else (True, False)
-    return [program.Variant(closes, options.grad_scale != 1.0, options.telemetry) for closes in closing]
+    return [_variant(options, closing=closes) for closes in closing]
 
 
-def run(
-    engine: engines.Engine, live: LiveSession, apply: effects.Apply, grads: Sequence[tensors.Array]
-) -> events.Event:
-    """Runs the update that a push asks for, on the device's thread; says how it ended, whatever happens."""
-    plan = plans.at(live.plans, apply.index)
+def _variant(options: sessions.PushOptions, *, closing: bool) -> program.Variant:
+    return program.Variant(
+        closing=closing,
+        scaled=options.grad_scale != 1.0,
+        telemetry=options.telemetry,
+        absent=bool(options.absent),
+        updates=options.reply is sessions.ReplyContent.UPDATES,
+    )
+
+
+def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> events.Event:
+    """Runs the update that a push asks for, on the device's thread; says how it ended, whatever happens.
+
+    What the push changes of the hyperparameters stays changed if the update is applied.
+    """
+    live = push.session
+    plan = plans.at(push.change.plans if push.change else live.plans, apply.index)
+    grads = push.landing.grads(live.tree, apply.options.absent)
+    live.added = None
     try:
         rate = plan.learning_rate(apply.index, live.machine.skipped)
+        every = plan.program.every
+        closing = plan.counted(apply.index, live.machine.skipped) % every == every - 1
         live.held.program = plan.program
-        notes = engine.update(live.held, _variant(plan, apply, live.machine.skipped), _operands(plan, apply), grads)
+        operands = _operands(plan, apply, len(live.tree.leaves))
+        notes, added = engine.update(live.held, _variant(apply.options, closing=closing), operands, grads)
     except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
         _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
         state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost
@@ -54,22 +95,21 @@ def run(
     skipped = notes.get("finite") == 0.0
     if skipped and plan.program.rejects:
         return events.UpdateRefused(_not_finite(live, grads))
-    return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped)
+    if push.change:
+        live.plans = push.change.plans
+    live.added = (apply.index + 1, added) if added else None
+    change = push.change.change if push.change else None
+    return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped, change)
 
 
-def _variant(plan: plans.Plan, apply: effects.Apply, skipped: int) -> program.Variant:
-    every = plan.program.every
-    return program.Variant(
-        closing=plan.counted(apply.index, skipped) % every == every - 1,
-        scaled=apply.options.grad_scale != 1.0,
-        telemetry=apply.options.telemetry,
-    )
-
-
-def _operands(plan: plans.Plan, apply: effects.Apply) -> program.Operands:
+def _operands(plan: plans.Plan, apply: effects.Apply, leaves: int) -> program.Operands:
     scale = apply.options.grad_scale
     extras = {program.OPTAX_EXTRAS[name]: value for name, value in apply.options.extras}
-    return program.Operands(plan.rates, apply.index, scale if scale != 1.0 else None, extras)
+    present = None
+    if apply.options.absent:
+        present = np.ones(leaves, bool)
+        present[list(apply.options.absent)] = False
+    return program.Operands(plan.rates, apply.index, scale if scale != 1.0 else None, extras, present)
 
 
 def _metrics(

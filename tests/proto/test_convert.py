@@ -112,7 +112,9 @@ def test_what_an_optimizer_does_survives_the_wire():
     "options",
     [
         sessions.PLAIN,
-        sessions.PushOptions(grad_scale=65536.0, extras=(("loss", 0.25),), telemetry=True, wants_params=False),
+        sessions.PushOptions(
+            grad_scale=65536.0, extras=(("loss", 0.25),), telemetry=True, reply=sessions.ReplyContent.UPDATES
+        ),
     ],
 )
 def test_what_a_push_says_beside_its_gradients_survives_the_wire(options: sessions.PushOptions):

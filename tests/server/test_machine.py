@@ -102,19 +102,36 @@ def test_a_retry_with_other_bytes_is_refused(change: dict[str, int]):
     refuses(session, push(seq=1, base=0, **change), errors.DivergentRetryError, "applied as step 1 with other bytes")
 
 
-@pytest.mark.parametrize("meaning", [{"grad_scale": 2.0}, {"extras": (("loss", 0.5),)}], ids=str)
-def test_a_retry_that_says_something_else_is_refused(meaning: dict[str, Any]):
+@pytest.mark.parametrize(
+    ("meaning", "name"),
+    [
+        ({"grad_scale": 2.0}, "grad_scale"),
+        ({"extras": (("loss", 0.5),)}, "loss"),
+        ({"hyperparams": (("learning_rate", 0.5),)}, "hyperparams"),
+        ({"absent": (1,)}, "absent leaves"),
+    ],
+    ids=str,
+)
+def test_a_retry_that_says_something_else_is_refused(meaning: dict[str, Any], name: str):
     session = applied(push(seq=1, base=0))
     other = dataclasses.replace(push(seq=1, base=0), options=sessions.PushOptions(**meaning))
-    refuses(session, other, errors.DivergentRetryError, "applied as step 1 with other loss or grad_scale")
+    refuses(session, other, errors.DivergentRetryError, f"applied as step 1 with other {name}")
 
 
 def test_a_retry_may_ask_for_less_and_hears_what_was_measured_then():
     session, _ = machine.advance(opened(), push(seq=1, base=0))
     session, _ = machine.advance(session, events.Updated(RATE, (("grad_norm", 2.0),)))
-    quiet = dataclasses.replace(push(seq=1, base=0), options=sessions.PushOptions(wants_params=False))
+    quiet = dataclasses.replace(push(seq=1, base=0), options=sessions.PushOptions(reply=sessions.ReplyContent.NONE))
     _, (reply,) = machine.advance(session, quiet)
     assert reply == effects.Reply(1, 1, True, RATE, (("grad_norm", 2.0),))
+
+
+def test_what_a_push_changes_is_recorded_with_its_step_and_not_before():
+    change = sessions.Change(0, (("sgd.step_size", 0.5),))
+    applying, _ = machine.advance(opened(), push(seq=1, base=0))
+    assert applying.changes == ()
+    after, _ = machine.advance(applying, events.Updated(RATE, change=change))
+    assert after.changes == (change,)
 
 
 def test_a_refused_update_leaves_the_session_as_it_was():

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from optwire_proto import errors, limits
+from optwire_proto import errors, limits, sessions
 
 # Below this a push and its reply in one message each beat the stream (one round trip, no frames).
 AUTO_UNARY_BYTES_MAX = 64 * limits.KIB
@@ -70,6 +70,13 @@ def transport(name: str) -> Transport:
     if name not in list(Transport):
         raise wrong("transport", f"one of {', '.join(Transport)}", name)
     return Transport(name)
+
+
+def reply(name: str) -> sessions.ReplyContent:
+    """The content of a reply called ``name``; raises InvalidArgumentError where there is none."""
+    if name not in list(sessions.ReplyContent):
+        raise wrong("reply", f"one of {', '.join(sessions.ReplyContent)}", name)
+    return sessions.ReplyContent(name)
 
 
 def _is_target(value: object) -> bool:

@@ -164,15 +164,18 @@ class Channel:
         grads: _payload.Outgoing,
         tree: trees.TreeSpec,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        """One push and its reply, in one message each."""
+        """One push and its reply, in one message each; no arrays where none were asked for."""
         data, digest = grads.whole()
         begin = convert.push_to_proto(key, options)
         request = pb.StepRequest(begin=begin, payload=data, digest=convert.digest_to_proto(digest))
         with self.translated():
             response = self._stub.Step(request, timeout=deadline.remaining_s)
+        ack = convert.ack_from_proto(response.ack)
+        if options.reply is sessions.ReplyContent.NONE:
+            return ack, []
         incoming = _payload.Incoming(tree)
         incoming.write(0, response.payload)
-        return convert.ack_from_proto(response.ack), incoming.finish(response.digest.length)
+        return ack, incoming.finish(response.digest.length)
 
     def open_stream(self) -> Stream:
         """A stream for any number of pushes, one at a time."""
@@ -235,11 +238,14 @@ class Stream:
             _cancelled_unless_done(self._call),
             self._watchdog.watch(deadline, self.cancel),
         ):
-            incoming = _payload.Incoming(tree)
+            wanted = options.reply is not sessions.ReplyContent.NONE
+            incoming = _payload.Incoming(tree) if wanted else None
             self._pushes.put(_frames(begin, grads))
             ack = convert.ack_from_proto(self._next("ack").ack)
             while True:
-                frame = self._next("chunk", "end")
+                frame = self._next("chunk", "end") if incoming else self._next("end")
+                if incoming is None:
+                    return ack, []
                 if frame.WhichOneof("frame") == "end":
                     return ack, incoming.finish(frame.end.digest.length)
                 incoming.write(frame.chunk.offset, frame.chunk.data)

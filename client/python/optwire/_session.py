@@ -79,7 +79,9 @@ class Session:
         *,
         loss: float | None = None,
         grad_scale: float = 1.0,
+        hyperparams: Mapping[str, float | specs.Spec] | None = None,
         telemetry: bool = False,
+        reply: str = "params",
     ) -> Any:
         """Pushes gradients, applies one update, and returns the new parameters.
 
@@ -91,17 +93,23 @@ class Session:
 
         Args:
           grads: a nest of the session's structure, shapes and element types: NumPy arrays, or arrays that NumPy can
-            read in place. Not copied as a whole; do not change them during the call.
+            read in place. Not copied as a whole; do not change them during the call. None in the place of an array: the
+            leaf, its slots and its count of updates stay as they are, where the optimizer is in ``per_leaf``.
           base_step: the step of the parameters that the gradients were computed on, where that is not ``step_count``.
           loss: the loss of the batch, a finite number, exactly where the optimizer asks for it (``describe().extras``).
           grad_scale: what the gradients were multiplied by (loss scaling); the update divides by it first.
+          hyperparams: new values from this step on, as ``set_hyperparams`` takes them; applied with the push or not.
           telemetry: whether ``last_ack.metrics`` reports norms and the like, at the price of computing them.
+          reply: "params", "updates" (what the optimizer added to the parameters), or "none".
 
         Returns:
-          The parameters after the update: new NumPy arrays in the structure given at creation.
+          The parameters after the update, or the updates: new NumPy arrays in the structure given at creation. None
+          where nothing was asked for.
 
         Raises:
-          InvalidArgumentError: the loss is missing, or not wanted; a loss or scale that is no finite number.
+          InvalidArgumentError: the loss is missing, or not wanted; a loss or scale that is no finite number; a gradient
+            is absent that the optimizer needs; hyperparameters as in ``set_hyperparams``.
+          SpecError: a value that a hyperparameter cannot take.
           NonFiniteError: the session rejects gradients that are not finite; nothing was applied.
           TreeMismatchError: the gradients differ from the session's tree; nothing was sent.
           StaleStepError: another worker pushed since; call ``params`` and compute again.
@@ -110,11 +118,15 @@ class Session:
           LimitError: too large for the transport "unary", or for the server.
           SessionFailedError: the session lost its state in a failed update.
         """
-        payload = _payload.Outgoing(trees.match(self._tree, grads))
+        arrays = trees.match_present(self._tree, grads)
+        payload = _payload.Outgoing([array for array in arrays if array is not None])
         options = sessions.PushOptions(
             grad_scale=_options.positive("grad_scale", grad_scale),
             extras=() if loss is None else (("loss", _options.finite("loss", loss)),),
+            hyperparams=tuple(sorted((name, _hyperparam(name, value)) for name, value in (hyperparams or {}).items())),
+            absent=tuple(index for index, array in enumerate(arrays) if array is None),
             telemetry=bool(telemetry),
+            reply=_options.reply(reply),
         )
         with self._using():
             base = self._step if base_step is None else _step_number(base_step)
@@ -125,13 +137,15 @@ class Session:
                 seq=self._seq + 1,
                 base_step=base,
             )
-            push = self._push_unary if self._goes_unary(payload.length) else self._push_on_stream
-            deadline = self._deadline(2 * payload.length)
-            ack, arrays = _deadlines.retried(
+            push = self._push_unary if self._goes_unary(self._tree.payload_bytes) else self._push_on_stream
+            deadline = self._deadline(2 * self._tree.payload_bytes)
+            ack, answer = _deadlines.retried(
                 lambda _: push(deadline, key, options, payload), deadline, f"push on step {base} of {self}", _UNKNOWN
             )
             self._seq, self._step, self._last_ack = key.seq, ack.step, ack
-        return trees.unflatten(self._tree, arrays, self._types)
+        if options.reply is sessions.ReplyContent.NONE:
+            return None
+        return trees.unflatten(self._tree, answer, self._types)
 
     def params(self, which: str = "") -> Any:
         """The newest parameters: new NumPy arrays in the structure given at creation.

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, Final
 
 from optwire_proto import errors, limits, sessions, specs
 from optwire_proto.convert.served import served
-from optwire_proto.convert.specs import value_from_proto
+from optwire_proto.convert.specs import changes_from_proto, value_from_proto, value_to_proto
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
+
+_Reply = sessions.ReplyContent
+_REPLIES: Final = {
+    _Reply.PARAMS: pb.REPLY_CONTENT_PARAMS,
+    _Reply.UPDATES: pb.REPLY_CONTENT_UPDATES,
+    _Reply.NONE: pb.REPLY_CONTENT_NONE,
+}
 
 
 def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = sessions.PLAIN) -> pb.PushBegin:
@@ -22,8 +31,10 @@ def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = session
         ),
         grad_scale=0.0 if options.grad_scale == 1.0 else options.grad_scale,
         extras=[pb.Argument(name=name, value=pb.Value(number=value)) for name, value in options.extras],
+        hyperparams=[pb.Argument(name=name, value=value_to_proto(value)) for name, value in options.hyperparams],
+        absent_leaves=options.absent,
         telemetry=options.telemetry,
-        reply=pb.REPLY_CONTENT_UNSPECIFIED if options.wants_params else pb.REPLY_CONTENT_NONE,
+        reply=_REPLIES[options.reply],
     )
 
 
@@ -37,14 +48,8 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.P
     for field, value, allowed in (
         ("codec", message.codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
         ("weight", message.weight, (0.0, 1.0)),
-        ("hyperparams", len(message.hyperparams), (0,)),
-        ("absent_leaves", len(message.absent_leaves), (0,)),
         ("shared_memory_slot", message.shared_memory_slot, (0,)),
-        (
-            "reply",
-            message.reply,
-            (pb.REPLY_CONTENT_UNSPECIFIED, pb.REPLY_CONTENT_PARAMS, pb.REPLY_CONTENT_NONE),
-        ),
+        ("reply", message.reply, (pb.REPLY_CONTENT_UNSPECIFIED, *_REPLIES.values())),
         ("key.worker_epoch", message.key.worker_epoch, (0,)),
     ):
         served("push", field, value, allowed)
@@ -84,9 +89,23 @@ def _options(message: pb.PushBegin) -> sessions.PushOptions:
     return sessions.PushOptions(
         grad_scale=scale,
         extras=tuple(sorted(extras.items())),
+        hyperparams=tuple(sorted(changes_from_proto(message.hyperparams).items())) if message.hyperparams else (),
+        absent=_absent(message.absent_leaves),
         telemetry=message.telemetry,
-        wants_params=message.reply != pb.REPLY_CONTENT_NONE,
+        reply=next((ours for ours, theirs in _REPLIES.items() if theirs == message.reply), _Reply.PARAMS),
     )
+
+
+def _absent(positions: Sequence[int]) -> tuple[int, ...]:
+    absent = tuple(positions)
+    if any(after <= before for before, after in itertools.pairwise(absent)):
+        raise errors.InvalidArgumentError(
+            "push.absent_leaves: not ascending, expected each position once, in order",
+            subject="absent_leaves",
+            expected="ascending positions",
+            got=str(absent)[:200],
+        )
+    return absent
 
 
 def ack_to_proto(ack: sessions.Ack) -> pb.PushAck:

@@ -9,6 +9,7 @@ from optwire_proto.convert.served import served
 from optwire_proto.convert.specs import (
     arguments_from_proto,
     arguments_to_proto,
+    changes_from_proto,
     entry_from_proto,
     entry_to_proto,
     spec_from_proto,
@@ -161,22 +162,7 @@ def hyperparams_from_proto(message: pb.UpdateHyperparamsRequest) -> dict[str, sp
     Raises:
       InvalidArgumentError: none was given, one was given twice, or is neither a number nor a schedule.
     """
-    values = dict(arguments_from_proto(message.hyperparams))
-    if not values or len(values) != len(message.hyperparams):
-        got = "nothing" if not values else "a name twice"
-        raise errors.InvalidArgumentError(
-            f"hyperparams: {got}, expected every name once", subject="hyperparams", expected="names, each once", got=got
-        )
-    for name, value in values.items():
-        if not specs.is_number(value) and not isinstance(value, specs.Spec):
-            got = specs.shown(value)
-            raise errors.InvalidArgumentError(
-                f"hyperparams: {name[:80]}={got}, expected a finite number or a schedule",
-                subject=name[:80],
-                expected="a finite number or a schedule",
-                got=got,
-            )
-    return values
+    return changes_from_proto(message.hyperparams)
 
 
 def server_to_proto(info: sessions.ServerInfo) -> pb.GetServerInfoResponse:

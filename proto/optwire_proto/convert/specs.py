@@ -215,3 +215,27 @@ def entry_from_proto(message: pb.CatalogueEntry) -> entries.Entry:
         message.refusal,
         tuple(message.extras),
     )
+
+
+def changes_from_proto(arguments: Sequence[pb.Argument]) -> dict[str, specs.Value]:
+    """New values of hyperparameters by path, or end of a path.
+
+    Raises:
+      InvalidArgumentError: none was given, one was given twice, or is neither a number nor a schedule.
+    """
+    values = dict(arguments_from_proto(arguments))
+    if not values or len(values) != len(arguments):
+        got = "nothing" if not values else "a name twice"
+        raise errors.InvalidArgumentError(
+            f"hyperparams: {got}, expected every name once", subject="hyperparams", expected="names, each once", got=got
+        )
+    for name, value in values.items():
+        if not specs.is_number(value) and not isinstance(value, specs.Spec):
+            got = specs.shown(value)
+            raise errors.InvalidArgumentError(
+                f"hyperparams: {name[:80]}={got}, expected a finite number or a schedule",
+                subject=name[:80],
+                expected="a finite number or a schedule",
+                got=got,
+            )
+    return values

@@ -65,7 +65,7 @@ class _ReplyContentEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     REPLY_CONTENT_NONE: _ReplyContent.ValueType  # 2
     """only the ack"""
     REPLY_CONTENT_UPDATES: _ReplyContent.ValueType  # 3
-    """reserved: what was added to the parameters"""
+    """what was added to the parameters"""
 
 class ReplyContent(_ReplyContent, metaclass=_ReplyContentEnumTypeWrapper):
     """What a reply carries."""
@@ -77,7 +77,7 @@ REPLY_CONTENT_PARAMS: ReplyContent.ValueType  # 1
 REPLY_CONTENT_NONE: ReplyContent.ValueType  # 2
 """only the ack"""
 REPLY_CONTENT_UPDATES: ReplyContent.ValueType  # 3
-"""reserved: what was added to the parameters"""
+"""what was added to the parameters"""
 global___ReplyContent = ReplyContent
 
 @typing.final
@@ -299,7 +299,7 @@ class Aggregation(google.protobuf.message.Message):
         MODE_SINGLE: Aggregation._Mode.ValueType  # 1
         """every accepted push is one step; a push on an old base step is refused"""
         MODE_SYNC: Aggregation._Mode.ValueType  # 2
-        """reserved for workers: all of `workers` make one step"""
+        """the mean of one push of each of `workers` workers is one step, summed in the order of their ids"""
         MODE_K_OF_N: Aggregation._Mode.ValueType  # 3
         """reserved for workers: the first `k` of `workers`"""
         MODE_ASYNC: Aggregation._Mode.ValueType  # 4
@@ -321,7 +321,7 @@ class Aggregation(google.protobuf.message.Message):
     MODE_SINGLE: Aggregation.Mode.ValueType  # 1
     """every accepted push is one step; a push on an old base step is refused"""
     MODE_SYNC: Aggregation.Mode.ValueType  # 2
-    """reserved for workers: all of `workers` make one step"""
+    """the mean of one push of each of `workers` workers is one step, summed in the order of their ids"""
     MODE_K_OF_N: Aggregation.Mode.ValueType  # 3
     """reserved for workers: the first `k` of `workers`"""
     MODE_ASYNC: Aggregation.Mode.ValueType  # 4
@@ -769,6 +769,7 @@ class CreateSessionBegin(google.protobuf.message.Message):
     GRADS_CODEC_FIELD_NUMBER: builtins.int
     PARAMS_CODEC_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    EXTENDS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """1 to 128 characters of A-Z a-z 0-9 . _ - and not starting with a dot. Empty: the server makes one."""
     create_key: builtins.str
@@ -791,7 +792,13 @@ class CreateSessionBegin(google.protobuf.message.Message):
 
     @property
     def aggregation(self) -> global___Aggregation:
-        """How pushes become steps. This version serves MODE_SINGLE."""
+        """How pushes become steps. This version serves MODE_SINGLE and MODE_SYNC."""
+
+    @property
+    def extends(self) -> global___Extension:
+        """Set: the new session takes the place and the name of this one, whose leaves it has and more. What both have keeps
+        its state, and the step goes on; only the new leaves' parameters are taken from the payload.
+        """
 
     def __init__(
         self,
@@ -805,11 +812,38 @@ class CreateSessionBegin(google.protobuf.message.Message):
         grads_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType = ...,
         params_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType = ...,
         seed: builtins.int = ...,
+        extends: global___Extension | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["aggregation", b"aggregation", "spec", b"spec", "tree", b"tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "create_key", b"create_key", "durability", b"durability", "grads_codec", b"grads_codec", "name", b"name", "params_codec", b"params_codec", "seed", b"seed", "spec", b"spec", "tree", b"tree"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["aggregation", b"aggregation", "extends", b"extends", "spec", b"spec", "tree", b"tree"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "create_key", b"create_key", "durability", b"durability", "extends", b"extends", "grads_codec", b"grads_codec", "name", b"name", "params_codec", b"params_codec", "seed", b"seed", "spec", b"spec", "tree", b"tree"]) -> None: ...
 
 global___CreateSessionBegin = CreateSessionBegin
+
+@typing.final
+class Extension(google.protobuf.message.Message):
+    """Which session a new one extends."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """32 hexadecimal digits."""
+    incarnation: builtins.int
+    """The incarnation the client knows."""
+    step: builtins.int
+    """The step the client knows."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        incarnation: builtins.int = ...,
+        step: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "session_id", b"session_id", "step", b"step"]) -> None: ...
+
+global___Extension = Extension
 
 @typing.final
 class PayloadEnd(google.protobuf.message.Message):
@@ -1235,6 +1269,179 @@ class ParamsBegin(google.protobuf.message.Message):
 global___ParamsBegin = ParamsBegin
 
 @typing.final
+class ReadStateRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    @property
+    def session(self) -> global___SessionRef:
+        """Which."""
+
+    def __init__(
+        self,
+        *,
+        session: global___SessionRef | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
+
+global___ReadStateRequest = ReadStateRequest
+
+@typing.final
+class ReadStateResponse(google.protobuf.message.Message):
+    """Frames of ReadState, server to client."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    @property
+    def begin(self) -> global___StateBegin:
+        """first"""
+
+    @property
+    def chunk(self) -> optwire_proto.v1.tensor_pb2.Chunk:
+        """the arrays"""
+
+    @property
+    def end(self) -> global___PayloadEnd:
+        """last"""
+
+    def __init__(
+        self,
+        *,
+        begin: global___StateBegin | None = ...,
+        chunk: optwire_proto.v1.tensor_pb2.Chunk | None = ...,
+        end: global___PayloadEnd | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["begin", "chunk", "end"] | None: ...
+
+global___ReadStateResponse = ReadStateResponse
+
+@typing.final
+class StateBegin(google.protobuf.message.Message):
+    """Which arrays follow."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    TREE_FIELD_NUMBER: builtins.int
+    @property
+    def session(self) -> global___Session:
+        """The session, without its tree."""
+
+    @property
+    def tree(self) -> optwire_proto.v1.tensor_pb2.TreeSpec:
+        """Every array of the state. A name is "SLOT/LEAF" where an array belongs to a leaf, such as "mu/encoder/kernel";
+        parameters are the slot "params", in the type in which the server keeps them. Otherwise "state/PATH".
+        """
+
+    def __init__(
+        self,
+        *,
+        session: global___Session | None = ...,
+        tree: optwire_proto.v1.tensor_pb2.TreeSpec | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session", "tree", b"tree"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session", "tree", b"tree"]) -> None: ...
+
+global___StateBegin = StateBegin
+
+@typing.final
+class LoadStateRequest(google.protobuf.message.Message):
+    """Frames of LoadState, client to server."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    @property
+    def begin(self) -> global___LoadStateBegin:
+        """first"""
+
+    @property
+    def chunk(self) -> optwire_proto.v1.tensor_pb2.Chunk:
+        """the arrays"""
+
+    @property
+    def end(self) -> global___PayloadEnd:
+        """last"""
+
+    def __init__(
+        self,
+        *,
+        begin: global___LoadStateBegin | None = ...,
+        chunk: optwire_proto.v1.tensor_pb2.Chunk | None = ...,
+        end: global___PayloadEnd | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["begin", "chunk", "end"] | None: ...
+
+global___LoadStateRequest = LoadStateRequest
+
+@typing.final
+class LoadStateBegin(google.protobuf.message.Message):
+    """Which arrays follow, and where the session goes on with them."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    TREE_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    LOAD_KEY_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """32 hexadecimal digits."""
+    incarnation: builtins.int
+    """The incarnation the client knows."""
+    step: builtins.int
+    """Number of updates that the session counts afterwards; not set: as many as before."""
+    load_key: builtins.str
+    """32 hexadecimal digits made by the client; a retry with the same key does not load twice."""
+    @property
+    def tree(self) -> optwire_proto.v1.tensor_pb2.TreeSpec:
+        """The arrays that are replaced, by the names that ReadState gives them; those left out stay."""
+
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        incarnation: builtins.int = ...,
+        tree: optwire_proto.v1.tensor_pb2.TreeSpec | None = ...,
+        step: builtins.int | None = ...,
+        load_key: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_step", b"_step", "step", b"step", "tree", b"tree"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "incarnation", b"incarnation", "load_key", b"load_key", "session_id", b"session_id", "step", b"step", "tree", b"tree"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
+
+global___LoadStateBegin = LoadStateBegin
+
+@typing.final
+class LoadStateResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    @property
+    def session(self) -> global___Session:
+        """The session in its new incarnation."""
+
+    def __init__(
+        self,
+        *,
+        session: global___Session | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session"]) -> None: ...
+
+global___LoadStateResponse = LoadStateResponse
+
+@typing.final
 class PushKey(google.protobuf.message.Message):
     """---------------------------------------------------------------------------------------------------- pushes
 
@@ -1310,7 +1517,9 @@ class PushBegin(google.protobuf.message.Message):
 
     @property
     def hyperparams(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
-        """Reserved for hyperparameters that take effect with this push."""
+        """New values of hyperparameters from this push's step on, named as in UpdateHyperparams. They are part of the push: it
+        is applied with them or not at all, and a retry repeats them.
+        """
 
     @property
     def extras(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Argument]:
@@ -1318,7 +1527,9 @@ class PushBegin(google.protobuf.message.Message):
 
     @property
     def absent_leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Reserved for absent gradients: indices of leaves that this payload leaves out."""
+        """Positions of leaves without a gradient, ascending; the payload leaves them out. They and their slots stay as they
+        are, and so does their count of updates. Only where the optimizer treats each leaf by itself ("per_leaf").
+        """
 
     def __init__(
         self,

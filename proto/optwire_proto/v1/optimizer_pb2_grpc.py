@@ -80,6 +80,16 @@ class OptimizerServiceStub(object):
                 request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.StepRequest.SerializeToString,
                 response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.StepResponse.FromString,
                 _registered_method=True)
+        self.ReadState = channel.unary_stream(
+                '/optwire.v1.OptimizerService/ReadState',
+                request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.ReadStateRequest.SerializeToString,
+                response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.ReadStateResponse.FromString,
+                _registered_method=True)
+        self.LoadState = channel.stream_unary(
+                '/optwire.v1.OptimizerService/LoadState',
+                request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.LoadStateRequest.SerializeToString,
+                response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.LoadStateResponse.FromString,
+                _registered_method=True)
         self.StreamSteps = channel.stream_stream(
                 '/optwire.v1.OptimizerService/StreamSteps',
                 request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.StreamStepsRequest.SerializeToString,
@@ -169,6 +179,20 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadState(self, request, context):
+        """Reads the whole state of one step, parameters and slots, as named arrays: one `begin`, then chunks, then `end`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadState(self, request_iterator, context):
+        """Replaces arrays of the state, in a new incarnation: one `begin`, then the arrays in chunks, then `end`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamSteps(self, request_iterator, context):
         """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down.
         """
@@ -244,6 +268,16 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.Step,
                     request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.StepRequest.FromString,
                     response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.StepResponse.SerializeToString,
+            ),
+            'ReadState': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadState,
+                    request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.ReadStateRequest.FromString,
+                    response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.ReadStateResponse.SerializeToString,
+            ),
+            'LoadState': grpc.stream_unary_rpc_method_handler(
+                    servicer.LoadState,
+                    request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.LoadStateRequest.FromString,
+                    response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.LoadStateResponse.SerializeToString,
             ),
             'StreamSteps': grpc.stream_stream_rpc_method_handler(
                     servicer.StreamSteps,
@@ -510,6 +544,60 @@ class OptimizerService(object):
             '/optwire.v1.OptimizerService/Step',
             optwire__proto_dot_v1_dot_optimizer__pb2.StepRequest.SerializeToString,
             optwire__proto_dot_v1_dot_optimizer__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/optwire.v1.OptimizerService/ReadState',
+            optwire__proto_dot_v1_dot_optimizer__pb2.ReadStateRequest.SerializeToString,
+            optwire__proto_dot_v1_dot_optimizer__pb2.ReadStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadState(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/optwire.v1.OptimizerService/LoadState',
+            optwire__proto_dot_v1_dot_optimizer__pb2.LoadStateRequest.SerializeToString,
+            optwire__proto_dot_v1_dot_optimizer__pb2.LoadStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,6 +75,18 @@ class OptimizerServiceStub:
     ]
     """One push and its reply in one message each; for payloads of at most 2 MiB."""
 
+    ReadState: grpc.UnaryStreamMultiCallable[
+        optwire_proto.v1.optimizer_pb2.ReadStateRequest,
+        optwire_proto.v1.optimizer_pb2.ReadStateResponse,
+    ]
+    """Reads the whole state of one step, parameters and slots, as named arrays: one `begin`, then chunks, then `end`."""
+
+    LoadState: grpc.StreamUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.LoadStateRequest,
+        optwire_proto.v1.optimizer_pb2.LoadStateResponse,
+    ]
+    """Replaces arrays of the state, in a new incarnation: one `begin`, then the arrays in chunks, then `end`."""
+
     StreamSteps: grpc.StreamStreamMultiCallable[
         optwire_proto.v1.optimizer_pb2.StreamStepsRequest,
         optwire_proto.v1.optimizer_pb2.StreamStepsResponse,
@@ -155,6 +167,18 @@ class OptimizerServiceAsyncStub:
         optwire_proto.v1.optimizer_pb2.StepResponse,
     ]
     """One push and its reply in one message each; for payloads of at most 2 MiB."""
+
+    ReadState: grpc.aio.UnaryStreamMultiCallable[
+        optwire_proto.v1.optimizer_pb2.ReadStateRequest,
+        optwire_proto.v1.optimizer_pb2.ReadStateResponse,
+    ]
+    """Reads the whole state of one step, parameters and slots, as named arrays: one `begin`, then chunks, then `end`."""
+
+    LoadState: grpc.aio.StreamUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.LoadStateRequest,
+        optwire_proto.v1.optimizer_pb2.LoadStateResponse,
+    ]
+    """Replaces arrays of the state, in a new incarnation: one `begin`, then the arrays in chunks, then `end`."""
 
     StreamSteps: grpc.aio.StreamStreamMultiCallable[
         optwire_proto.v1.optimizer_pb2.StreamStepsRequest,
@@ -254,6 +278,22 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[optwire_proto.v1.optimizer_pb2.StepResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.StepResponse]]:
         """One push and its reply in one message each; for payloads of at most 2 MiB."""
+
+    @abc.abstractmethod
+    def ReadState(
+        self,
+        request: optwire_proto.v1.optimizer_pb2.ReadStateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[optwire_proto.v1.optimizer_pb2.ReadStateResponse], collections.abc.AsyncIterator[optwire_proto.v1.optimizer_pb2.ReadStateResponse]]:
+        """Reads the whole state of one step, parameters and slots, as named arrays: one `begin`, then chunks, then `end`."""
+
+    @abc.abstractmethod
+    def LoadState(
+        self,
+        request_iterator: _MaybeAsyncIterator[optwire_proto.v1.optimizer_pb2.LoadStateRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[optwire_proto.v1.optimizer_pb2.LoadStateResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.LoadStateResponse]]:
+        """Replaces arrays of the state, in a new incarnation: one `begin`, then the arrays in chunks, then `end`."""
 
     @abc.abstractmethod
     def StreamSteps(

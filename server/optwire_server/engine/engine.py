@@ -114,10 +114,13 @@ class Engine:
 
     def update(
         self, held: Held, variant: program.Variant, operands: program.Operands, grads: Sequence[tensors.Array]
-    ) -> Mapping[str, float]:
-        """Replaces the state by the next one, and returns the notes of the update. On the device's thread only.
+    ) -> tuple[Mapping[str, float], list[np.ndarray]]:
+        """Replaces the state by the next one. On the device's thread only.
 
         ``grads`` are read until this returns; afterwards their memory may be reused.
+
+        Returns:
+          Notes of the update, and what it added to the parameters, where the variant has it.
 
         Raises:
           UpdateError: nothing or everything of the old state is left, as it says.
@@ -125,13 +128,13 @@ class Engine:
         old = held.state
         try:
             # As NumPy arrays: aligned ones are adopted, at half the cost of putting them on the device first.
-            new, notes = jax.block_until_ready(held.program.update(variant, operands, list(grads), old))
+            new, notes, added = jax.block_until_ready(held.program.update(variant, operands, list(grads), old))
             held.state = new
         except Exception as exc:
             lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(old))
             held.state = None if lost else old
             raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
-        return {name: float(value) for name, value in notes.items()}
+        return {name: float(value) for name, value in notes.items()}, [np.asarray(leaf) for leaf in added]
 
     def params(self, held: Held, which: str = "") -> list[np.ndarray]:
         """The parameters, or those of a view that was prepared, as NumPy arrays. On the device's thread only.

@@ -166,6 +166,16 @@ class Landing:
             views.append(flat.reshape(leaf.shape))
         return views
 
+    def grads(self, tree: trees.TreeSpec, absent: Sequence[int]) -> Sequence[tensors.Array]:
+        """One array for each leaf of ``tree``: zeros, in memory that is never touched, where the payload has none."""
+        if not absent:
+            return self.arrays()
+        there, gone = iter(self.arrays()), frozenset(absent)
+        return [
+            np.zeros(leaf.shape, tensors.numpy_dtype(leaf.dtype)) if index in gone else next(there)
+            for index, leaf in enumerate(tree.leaves)
+        ]
+
     def close(self) -> None:
         """Gives the buffer back; may be called more than once."""
         buffer, self._buffer = self._buffer, None

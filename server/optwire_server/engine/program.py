@@ -19,6 +19,8 @@ from optwire_server.engine import build, granularity, rates, rule, telemetry
 
 # What JAX takes apart as the optimizer's state; it holds the parameters.
 OptState = Any
+# The new state, notes by name, what was added to the parameters.
+Updated = tuple[OptState, dict[str, Any], list[Any]]
 
 _WIDE = ("f64", "c128")
 # What a push brings along beside gradients, and what optax calls it.
@@ -34,11 +36,15 @@ class Variant(NamedTuple):
       closing: whether the push closes a step; others are only gathered (``accumulate``).
       scaled: whether gradients are divided by a ``grad_scale`` first.
       telemetry: whether norms are computed.
+      absent: whether some leaves have no gradient; ``Operands.present`` says which do.
+      updates: whether what was added to the parameters is returned.
     """
 
     closing: bool = True
     scaled: bool = False
     telemetry: bool = False
+    absent: bool = False
+    updates: bool = False
 
 
 class Operands(NamedTuple):
@@ -49,20 +55,22 @@ class Operands(NamedTuple):
       push: index of the push, from 0.
       grad_scale: what gradients are divided by; None where they are not.
       extras: what the push brought along, by optax's names.
+      present: which leaves have a gradient; None: all. shape=(leaves,), bool
     """
 
     rates: tuple[float, ...]
     push: int
     grad_scale: float | None = None
     extras: Mapping[str, float] = {}
+    present: np.ndarray | None = None
 
 
 class Program:
     """An optimizer compiled for one tree and device.
 
-    Every update has the form ``(operands, grads, state) -> (state, notes)`` with the whole state donated and returned
-    in the order it came, so that XLA writes the new state over the old. Learning rates, index, scale and extras are
-    operands: none of them compiles anew.
+    Every update has the form ``(operands, grads, state) -> (state, notes, added)`` with the whole state donated and
+    returned in the order it came, so that XLA writes the new state over the old. Learning rates, index, scale and
+    extras are operands: none of them compiles anew.
     """
 
     def __init__(
@@ -83,7 +91,7 @@ class Program:
         )
         self._grads = [jax.ShapeDtypeStruct(leaf.shape, tensors.numpy_dtype(leaf.dtype)) for leaf in tree.leaves]
         self._lock = threading.Lock()
-        self._updates: dict[Variant, Callable[..., tuple[OptState, dict[str, Any]]]] = {}
+        self._updates: dict[Variant, Callable[..., Updated]] = {}
         self._views: dict[str, Callable[[OptState], list[Any]]] = {}
         with self._building():
             probe = self._rule(tuple(0.0 for _ in self.rate_paths))
@@ -128,11 +136,8 @@ class Program:
             if variant in self._updates:
                 return
             with self._building(), _compiling():
-                rates = tuple(0.0 for _ in self.rate_paths)
-                extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
-                operands = Operands(rates, 0, 1.0 if variant.scaled else None, extras)
                 jitted = jax.jit(self._traced(variant), donate_argnums=2)
-                self._updates[variant] = jitted.lower(operands, self._grads, self._state).compile()
+                self._updates[variant] = jitted.lower(self._zeros(variant), self._grads, self._state).compile()
 
     def prepare_view(self, which: str) -> None:
         """Compiles the reading of parameters that are not simply part of the state, unless it is.
@@ -156,10 +161,12 @@ class Program:
                 read = made.views[which] if which else made.params
                 self._views[which] = jax.jit(read).lower(self._state).compile()
 
-    def update(
-        self, variant: Variant, operands: Operands, grads: Any, state: OptState
-    ) -> tuple[OptState, dict[str, jax.Array]]:
-        """Starts one update that ``prepare`` made; ``state`` is consumed. Returns the new state, and notes about it."""
+    def update(self, variant: Variant, operands: Operands, grads: Any, state: OptState) -> Updated:
+        """Starts one update that ``prepare`` made; ``state`` is consumed.
+
+        Returns:
+          The new state, notes about the update, and what it added to the parameters, where the variant has it.
+        """
         with self.precision():
             return self._updates[variant](operands, grads, state)
 
@@ -179,10 +186,8 @@ class Program:
     @functools.cached_property
     def _jaxpr(self) -> Any:
         """The update as it is traced."""
-        extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
-        operands = Operands(tuple(0.0 for _ in self.rate_paths), 0, None, extras)
         with self._building():
-            return jax.make_jaxpr(self._traced(Variant()))(operands, self._grads, self._state)
+            return jax.make_jaxpr(self._traced(Variant()))(self._zeros(Variant()), self._grads, self._state)
 
     @functools.cached_property
     def update_text(self) -> int:
@@ -199,6 +204,11 @@ class Program:
             path for path, variable in zip(self.rate_paths, jaxpr.invars, strict=False) if id(variable) not in used
         )
 
+    @functools.cached_property
+    def skippable(self) -> bool:
+        """Whether a push may leave gradients out: every leaf is treated by itself."""
+        return build.skippable(self.spec)
+
     def same_state(self, other: Program) -> bool:
         """Whether a state of one is a state of the other."""
         if self is other:
@@ -210,8 +220,7 @@ class Program:
         """How finely the state may be cut, derived from the update."""
         with self._building():
             step = self._traced(Variant())
-            extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
-            operands = Operands(tuple(0.0 for _ in self.rate_paths), 0, None, extras)
+            operands = self._zeros(Variant())
             found = granularity.derive(lambda grads, state: step(operands, grads, state)[0], self._grads, self._state)
         if found is granularity.Granularity.ELEMENT and not build.is_elementwise(self.spec):
             return granularity.Granularity.TENSOR
@@ -226,12 +235,22 @@ class Program:
         site = build.Site(self._leaves, dict(zip(self.rate_paths, rates, strict=True)), seed)
         return build.build(self.spec, site)
 
-    def _traced(self, variant: Variant) -> Callable[..., tuple[OptState, dict[str, Any]]]:
+    def _zeros(self, variant: Variant) -> Operands:
+        """Operands of a variant to trace with."""
+        return Operands(
+            rates=tuple(0.0 for _ in self.rate_paths),
+            push=0,
+            grad_scale=1.0 if variant.scaled else None,
+            extras={OPTAX_EXTRAS[name]: 0.0 for name in self.extras},
+            present=np.ones(len(self._leaves), bool) if variant.absent else None,
+        )
+
+    def _traced(self, variant: Variant) -> Callable[..., Updated]:
         """The update of a variant, to be traced."""
 
-        def update(operands: Operands, grads: list[Any], state: OptState) -> tuple[OptState, dict[str, Any]]:
+        def update(operands: Operands, grads: list[Any], state: OptState) -> Updated:
             made = self._rule(operands.rates)
-            call = rule.Call(operands.push, variant.closing, operands.extras)
+            call = rule.Call(operands.push, variant.closing, operands.extras, present=operands.present)
             if variant.scaled:
                 grads = [_unscaled(g, operands.grad_scale) for g in grads]
             new = jax.tree.map(_kept, made.update(grads, state, call), state)
@@ -242,7 +261,8 @@ class Program:
             if variant.telemetry:
                 clip = build.clips(self.spec, build.Site(self._leaves, {}), state, closing=variant.closing)
                 call.notes.update(telemetry.measure(grads, made.params(state), made.params(new), clip))
-            return new, call.notes
+            added = _added(call, made.params(state), made.params(new)) if variant.updates else []
+            return new, call.notes, added
 
         return update
 
@@ -321,6 +341,12 @@ def _compiling() -> Iterator[None]:
         yield
     finally:
         _COMPILERS.release()
+
+
+def _added(call: rule.Call, before: list[Any], after: list[Any]) -> list[Any]:
+    """What an update added to the parameters: the optimizer's own word where it has one, else the difference."""
+    added = call.added if call.added is not None else [b - a for a, b in zip(before, after, strict=True)]
+    return rule.like(added, before)
 
 
 def _inside_accumulation(spec: specs.Spec) -> bool:

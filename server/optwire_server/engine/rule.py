@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -27,12 +28,16 @@ class Call:
       closing: whether this push closes a step; static. Others are only gathered, where the rule accumulates.
       extras: what the push brought along, by optax's names, such as ``value``. shape=(), float32
       notes: scalars of this update for the one who asked, by name.
+      present: which leaves have a gradient; None: all. shape=(leaves,), bool
+      added: what was added to the parameters, one array a leaf, where the rule knows. Set by the update.
     """
 
     index: Any
     closing: bool = True
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    present: Any = None
+    added: Leaves | None = None
 
 
 class Rule(NamedTuple):
@@ -53,6 +58,35 @@ class Rule(NamedTuple):
     every: int = 1
 
 
+class Stage(NamedTuple):
+    """State of ``after``: the transformation's, and the rule's."""
+
+    outer: State
+    inner: State
+
+
+class Gathered(NamedTuple):
+    """State of ``accumulate``: sums of gradients, one a leaf, and the rule's."""
+
+    sums: Leaves
+    inner: State
+
+
+class Guarded(NamedTuple):
+    """State of ``on_nonfinite``: pushes taken, shape=(), int32, and the rule's."""
+
+    taken: Any
+    inner: State
+
+
+class Averaged(NamedTuple):
+    """State of ``ema_params``: averages, one a leaf; the weight of parameters in them, shape=(), float32; the rule's."""
+
+    average: Leaves
+    weight: Any
+    inner: State
+
+
 def of_transformation(transformation: Any, *, schedule_free: bool = False) -> Rule:
     """The rule that adds the updates of an optax transformation to the parameters. State: (params, its state).
 
@@ -65,6 +99,7 @@ def of_transformation(transformation: Any, *, schedule_free: bool = False) -> Ru
     def update(grads: Leaves, state: State, call: Call) -> State:
         params, inner = state
         updates, inner = transformation.update(like(grads, params), inner, params, **call.extras)
+        call.added = list(updates)
         return optax.apply_updates(params, updates), inner
 
     reads = {"eval": lambda state: _schedule_free(*state)} if schedule_free else {}
@@ -75,13 +110,13 @@ def after(transformation: Any, rule: Rule) -> Rule:
     """A rule whose gradients pass a transformation first. State: (the transformation's, the rule's)."""
 
     def init(params: Leaves) -> State:
-        return transformation.init(params), rule.init(params)
+        return Stage(transformation.init(params), rule.init(params))
 
     def update(grads: Leaves, state: State, call: Call) -> State:
         outer, inner = state
         params = rule.params(inner)
         grads, outer = transformation.update(like(grads, params), outer, params, **call.extras)
-        return outer, rule.update(grads, inner, call)
+        return Stage(outer, rule.update(grads, inner, call))
 
     return around(rule, init, update)
 
@@ -101,11 +136,16 @@ def split(rules: Sequence[Rule], members: Sequence[Sequence[int]]) -> Rule:
     """Several rules, each for its own leaves: ``members[k]`` are the positions that ``rules[k]`` has."""
 
     def init(params: Leaves) -> State:
-        return [rule.init([params[i] for i in at]) for rule, at in zip(rules, members, strict=True)]
+        # A tuple: a list in a state has one entry a leaf, which is how arrays find their names.
+        return tuple(rule.init([params[i] for i in at]) for rule, at in zip(rules, members, strict=True))
 
     def update(grads: Leaves, state: State, call: Call) -> State:
+        def own(at: Sequence[int]) -> Call:
+            present = None if call.present is None else call.present[np.array(at, int)]
+            return dataclasses.replace(call, present=present, added=None)
+
         parts = zip(rules, members, state, strict=True)
-        return [rule.update([grads[i] for i in at], part, call) for rule, at, part in parts]
+        return tuple(rule.update([grads[i] for i in at], part, own(at)) for rule, at, part in parts)
 
     def joined(state: State, which: str = "") -> Leaves:
         leaves: dict[int, Any] = {}
@@ -126,16 +166,16 @@ def accumulate(rule: Rule, k: int) -> Rule:
     """
 
     def init(params: Leaves) -> State:
-        return [jnp.zeros(leaf.shape, _wide(leaf)) for leaf in params], rule.init(params)
+        return Gathered([jnp.zeros(leaf.shape, _wide(leaf)) for leaf in params], rule.init(params))
 
     def update(grads: Leaves, state: State, call: Call) -> State:
         sums, inner = state
         sums = [total + g for total, g in zip(sums, like(grads, sums), strict=True)]
         if not call.closing:
-            return sums, inner
+            return Gathered(sums, inner)
         means = [total / k for total in sums]
         inner = rule.update(means, inner, dataclasses.replace(call, index=call.index // k))
-        return [jnp.zeros_like(total) for total in sums], inner
+        return Gathered([jnp.zeros_like(total) for total in sums], inner)
 
     return around(rule, init, update)._replace(every=k)
 
@@ -148,19 +188,19 @@ def on_nonfinite(rule: Rule, policy: str) -> Rule:
     """
 
     def init(params: Leaves) -> State:
-        return jnp.zeros((), jnp.int32), rule.init(params)
+        return Guarded(jnp.zeros((), jnp.int32), rule.init(params))
 
     def update(grads: Leaves, state: State, call: Call) -> State:
         taken, inner = state
         if policy == "zero":
             grads = [jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)) for g in grads]
-            return taken + 1, rule.update(grads, inner, call)
+            return Guarded(taken + 1, rule.update(grads, inner, call))
         new = rule.update(grads, inner, dataclasses.replace(call, index=taken))
         # Parameters may be narrower than the state: what master weights hold can be infinite in f16.
         finite = all_finite([*grads, *jax.tree.leaves(new), *rule.params(new)])
         call.notes["finite"] = finite & call.notes.get("finite", True)
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, inner)
-        return taken + finite.astype(taken.dtype), kept
+        return Guarded(taken + finite.astype(taken.dtype), kept)
 
     return around(rule, init, update)
 
@@ -176,16 +216,16 @@ def ema_params(rule: Rule, decay: float, *, debias: bool) -> Rule:
 
     def init(params: Leaves) -> State:
         start = [jnp.zeros(leaf.shape, _wide(leaf)) if debias else jnp.array(leaf, _wide(leaf)) for leaf in params]
-        return start, jnp.zeros((), jnp.float32), rule.init(params)
+        return Averaged(start, jnp.zeros((), jnp.float32), rule.init(params))
 
     def update(grads: Leaves, state: State, call: Call) -> State:
         average, weight, inner = state
         inner = rule.update(grads, inner, call)
         if not call.closing:
-            return average, weight, inner
+            return Averaged(average, weight, inner)
         pairs = zip(average, rule.params(inner), strict=True)
         average = [(decay * e + (1 - decay) * leaf).astype(e.dtype) for e, leaf in pairs]
-        return average, decay * weight + (1 - decay), inner
+        return Averaged(average, decay * weight + (1 - decay), inner)
 
     def read(state: State) -> Leaves:
         average, weight, inner = state
@@ -208,7 +248,9 @@ def master_weights(rule: Rule, dtype: Any, dtypes: Sequence[Any]) -> Rule:
         return [leaf.astype(own) for leaf, own in zip(leaves, dtypes, strict=True)]
 
     def update(grads: Leaves, state: State, call: Call) -> State:
-        return rule.update(wide(grads), state, call)
+        new = rule.update(wide(grads), state, call)
+        call.added = None  # of the wide parameters
+        return new
 
     views = {name: lambda state, view=view: narrow(view(state)) for name, view in rule.views.items()}
     return Rule(

@@ -24,11 +24,13 @@ class Updated:
       learning_rate: what it used.
       metrics: figures of it, by name.
       skipped: whether it left the parameters alone, since the gradients were not finite.
+      change: of hyperparameters, that the push brought along and the update used.
     """
 
     learning_rate: float
     metrics: tuple[tuple[str, float], ...] = ()
     skipped: bool = False
+    change: sessions.Change | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

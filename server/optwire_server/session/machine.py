@@ -4,7 +4,7 @@ The whole promise of exactly-once stands here. A push carries (worker, seq, base
 
     worker's last seq is L        base_step is B, the session's step is S
     seq == L, same digest         answered from state, never applied again          Reply(duplicate)
-    seq == L, other digest        refused; so is another loss or grad_scale         DivergentRetryError
+    seq == L, other digest        refused; so is another loss, scale or such        DivergentRetryError
     seq <  L                      refused                                           StalePushError
     seq >  L + 1                  refused (a worker has one push under way)         FuturePushError
     B <  S                        refused: another push was faster                  StaleStepError
@@ -168,8 +168,15 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
     workers[pushed.key.worker] = Applied(
         pushed.key.seq, pushed.digest, step, event.learning_rate, pushed.options, event.metrics
     )
-    skipped = session.skipped + event.skipped
-    advanced = dataclasses.replace(session, phase=Phase.OPEN, step=step, skipped=skipped, workers=workers, pending=None)
+    advanced = dataclasses.replace(
+        session,
+        phase=Phase.OPEN,
+        step=step,
+        skipped=session.skipped + event.skipped,
+        changes=_with(session.changes, event.change) if event.change else session.changes,
+        workers=workers,
+        pending=None,
+    )
     return advanced, (effects.Reply(pushed.key.seq, step, False, event.learning_rate, event.metrics),)
 
 
@@ -197,20 +204,24 @@ def _changed(session: Session, change: sessions.Change) -> Outcome:
             got=str(change.from_step),
             step=session.step,
         )
-    changes = (*session.changes, change)[-limits.HYPERPARAM_CHANGES_MAX :]
-    return dataclasses.replace(session, changes=changes), ()
+    return dataclasses.replace(session, changes=_with(session.changes, change)), ()
+
+
+def _with(changes: tuple[sessions.Change, ...], change: sessions.Change) -> tuple[sessions.Change, ...]:
+    """The newest changes, one more among them."""
+    return (*changes, change)[-limits.HYPERPARAM_CHANGES_MAX :]
 
 
 def _divergent(session: Session, last: Applied, event: events.Pushed) -> errors.DivergentRetryError:
-    bytes_differ = event.digest != last.digest
-    expected, got = (last.digest, event.digest) if bytes_differ else (last.options.meaning, event.options.meaning)
-    what = "bytes" if bytes_differ else "loss or grad_scale"
+    before = {"bytes": last.digest, **last.options.meaning}
+    now = {"bytes": event.digest, **event.options.meaning}
+    what = next(name for name in before if before[name] != now[name])
     return errors.DivergentRetryError(
         f"session {session.name!r}: push {event.key.seq} of this worker was applied as step {last.step} with other "
         f"{what}; read the parameters and go on from there",
-        subject="digest" if bytes_differ else "options",
-        expected=str(expected),
-        got=str(got),
+        subject=what,
+        expected=str(before[what])[:200],
+        got=str(now[what])[:200],
         step=session.step,
     )
 
