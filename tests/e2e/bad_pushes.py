@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tests.e2e import wire
@@ -26,6 +27,18 @@ def wrong_key(name: str, code: str, reason: str, fragment: str, **key: Any) -> l
 
 def wrong_bytes(name: str, fragment: str, *frames: Any, code: str = INVALID, reason: str = "INVALID_PAYLOAD") -> Any:
     return refused(name, code, reason, fragment, lambda b: b.peer.stream(b.begin(), *frames))
+
+
+def argument(name: str, value: float | str) -> pb.Argument:
+    return pb.Argument(name=name, value=pb.Value(**{"text" if isinstance(value, str) else "number": value}))
+
+
+def wrong_option(name: str, fragment: str, reason: str = "INVALID_ARGUMENT", **options: Any) -> list[Any]:
+    """What a push says beside its gradients, on both roads that it may take."""
+    return [
+        refused(f"{name}, unary", INVALID, reason, fragment, lambda b: b.peer.step(b.begin(**options), PAYLOAD)),
+        refused(f"{name}, streamed", INVALID, reason, fragment, lambda b: b.peer.stream(b.begin(**options), ALL, END)),
+    ]
 
 
 def push_to_deleted(bench: Bench) -> object:
@@ -65,6 +78,17 @@ PUSHES = [
         "no incarnation", "FAILED_PRECONDITION", "WRONG_INCARNATION", "incarnation 0, expected 1", incarnation=0
     ),
     *wrong_key("a worker epoch", "UNIMPLEMENTED", "NOT_SERVED", "key.worker_epoch: 1 is not served", worker_epoch=1),
+    *wrong_option("an unknown hyperparameter", "'b3' is none of this session's", hyperparams=[argument("b3", 0.5)]),
+    *wrong_option("a hyperparameter twice", "a name twice", hyperparams=[argument("b1", 0.5)] * 2),
+    *wrong_option("a hyperparameter that is text", "expected a finite number", hyperparams=[argument("b1", "0.5")]),
+    *wrong_option("an infinite rate", "expected a finite number", hyperparams=[argument("learning_rate", math.inf)]),
+    *wrong_option("a negative rate", "step_size", "INVALID_SPEC", hyperparams=[argument("learning_rate", -1.0)]),
+    *wrong_option("an absent leaf", "needs every gradient; put per_leaf(...) around", absent_leaves=[0]),
+    *wrong_option("a leaf absent twice", "not ascending", absent_leaves=[0, 0]),
+    *wrong_option("absent leaves out of order", "not ascending", absent_leaves=[1, 0]),
+    *wrong_option("every leaf absent", "2 up to 1, expected positions below 2", absent_leaves=[0, 1]),
+    *wrong_option("an absent leaf beyond the last", "expected positions below 2", absent_leaves=[2]),
+    *wrong_option("the greatest absent leaf", "expected positions below 2", absent_leaves=[2**32 - 1]),
     refused("a deleted session", "NOT_FOUND", "SESSION_NOT_FOUND", "is not held by this server", push_to_deleted),
     refused(
         "a retry with other bytes",

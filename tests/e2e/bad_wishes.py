@@ -45,10 +45,7 @@ LATER = [
     *not_served("a weight", "push.weight: 2.0", weight=2.0),
     *not_served("a weight that is not a number", "push.weight: nan", weight=NAN),
     *not_served("a negative weight", "push.weight: -1.0", weight=-1.0),
-    *not_served("hyperparameters in a push", "push.hyperparams", hyperparams=[RATE]),
-    *not_served("absent leaves", "push.absent_leaves", absent_leaves=[0]),
     *not_served("a slot of shared memory", "push.shared_memory_slot: 1", shared_memory_slot=1),
-    *not_served("updates as reply", "push.reply: 3", reply=pb.REPLY_CONTENT_UPDATES),
     *not_served("an unknown reply", "push.reply: 99", reply=99),
     *(
         not_created(f"durability {level}", f"durability: {level} is not served", durability=level)
