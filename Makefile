@@ -14,6 +14,8 @@ PYTHON ?= python3
 # Further arguments for pytest: make test ARGS='-m "not slow" tests/proto'
 ARGS ?=
 IMAGE ?= optwire
+# What the server's image computes on: cpu, cuda12 or cuda13.
+VARIANT ?= cpu
 # A stand-in for the official base image, such as an internal mirror's: make image BASE_IMAGE=...
 BASE_IMAGE ?=
 # What `make proto-breaking` compares the schema with.
@@ -73,6 +75,10 @@ torch: .venv/.demo ## install PyTorch for the tests and examples that use it (TO
 demo: .venv/.demo ## train a small model against a server on this machine
 	@$(PY) examples/demo.py
 
+.PHONY: demo-torch
+demo-torch: torch ## train a small transformer in PyTorch, with its optimizer on a server
+	@$(PY) examples/demo_torch.py
+
 .PHONY: examples
 examples: .venv/.demo ## run every numbered example
 	@for example in examples/[0-9]*.py; do \
@@ -85,8 +91,25 @@ bench: .venv/.demo ## measure a remote step against a local one
 	@$(PY) benchmarks/step.py
 
 .PHONY: image
-image: ## build the container image
-	docker build -t $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
+image: ## build the container images $(IMAGE) and $(IMAGE)-client (VARIANT=cuda12 or cuda13: for NVIDIA's GPUs)
+	@$(BUILD) --target client -t $(call CLIENT_OF,$(IMAGE)) .
+	@$(BUILD) --target server --build-arg VARIANT=$(VARIANT) -t $(IMAGE) .
+	@docker image ls --filter reference=$(IMAGE) --filter reference=$(call CLIENT_OF,$(IMAGE))
+
+# optwire:1.2 becomes optwire-client:1.2; a colon before a slash is a registry's port.
+CLIENT_OF = $(shell sed -E 's|(:[^:/]*)?$$|-client\1|' <<<'$(1)')
+BUILD = docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	--build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	--build-arg REVISION=$(shell git rev-parse --verify --quiet HEAD 2>/dev/null)
+
+.venv/.container: pyproject.toml .venv/.dev
+	@$(PY) -c '$(GROUP)' container > .venv/container.txt
+	@$(PIP) install -r .venv/container.txt
+	@touch $@
+
+.PHONY: test-image
+test-image: .venv/.container ## build the images and test them in a container engine; .ci/engine starts one
+	@$(PY) -m pytest tests/container $(ARGS)
 
 # -- check -----------------------------------------------------------------------------------------------------------
 

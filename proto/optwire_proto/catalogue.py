@@ -1,7 +1,8 @@
 """The catalogue: every constructor that a spec may name, with its parameters. Standard library only.
 
-The seed's names are the seed's, what surrounds the update is ours, and the rest is optax's, from the signatures of the
-installed optax: clients use the copy in ``optax_entries`` (``make catalogue``), a server reads them anew.
+The seed's names are the seed's, what surrounds the update is ours, ``torch_*`` are torch's optimizers by torch's names,
+and the rest is optax's, from the signatures of the installed optax: clients use the copy in ``optax_entries`` (``make
+catalogue``), a server reads them anew.
 """
 
 from __future__ import annotations
@@ -145,6 +146,18 @@ AROUND: Final = (
         "Keeps the parameters, and computes, in a wider type than the one that travels.",
     ),
     Entry(
+        "per_leaf",
+        "wrapper",
+        (_INNER,),
+        "One optimizer of its own for each leaf: a push may leave gradients out, and what they belong to stays.",
+    ),
+    Entry(
+        "grouped",
+        "transformation",
+        (Parameter("of", "positions"), Parameter("optimizers", "specs", variadic=True)),
+        "An optimizer for each group of parameters: `of` says for every leaf, in order, which one.",
+    ),
+    Entry(
         "clip_by_leaf_norm",
         "transformation",
         (Parameter("max_norm", "positive"),),
@@ -164,7 +177,170 @@ AROUND: Final = (
     ),
 )
 
-OURS: Final[Mapping[str, Entry]] = {entry.name: entry for entry in (*SEED, *AROUND)}
+_LR = "rate:nonnegative"
+_BETAS = (Parameter("beta1", "operand:decay", 0.9), Parameter("beta2", "operand:decay", 0.999))
+_MAXIMIZE = Parameter("maximize", "flag", False, keyword_only=True)
+_AMSGRAD = Parameter("amsgrad", "flag", False)
+
+
+def _operand(name: str, default: float, number: str = "nonnegative") -> Parameter:
+    return Parameter(name, f"operand:{number}", default)
+
+
+def _decoupled(**how: bool) -> Parameter:
+    return Parameter("decoupled_weight_decay", "flag", False, **how)
+
+
+# Names, parameters and defaults are those of torch.optim, its pairs taken apart; tests hold them to it. Numbers are
+# operands of the compiled update.
+TORCH: Final = (
+    Entry(
+        "torch_sgd",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.001),
+            _operand("momentum", 0.0),
+            _operand("dampening", 0.0, "number"),
+            _operand("weight_decay", 0.0),
+            Parameter("nesterov", "flag", False),
+            _MAXIMIZE,
+        ),
+        "torch.optim.SGD: gradient descent, with momentum where it is not 0.",
+    ),
+    Entry(
+        "torch_adam",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.001),
+            *_BETAS,
+            _operand("eps", 1e-8),
+            _operand("weight_decay", 0.0),
+            _AMSGRAD,
+            _MAXIMIZE,
+            _decoupled(keyword_only=True),
+        ),
+        "torch.optim.Adam, whose weight decay is added to the gradient.",
+    ),
+    Entry(
+        "torch_adamw",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.001),
+            *_BETAS,
+            _operand("eps", 1e-8),
+            _operand("weight_decay", 0.01),
+            _AMSGRAD,
+            _MAXIMIZE,
+        ),
+        "torch.optim.AdamW, whose weight decay shrinks the parameters by themselves.",
+    ),
+    Entry(
+        "torch_nadam",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.002),
+            *_BETAS,
+            _operand("eps", 1e-8),
+            _operand("weight_decay", 0.0),
+            _operand("momentum_decay", 0.004),
+            _decoupled(),
+            _MAXIMIZE,
+        ),
+        "torch.optim.NAdam: Adam with Nesterov's momentum, which grows from step to step.",
+    ),
+    Entry(
+        "torch_radam",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.001),
+            *_BETAS,
+            _operand("eps", 1e-8),
+            _operand("weight_decay", 0.0),
+            _decoupled(),
+            _MAXIMIZE,
+        ),
+        "torch.optim.RAdam: Adam that is rectified while its second moment has seen little.",
+    ),
+    Entry(
+        "torch_adamax",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.002),
+            *_BETAS,
+            _operand("eps", 1e-8),
+            _operand("weight_decay", 0.0),
+            _MAXIMIZE,
+        ),
+        "torch.optim.Adamax: Adam with the infinity norm.",
+    ),
+    Entry(
+        "torch_adadelta",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 1.0),
+            _operand("rho", 0.9, "fraction"),
+            _operand("eps", 1e-6),
+            _operand("weight_decay", 0.0),
+            _MAXIMIZE,
+        ),
+        "torch.optim.Adadelta: steps as long as the ones before them.",
+    ),
+    Entry(
+        "torch_adagrad",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.01),
+            _operand("lr_decay", 0.0),
+            _operand("weight_decay", 0.0),
+            _operand("initial_accumulator_value", 0.0),
+            _operand("eps", 1e-10),
+            _MAXIMIZE,
+        ),
+        "torch.optim.Adagrad: rates shrink with the squared gradients seen.",
+    ),
+    Entry(
+        "torch_rmsprop",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.01),
+            _operand("alpha", 0.99),
+            _operand("eps", 1e-8),
+            _operand("weight_decay", 0.0),
+            _operand("momentum", 0.0),
+            Parameter("centered", "flag", False),
+            _MAXIMIZE,
+        ),
+        "torch.optim.RMSprop: gradients divided by a running root mean square, or deviation.",
+    ),
+    Entry(
+        "torch_rprop",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.01),
+            _operand("eta_minus", 0.5, "positive"),
+            _operand("eta_plus", 1.2, "positive"),
+            _operand("step_min", 1e-6),
+            _operand("step_max", 50.0),
+            _MAXIMIZE,
+        ),
+        "torch.optim.Rprop: steps by the gradient's sign, longer while it stays the same.",
+    ),
+    Entry(
+        "torch_asgd",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.01),
+            _operand("lambd", 0.0001, "number"),
+            _operand("alpha", 0.75, "number"),
+            _operand("t0", 1e6, "number"),
+            _operand("weight_decay", 0.0),
+            _MAXIMIZE,
+        ),
+        "torch.optim.ASGD: gradient descent that keeps the average of its parameters.",
+    ),
+)
+
+OURS: Final[Mapping[str, Entry]] = {entry.name: entry for entry in (*SEED, *AROUND, *TORCH)}
 # Names of the hyperparameter that everyone calls the learning rate.
 RATES: Final = ("learning_rate", "step_size", "step_size_fn", "max_learning_rate")
 

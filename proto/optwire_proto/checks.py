@@ -4,11 +4,13 @@ What a ``Parameter.takes`` may be:
 
     number positive nonnegative fraction decay count index few   numbers, see ``_NUMBERS``
     rate:KIND          a number of that kind, or a schedule
+    operand:KIND       a number of that kind that never compiles an update anew
     flag dtype text    True or False; "float32", "bfloat16", ...; one of ``choices``
     numbers array      a list of numbers; an Array (or a list of numbers, which becomes one)
     pairs mappings     {number: number}; a list of {name: number}
     axes seed tagged   one axis or several; a whole number; (name, number)
     mask groups        a flag, a name pattern or several; {name pattern: optimizer}
+    positions          whole numbers from 0 up, as an Array (or a list, which becomes one)
     schedule schedules a schedule; a list of them
     spec specs named   a transformation or optimizer; a list of them; {name: one of them}
     optimizer          a spec that moves parameters
@@ -117,6 +119,8 @@ def check_names(spec: Spec, names: tuple[str, ...], known: Catalogue) -> None:
     """
     work = 0
     for path, value, takes in by_takes(spec, known):
+        if takes == "positions" and len(value.numbers) != len(names):
+            raise wrong(path, f"{len(names)} positions, one for each leaf", value.numbers)
         if takes == "groups":
             listed = tuple(pattern for pattern, _ in value)
         elif takes == "mask" and not isinstance(value, bool):
@@ -239,8 +243,8 @@ class _Checker:
         takes, _, number = parameter.takes.partition(":")
         if takes == "rate" and isinstance(value, Spec):
             return self.spec(value, "schedule", path, depth + 1)
-        if takes == "rate" or takes in _NUMBERS:
-            return _number(number or takes, value, path, " or a schedule" if number else "")
+        if number or takes in _NUMBERS:
+            return _number(number or takes, value, path, " or a schedule" if takes == "rate" else "")
         return getattr(self, f"_{takes}")(parameter, value, path, depth)
 
     def _flag(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
@@ -294,6 +298,18 @@ class _Checker:
         if not all(map(specs.is_number, value.numbers)):
             raise wrong(path, "an array of finite numbers", value)
         return value
+
+    def _positions(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
+        if isinstance(value, tuple | list):
+            numbers = tuple(_number("index", item, f"{path}[{index}]") for index, item in enumerate(value))
+            value = specs.Array.of("i32", (len(numbers),), numbers)
+        if not isinstance(value, specs.Array) or len(value.shape) != 1 or not value.numbers:
+            raise wrong(path, "a list of whole numbers, one for each leaf", value)
+        if value.dtype not in ("i32", "i64"):
+            raise wrong(path, "whole numbers", value)
+        for index, item in enumerate(value.numbers):
+            _number("index", item, f"{path}[{index}]")
+        return specs.Array.of("i32", value.shape, value.numbers)
 
     def _pairs(self, parameter: Parameter, value: Value, path: str, depth: int) -> Value:
         if not isinstance(value, tuple | list) or not all(_is_pair(item) for item in value):
@@ -412,6 +428,42 @@ def _check_whole(spec: Spec, where: str) -> None:
         raise wrong(f"{where}.betas", "two numbers", given["betas"])
     if given.get("key") is not None and given.get("seed") is not None:
         raise wrong(f"{where}.seed", "key or seed, not both", given["seed"])
+    if spec.name == "grouped":
+        _check_groups(given["of"], given["optimizers"], where)
+    if spec.name == "torch_sgd":
+        _check_nesterov(given, where)
+    if spec.name == "torch_rprop":
+        _check_factors(given, where)
+
+
+def _check_groups(of: specs.Array, optimizers: tuple[Spec, ...], where: str) -> None:
+    """Every position is that of an optimizer, and every optimizer has a leaf."""
+    if not optimizers:
+        raise wrong(f"{where}.optimizers", "at least one optimizer", optimizers)
+    for index, position in enumerate(of.numbers):
+        if position >= len(optimizers):
+            raise wrong(f"{where}.of[{index}]", f"the position of one of {len(optimizers)} optimizers", position)
+    for index, member in enumerate(optimizers):
+        if index not in of.numbers:
+            raise wrong(f"{where}.optimizers[{index}]", f"an optimizer for at least one leaf: {index} in of", member)
+
+
+def _check_nesterov(given: Mapping[str, Value], where: str) -> None:
+    """Torch takes Nesterov's momentum undampened only."""
+    if not given.get("nesterov"):
+        return
+    if given.get("momentum", 0) == 0:
+        raise wrong(f"{where}.momentum", "a positive number, as nesterov is on", given.get("momentum", 0.0))
+    if given.get("dampening", 0) != 0:
+        raise wrong(f"{where}.dampening", "0, as nesterov is on", given["dampening"])
+
+
+def _check_factors(given: Mapping[str, Value], where: str) -> None:
+    """Rprop's steps shrink by one factor and grow by the other."""
+    if given.get("eta_minus", 0.5) >= 1:
+        raise wrong(f"{where}.eta_minus", "a number between 0 and 1", given["eta_minus"])
+    if given.get("eta_plus", 1.2) <= 1:
+        raise wrong(f"{where}.eta_plus", "a number above 1", given["eta_plus"])
 
 
 def _check_ordered(boundaries: Value, where: str) -> None:

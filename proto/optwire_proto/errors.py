@@ -3,6 +3,7 @@
     OptwireError
     ├── InvalidArgumentError           the request is wrong by itself
     │   ├── SpecError                  unknown optimizer or argument, value of the wrong kind
+    │   ├── HyperparameterOwnedError   set by the client, while a schedule of the spec decides it
     │   ├── TreeError                  a tree that cannot be served: names, shapes, nesting, element types
     │   ├── TreeMismatchError          gradients that do not match the session's tree
     │   ├── NonFiniteError             gradients with NaN or infinity where the session rejects them
@@ -74,6 +75,12 @@ class SpecError(InvalidArgumentError):
     """An optimizer spec names something unknown, or gives an argument a value it cannot take."""
 
     reason = "INVALID_SPEC"
+
+
+class HyperparameterOwnedError(InvalidArgumentError):
+    """Two owners of one hyperparameter: the client sets what a schedule of the spec decides."""
+
+    reason = "HYPERPARAMETER_OWNED"
 
 
 class TreeError(InvalidArgumentError):
@@ -218,6 +225,7 @@ TABLE: dict[str, tuple[str, type[OptwireError]]] = {
     for kind in (
         InvalidArgumentError,
         SpecError,
+        HyperparameterOwnedError,
         TreeError,
         TreeMismatchError,
         NonFiniteError,

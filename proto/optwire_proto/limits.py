@@ -27,7 +27,12 @@ PAYLOAD_BYTES_MAX = 2**56
 NAME_BYTES_MAX = 1024
 TYPE_NAME_BYTES_MAX = 255
 
+# The index of an update is a number of 32 bits where it is computed with.
+STEP_MAX = 2**31 - 1
+
 SESSION_NAME_CHARS_MAX = 128
+# Whose last pushes a session remembers, and so the most whose mean makes one step.
+WORKERS_MAX = 1024
 SPEC_NAME_BYTES_MAX = 128
 SPEC_TEXT_BYTES_MAX = 4 * KIB
 # Numbers of a spec are computed with in 32 bits or fewer, unless the parameters have 64; larger ones would be infinite.

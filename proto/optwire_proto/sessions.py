@@ -12,6 +12,7 @@ from optwire_proto import entries, errors, limits, specs, trees
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ID = re.compile(r"[0-9a-f]{32}")
+_SYNC = re.compile(r"sync\(([1-9][0-9]{0,9})\)")
 
 
 class Durability(enum.IntEnum):
@@ -21,6 +22,50 @@ class Durability(enum.IntEnum):
     SNAPSHOT = 2
     LOG = 3
     LOG_SYNC = 4
+
+
+class Mode(enum.StrEnum):
+    """The rule by which pushes become steps."""
+
+    SINGLE = "single"
+    SYNC = "sync"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Aggregation:
+    """How pushes of several workers become one step. As text: "single", or "sync(4)".
+
+    Attributes:
+      mode: SINGLE, every push that fits is one step; SYNC, the mean of one push of each worker is one step.
+      workers: how many, in SYNC: those of the ids ``worker_id(0)`` up to ``worker_id(workers - 1)``. 0 in SINGLE.
+
+    Raises:
+      InvalidArgumentError: a number of workers that the mode cannot have.
+    """
+
+    mode: Mode = Mode.SINGLE
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        least, most = (1, limits.WORKERS_MAX) if self.mode is Mode.SYNC else (0, 0)
+        if not least <= self.workers <= most:
+            expected = f"{least} to {most}" if most else "0"
+            raise errors.InvalidArgumentError(
+                f"aggregation.workers: {self.workers}, expected {expected} in mode {self.mode}",
+                subject="aggregation.workers",
+                expected=expected,
+                got=str(self.workers),
+            )
+
+    def __str__(self) -> str:
+        return f"sync({self.workers})" if self.mode is Mode.SYNC else "single"
+
+    def includes(self, worker: str) -> bool:
+        """Whether the worker of an id may push."""
+        return self.mode is Mode.SINGLE or int(worker, 16) < self.workers
+
+
+SINGLE: Final = Aggregation()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +90,7 @@ class SessionInfo:
       seed: of the session's randomness.
       spec_digest: SHA-256 of the spec's canonical text.
       changes: of hyperparameters, in effect or to come, in the order in which they were made.
+      aggregation: how pushes become steps.
     """
 
     id: str
@@ -64,6 +110,7 @@ class SessionInfo:
     seed: int = 0
     spec_digest: str = ""
     changes: tuple[Change, ...] = ()
+    aggregation: Aggregation = SINGLE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +124,21 @@ class Change:
 
     from_step: int
     values: tuple[tuple[str, specs.Value], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Extension:
+    """Which session a new one takes the place of, as the client knows it.
+
+    Attributes:
+      session_id: 32 hexadecimal digits.
+      incarnation: of the session.
+      step: number of updates it has applied.
+    """
+
+    session_id: str
+    incarnation: int
+    step: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -237,6 +299,29 @@ class ServerInfo:
     limits: Mapping[str, int]
     catalogue: Mapping[str, entries.Entry]
     features: tuple[str, ...]
+
+
+def parse_aggregation(text: object) -> Aggregation:
+    """The aggregation that a text means: "single", or "sync(4)" for four workers.
+
+    Raises:
+      InvalidArgumentError: it means none, or more workers than may be.
+    """
+    if text == Mode.SINGLE:
+        return SINGLE
+    found = _SYNC.fullmatch(text) if isinstance(text, str) else None
+    if found is None or int(found[1]) > limits.WORKERS_MAX:
+        expected = f"'single', or 'sync(N)' with N from 1 to {limits.WORKERS_MAX} workers"
+        got = repr(text[:80] if isinstance(text, str) else text)[:82]
+        raise errors.InvalidArgumentError(
+            f"aggregation {got}: expected {expected}", subject="aggregation", expected=expected, got=got
+        )
+    return Aggregation(Mode.SYNC, int(found[1]))
+
+
+def worker_id(rank: int) -> str:
+    """The id of the worker of a rank, from 0."""
+    return f"{rank:032x}"
 
 
 def check_name(name: str) -> str:

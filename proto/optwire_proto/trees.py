@@ -126,12 +126,15 @@ def flatten(tree: Any, what: str = "params") -> Flat:
     """Takes a nest apart into named leaves.
 
     Args:
-      tree: a nest of dict, OrderedDict, list, tuple, named tuple and None with arrays at its leaves, or one array.
+      tree: a nest of dict, OrderedDict, list, tuple, named tuple and None with arrays at its leaves, or one array; or
+        what was taken apart already, as adapters do that know other containers.
       what: what to call the nest in errors.
 
     Raises:
       TreeError: something in the nest is neither a known container nor an array of a served element type.
     """
+    if isinstance(tree, Flat):
+        return tree
     nodes: list[nests.Node] = []
     leaves: list[LeafSpec] = []
     arrays: list[tensors.Array] = []

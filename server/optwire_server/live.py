@@ -10,6 +10,7 @@ import numpy as np
 
 from optwire_proto import sessions, specs, trees
 from optwire_server import plans as planning
+from optwire_server import waiting
 from optwire_server.engine import engine, landing, program
 from optwire_server.session import effects, machine
 
@@ -22,7 +23,8 @@ class LiveSession:
 
     ``plans`` is replaced on the device's thread, as ``machine`` and ``held`` are; ``preparing`` is held by whoever
     compiles for the session meanwhile: the next plans, or another variant of their programs. ``added`` is a step and
-    what it added to the parameters, kept until the next one for a retry of a push that asked for it.
+    what it added to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are
+    the pushes that wait for those of other workers.
     """
 
     machine: machine.Session
@@ -37,6 +39,7 @@ class LiveSession:
     views: frozenset[str] = frozenset({""})
     preparing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     added: tuple[int, Params] | None = None
+    room: waiting.WaitingRoom = dataclasses.field(default_factory=waiting.WaitingRoom)
 
     @property
     def plan(self) -> planning.Plan:
@@ -90,6 +93,7 @@ class LiveSession:
             seed=self.seed,
             spec_digest=plan.spec_digest,
             changes=now.changes,
+            aggregation=now.aggregation,
         )
 
     def ack(self, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
@@ -109,7 +113,7 @@ class LiveSession:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Creation:
-    """A session whose initial parameters are on their way."""
+    """A session whose initial parameters are on their way; ``extended`` is the one whose place it takes."""
 
     name: str
     spec: specs.Spec
@@ -118,6 +122,9 @@ class Creation:
     seed: int
     program: program.Program
     landing: landing.Landing
+    extends: sessions.Extension | None = None
+    extended: LiveSession | None = None
+    aggregation: sessions.Aggregation | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,3 +165,24 @@ class Read:
     info: sessions.SessionInfo
     worker_seq: int
     params: Params
+
+
+@dataclasses.dataclass(slots=True)
+class StateRead:
+    """A session and all arrays of its state, named by ``tree``, of one step; views as those of ``Reply``."""
+
+    info: sessions.SessionInfo
+    tree: trees.TreeSpec
+    arrays: Params
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """Arrays of a state that are on their way, named by ``tree``."""
+
+    session: LiveSession
+    tree: trees.TreeSpec
+    incarnation: int
+    load_key: str
+    step: int | None
+    landing: landing.Landing

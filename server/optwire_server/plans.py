@@ -107,7 +107,8 @@ def changed(
         _check_there(spec, own, step)
         spec = checks.check(specs.replaced(spec, dict(own)), known=build.CATALOGUE)
         checks.check_length(spec)
-        compiled = program_of(spec)
+        # What has lost a number that a slot is for keeps the slot, and its program.
+        compiled = program_of(learning_rates.with_slots(spec, plans[0].program.spec))
         if not compiled.same_state(plans[0].program):
             names = ", ".join(own)
             raise errors.SpecError(
@@ -126,6 +127,16 @@ def moved(plans: Sequence[Plan], step: int, to: int) -> tuple[Plan, ...] | None:
     if any(step < plan.from_step <= to for plan in plans):
         return None
     return tuple(dataclasses.replace(plan, from_step=to) if plan.from_step == step else plan for plan in plans)
+
+
+def rebased(plans: Sequence[Plan], before: int, after: int) -> tuple[Plan, ...]:
+    """The plans of a session whose step becomes another one by itself.
+
+    What is in effect stays so, from the new step on; what is to come begins at its step, or at once where that is over.
+    """
+    first, *later = current(plans, before)
+    first = dataclasses.replace(first, from_step=min(first.from_step, after))
+    return current((first, *later), after)
 
 
 def _check_effect(before: program.Program, after: program.Program, values: Mapping[str, specs.Value]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ import numpy as np
 from optwire_proto import errors, sessions, tensors
 from optwire_server import plans
 from optwire_server.engine import engine as engines
-from optwire_server.engine import program
+from optwire_server.engine import mean, program
 from optwire_server.live import LiveSession, Push
 from optwire_server.session import effects, events
 
@@ -56,10 +57,20 @@ def _check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
         )
 
 
-def variants(live: LiveSession, options: sessions.PushOptions) -> Sequence[program.Variant]:
-    """The variants of the program that a push with these options may run."""
+def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
+    """Compiles the variants of the program that a push with these options may run; on the calling thread."""
     closing = (True,) if live.plan.program.every == 1 else (True, False)
-    return [_variant(options, closing=closes) for closes in closing]
+    own = [_variant(options, closing=closes) for closes in closing]
+    for variant in own:
+        live.prepare(variant)
+    if live.machine.aggregation.workers > 1:
+        # Others of its step may ask for something else; whoever is second to come here sees both.
+        for variant, other in itertools.product(own, live.variants):
+            live.prepare(
+                variant._replace(
+                    telemetry=variant.telemetry or other.telemetry, updates=variant.updates or other.updates
+                )
+            )
 
 
 def _variant(options: sessions.PushOptions, *, closing: bool) -> program.Variant:
@@ -79,9 +90,9 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> events.Even
     """
     live = push.session
     plan = plans.at(push.change.plans if push.change else live.plans, apply.index)
-    grads = push.landing.grads(live.tree, apply.options.absent)
     live.added = None
     try:
+        grads = _grads(push, apply)
         rate = plan.learning_rate(apply.index, live.machine.skipped)
         every = plan.program.every
         closing = plan.counted(apply.index, live.machine.skipped) % every == every - 1
@@ -100,6 +111,15 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> events.Even
     live.added = (apply.index + 1, added) if added else None
     change = push.change.change if push.change else None
     return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped, change)
+
+
+def _grads(push: Push, apply: effects.Apply) -> Sequence[tensors.Array]:
+    """What the update takes: the gradients of a push, or the mean of several, in the place of the first of them."""
+    live = push.session
+    lent = [push.landing if worker == push.key.worker else live.room.kept(worker) for worker in apply.workers]
+    if lent:
+        mean.into_first([each.arrays() for each in lent])
+    return (lent or [push.landing])[0].grads(live.tree, apply.options.absent)
 
 
 def _operands(plan: plans.Plan, apply: effects.Apply, leaves: int) -> program.Operands:

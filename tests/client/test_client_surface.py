@@ -44,6 +44,7 @@ def test_the_package_exports_exactly_these_names():
             "SpecError",
             "StalePushError",
             "StaleStepError",
+            "State",
             "TreeError",
             "TreeMismatchError",
             "UnavailableError",
@@ -70,10 +71,11 @@ def test_every_error_of_the_protocol_is_exported():
         (optwire.connect, "(target: str, *, timeout: float = 30.0, transport: str = 'auto') -> Client"),
         (
             optwire.Client.create_session,
-            "(self, params: Any, spec: specs.Spec | str, *, name: str | None = None, seed: int = 0) "
+            "(self, params: Any, spec: specs.Spec | str, *, name: str | None = None, seed: int = 0, "
+            "extends: _session.Session | None = None, aggregation: str | None = None, worker: int | None = None) "
             "-> _session.Session",
         ),
-        (optwire.Client.attach, "(self, name: str) -> _session.Session"),
+        (optwire.Client.attach, "(self, name: str, *, worker: int | None = None) -> _session.Session"),
         (optwire.Client.list_sessions, "(self) -> list[sessions.SessionInfo]"),
         (optwire.Client.delete_session, "(self, name: str) -> None"),
         (optwire.Client.server_info, "(self) -> sessions.ServerInfo"),
@@ -86,6 +88,11 @@ def test_every_error_of_the_protocol_is_exported():
         (optwire.Session.params, "(self, which: str = ) -> Any"),
         (optwire.Session.describe, "(self) -> sessions.OptimizerInfo"),
         (optwire.Session.info, "(self) -> sessions.SessionInfo"),
+        (optwire.Session.state, "(self) -> _state.State"),
+        (
+            optwire.Session.load_state,
+            "(self, state: _state.State | Mapping[str, Any], *, step: int | None = None) -> None",
+        ),
         (
             optwire.Session.set_hyperparams,
             "(self, hyperparams: Mapping[str, float | specs.Spec] | None = None, /, *, "
@@ -116,9 +123,11 @@ def test_classes_have_no_public_names_beyond_the_promised_ones():
         "id",
         "info",
         "last_ack",
+        "load_state",
         "name",
         "params",
         "set_hyperparams",
+        "state",
         "step",
         "step_count",
     }

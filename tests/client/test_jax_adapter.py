@@ -84,14 +84,37 @@ def test_params_are_those_given_before_the_first_update(client):
     assert_same_bits(get_params(opt_init(initial_params())), initial_params())
 
 
-def test_the_state_is_a_pytree_of_the_parameters(client):
-    opt_init, _, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
-    state = opt_init({"w": jnp.ones(3)})
-    leaves, treedef = jax.tree.flatten(state)
-    assert [leaf.shape for leaf in leaves] == [(3,)]
-    assert hash(treedef) == hash(jax.tree.structure(state))
-    assert jax.tree.unflatten(treedef, leaves).step == 0
-    assert jax.jit(lambda state: state.params["w"].sum())(state) == 3
+def test_the_state_is_two_small_arrays(client):
+    opt_init, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5), name="small")
+    state = opt_update(0, {"w": jnp.ones(3)}, opt_init({"w": jnp.ones(3)}))
+    leaves = jax.tree.leaves(state)
+    assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [((), np.int32), ((16,), np.uint8)]
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert state.step == 1
+    assert state.session_id == client.attach("small").id
+    client.delete_session("small")
+
+
+def test_a_jitted_function_of_the_state_compiles_once(client):
+    opt_init, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
+    traces = []
+
+    @jax.jit
+    def next_step(state):
+        traces.append(state)
+        return state.step + 1
+
+    state = opt_init(jnp.ones(3))
+    for i in range(4):
+        assert next_step(state) == i + 1
+        state = opt_update(i, jnp.ones(3), state)
+    assert len(traces) == 1
+
+
+def test_a_state_that_has_been_through_jit_still_works(client):
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    state = jax.jit(lambda state: state)(opt_init(jnp.ones(3)))
+    assert np.array_equal(get_params(opt_update(0, jnp.ones(3), state)), np.full(3, 0.5))
 
 
 def test_a_session_can_be_named_and_found(client):
@@ -124,24 +147,90 @@ def test_a_state_that_was_updated_cannot_be_updated_again(client):
 
 
 def test_updating_under_a_transformation_says_to_call_it_outside(client):
-    opt_init, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
     state = opt_init(jnp.ones(3))
+    with pytest.raises(optwire.UnsupportedError, match="call get_params outside"):
+        jax.jit(get_params)(state)
     with pytest.raises(optwire.UnsupportedError, match="call opt_update outside"):
         jax.jit(opt_update, static_argnums=0)(0, jnp.ones(3), state)
     with pytest.raises(optwire.UnsupportedError, match="call opt_update outside"):
         jax.jit(partial(opt_update, grads=jnp.ones(3), opt_state=state))(0)
     with pytest.raises(optwire.UnsupportedError, match="call opt_update outside"):
-        jax.grad(lambda grads: opt_update(0, grads, state).params.sum())(jnp.ones(3))
+        jax.grad(lambda grads: get_params(opt_update(0, grads, state)).sum())(jnp.ones(3))
     with pytest.raises(optwire.UnsupportedError, match="call opt_init outside"):
         jax.vmap(opt_init)(jnp.ones((2, 3)))
+    for call in (lambda: opt_update(0, np.ones(3, np.float32), state), lambda: get_params(state)):
+        with pytest.raises(optwire.UnsupportedError, match="outside"):
+            jax.jit(call)()  # constants: no tracer to be seen
     assert opt_update(0, jnp.ones(3), state).step == 1
 
 
-def test_a_state_of_another_optimizer_is_refused(client):
+def test_the_parameters_of_an_old_state_are_gone(client):
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    old = opt_init(jnp.ones(3))
+    assert np.array_equal(get_params(old), np.ones(3))
+    new = opt_update(0, jnp.ones(3), old)
+    with pytest.raises(optwire.StaleStepError, match="parameters of step 0 are gone: .* is at step 1") as caught:
+        get_params(old)
+    assert caught.value.step == 1
+    assert np.array_equal(get_params(new), np.full(3, 0.5))
+
+
+def test_a_saved_state_attaches_to_its_session(server, client):
+    """As another process does it: another client, another triple, and arrays that a checkpoint gave."""
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.momentum(0.5, 0.9))
+    state = opt_update(0, initial_params(), opt_init(initial_params()))
+    expected = get_params(opt_update(1, initial_params(), state))
+
+    state = opt_update(0, initial_params(), opt_init(initial_params()))
+    saved = optwire.jax.RemoteState(*[np.array(leaf) for leaf in state])
+    before = get_params(state)
+    with optwire.connect(server.target) as other:
+        _, opt_update, get_params = optwire.jax.optimizer(other, opt.momentum(0.5, 0.9))
+        assert_same_bits(jax.tree.leaves(get_params(saved)), jax.tree.leaves(before))
+        assert_same_bits(get_params(opt_update(1, initial_params(), saved)), expected)
+
+
+def test_a_saved_state_that_others_have_moved_past_is_refused(server, client):
+    opt_init, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
+    saved = opt_init(jnp.ones(3))
+    opt_update(0, jnp.ones(3), saved)
+    with optwire.connect(server.target) as other:
+        _, opt_update, get_params = optwire.jax.optimizer(other, opt.sgd(0.5))
+        with pytest.raises(optwire.StaleStepError, match="step 0 are gone"):
+            get_params(saved)
+        with pytest.raises(optwire.StaleStepError):
+            opt_update(0, jnp.ones(3), saved)
+
+
+def test_a_saved_state_wants_the_spec_of_its_session(client):
     state = optwire.jax.optimizer(client, opt.sgd(0.5)).init_fn(jnp.ones(3))
+    _, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.25))
+    for call in (lambda: get_params(state), lambda: opt_update(0, jnp.ones(3), state)):
+        with pytest.raises(optwire.SpecError, match=r"made with sgd\(step_size=0.5.*expected sgd\(step_size=0.25"):
+            call()
+    _, opt_update, _ = optwire.jax.optimizer(client, "sgd(0.5)")
+    assert opt_update(0, jnp.ones(3), state).step == 1
+
+
+def test_a_saved_state_whose_session_is_gone_is_refused(client):
+    state = optwire.jax.optimizer(client, opt.sgd(0.5), name="gone").init_fn(jnp.ones(3))
+    client.delete_session("gone")
     _, opt_update, _ = optwire.jax.optimizer(client, opt.sgd(0.5))
-    with pytest.raises(optwire.InvalidArgumentError, match="another optimizer"):
+    with pytest.raises(optwire.SessionNotFoundError, match=f"no session {state.session_id}"):
         opt_update(0, jnp.ones(3), state)
+    with pytest.raises(optwire.InvalidArgumentError, match=r"opt_state.token: shape \(4,\) of uint32"):
+        opt_update(0, jnp.ones(3), state._replace(token=jnp.zeros(4, jnp.uint32)))
+
+
+def test_two_sessions_of_one_triple_take_turns(client):
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    one, two = opt_init(jnp.ones(3)), opt_init((jnp.zeros(2), None))
+    for i in range(2):
+        one = opt_update(i, jnp.ones(3), one)
+        two = opt_update(i, (jnp.ones(2), None), two)
+        assert np.array_equal(get_params(one), np.full(3, 0.5 - 0.5 * i))
+        assert_same_bits(get_params(two), (jnp.full(2, -0.5 - 0.5 * i), None))
 
 
 def test_double_precision_needs_x64(client):

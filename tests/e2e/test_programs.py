@@ -332,7 +332,7 @@ def test_hostile_programs_are_refused_and_other_sessions_feel_nothing(
             assert failure.detail is not None
             assert failure.detail.reason == "INVALID_SPEC", what
             assert [info.name for info in client.list_sessions()].count("hostile") == 0
-            assert not registry._creating, what
+            assert not registry.creations._creating, what
             # The other session pushes meanwhile, so what is lent at any moment is room for one payload at most.
             assert registry._landings.lent_bytes < 2 * live.info().payload_bytes, what
             assert children() == before, what

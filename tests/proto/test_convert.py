@@ -247,6 +247,23 @@ def test_a_field_nobody_knows_is_refused_wherever_it_is(place: str, find: Callab
     assert (caught.value.subject, caught.value.got) == (place, "900")
 
 
+def test_what_is_extended_survives_the_wire():
+    extends = sessions.Extension("a" * 32, 2**64 - 1, 2**63)
+    begin = sent(pb.CreateSessionBegin(extends=convert.extension_to_proto(extends)))
+    assert convert.extension_from_proto(begin) == extends
+    assert convert.extension_from_proto(pb.CreateSessionBegin()) is None
+    with pytest.raises(errors.InvalidArgumentError, match=r"extends\.session_id"):
+        convert.extension_from_proto(pb.CreateSessionBegin(extends=pb.Extension(incarnation=1)))
+
+
+@pytest.mark.parametrize("step", [None, 0, 2**64 - 1])
+def test_a_load_says_its_step_or_none(step: int | None):
+    flat = trees.TreeSpec(TREE.leaves)
+    ids = {"session_id": "a" * 32, "load_key": "b" * 32}
+    begin = pb.LoadStateBegin(**ids, incarnation=3, tree=convert.tree_to_proto(flat), step=step)
+    assert convert.load_from_proto(sent(begin)) == ("a" * 32, flat, 3, "b" * 32, step)
+
+
 def test_an_end_without_a_digest_is_refused():
     with pytest.raises(errors.PayloadError, match="without a digest"):
         convert.end_from_proto(pb.PayloadEnd())

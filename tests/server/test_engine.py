@@ -129,7 +129,7 @@ def test_a_failed_update_that_lost_the_state_fails_the_session_for_everyone_and_
         sound = client.create_session(params, opt.adam(0.1), name="sound")
         doomed.step(params)
         # What a device does that goes away in the middle of an update.
-        held = serving.server.registry._by_name["doomed"].held
+        held = serving.server.registry._table.by_name["doomed"].held
         for leaf in jax.tree.leaves(held.state):
             leaf.delete()
         with pytest.raises(optwire.SessionFailedError, match=r"'doomed' failed at step 1 and lost its state"):
@@ -151,7 +151,7 @@ def test_the_state_stays_where_it_is_from_step_to_step(transport: str) -> None:
     params = {"w": np.ones(300_000, np.float32), "b": np.ones(3, np.float32)}
     with testing.serve() as serving, optwire.connect(serving.target, transport=transport) as client:
         session = client.create_session(params, opt.adam(0.1), name="in-place")
-        held = serving.server.registry._by_name["in-place"].held
+        held = serving.server.registry._table.by_name["in-place"].held
         places = []
         for _ in range(5):
             session.step(params)

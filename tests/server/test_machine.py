@@ -256,6 +256,83 @@ def test_changes_are_remembered_up_to_a_number():
     assert session.changes[0].values == (("adam.step_size", 3.0),)
 
 
+LOAD = "1" * 32
+
+
+def test_a_load_begins_a_new_incarnation_in_which_every_worker_starts_anew():
+    before = applied(push(A, seq=7, base=0), push(B, seq=1, base=1))
+    session, todo = machine.advance(before, events.Loaded(1, LOAD, step=1))
+    assert todo == (effects.Replace(),)
+    assert (session.incarnation, session.step, session.workers) == (2, 1, {})
+    refuses(session, push(A, seq=8, base=1), errors.IncarnationError, "its history was rewritten")
+    _, todo = machine.advance(session, push(A, seq=1, base=1, incarnation=2))
+    assert todo == (effects.Apply(index=1, options=sessions.PLAIN),)
+
+
+def test_a_load_without_a_step_leaves_the_counts_as_they_are():
+    before = dataclasses.replace(applied(push(seq=1, base=0), push(seq=2, base=1)), skipped=1)
+    session, _ = machine.advance(before, events.Loaded(1, LOAD))
+    assert (session.step, session.skipped) == (2, 1)
+
+
+def test_more_pushes_are_never_skipped_than_there_were():
+    before = dataclasses.replace(applied(push(seq=1, base=0), push(seq=2, base=1)), skipped=2)
+    session, _ = machine.advance(before, events.Loaded(1, LOAD, step=1))
+    assert (session.step, session.skipped) == (1, 1)
+    refuses(before, events.Loaded(1, LOAD, step=1, skipped=2), errors.InvalidArgumentError, "skipped 2, expected 0 to")
+    refuses(before, events.Loaded(1, LOAD, step=1, skipped=-1), errors.InvalidArgumentError, "skipped -1")
+
+
+def test_the_same_load_again_is_answered_and_loads_nothing():
+    session, _ = machine.advance(applied(push()), events.Loaded(1, LOAD, step=0))
+    session, _ = machine.advance(session, push(A, seq=1, base=0, incarnation=2))
+    session, _ = machine.advance(session, events.Updated(RATE))
+    after, todo = machine.advance(session, events.Loaded(1, LOAD, step=0))
+    assert (after, todo) == (session, ())
+
+
+def test_a_load_that_knows_another_incarnation_is_refused():
+    session, _ = machine.advance(opened(), events.Loaded(1, LOAD))
+    for incarnation in (0, 1, 3):
+        refuses(session, events.Loaded(incarnation, "2" * 32), errors.IncarnationError, f"incarnation {incarnation},")
+
+
+def test_a_load_to_a_step_that_no_update_can_be_of_is_refused():
+    refuses(opened(), events.Loaded(1, LOAD, step=2**31), errors.InvalidArgumentError, "step 2147483648, expected 0 to")
+    assert machine.advance(opened(), events.Loaded(1, LOAD, step=2**31 - 1))[0].step == 2**31 - 1
+
+
+def test_a_session_without_parameters_takes_no_load():
+    session, _ = machine.advance(opened(), push())
+    failed, _ = machine.advance(session, events.UpdateFailed("device lost", state_lost=True))
+    refuses(failed, events.Loaded(1, LOAD), errors.SessionFailedError)
+    deleted, _ = machine.advance(opened(), events.Deleted())
+    refuses(deleted, events.Loaded(1, LOAD), errors.SessionNotFoundError)
+
+
+@pytest.mark.parametrize(("to", "steps"), [(0, [0, 0, 4]), (1, [0, 1, 4]), (3, [0, 2, 4]), (9, [0, 2, 4])])
+def test_a_change_in_effect_stays_so_and_one_to_come_still_comes(to: int, steps: list[int]):
+    session = opened()
+    for step, at in enumerate((0, 2, 4)):
+        session, _ = machine.advance(session, changed(float(step), at))
+    session = dataclasses.replace(session, step=3)
+    session, _ = machine.advance(session, events.Loaded(1, LOAD, step=to))
+    assert [change.from_step for change in session.changes] == steps
+
+
+def test_an_extension_must_know_where_the_session_is():
+    session = applied(push())
+    machine.admit_extension(session, sessions.Extension(ID, 1, 1))
+    for known, kind in (
+        (sessions.Extension(ID, 1, 0), errors.StaleStepError),
+        (sessions.Extension(ID, 1, 2), errors.FutureStepError),
+        (sessions.Extension(ID, 2, 1), errors.IncarnationError),
+    ):
+        with pytest.raises(kind) as caught:
+            machine.admit_extension(session, known)
+        assert caught.value.step == 1
+
+
 @pytest.mark.parametrize("event", [events.Updated(RATE), events.UpdateFailed("x", state_lost=False)])
 def test_an_update_that_did_not_begin_cannot_end(event: events.Event):
     with pytest.raises(AssertionError, match="did not begin"):

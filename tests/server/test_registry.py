@@ -27,7 +27,7 @@ BIG = {"w": np.ones(50_000, np.float32)}
 def test_a_defect_during_an_update_is_told_once_and_the_session_goes_on() -> None:
     with testing.serve() as serving, optwire.connect(serving.target) as client:
         session = client.create_session(PARAMS, opt.adam(opt.exponential_decay(0.1, 10, 0.9)), name="hiccup")
-        live = serving.server.registry._by_name["hiccup"]
+        live = serving.server.registry._table.by_name["hiccup"]
         program = live.plan.program
         schedule, program.learning_rate = program.learning_rate, fail
         with pytest.raises(optwire.InternalError, match="changed nothing"):
@@ -46,13 +46,13 @@ def test_a_creation_tried_again_on_a_full_server_finds_its_session() -> None:
         registry = serving.server.registry
         flat = trees.flatten(PARAMS)
         for _ in range(2):
-            with registry.creating("only", flat.spec, opt.sgd(0.1), "a" * 32) as creation:
+            with registry.creations.creating("only", flat.spec, opt.sgd(0.1), "a" * 32) as creation:
                 data = b"".join(payloads.pieces(list(flat.arrays)))
                 creation.landing.write(0, data)
-                assert registry.create(creation, digests.digest(data)).name == "only"
+                assert registry.creations.create(creation, digests.digest(data)).name == "only"
         with (
             pytest.raises(errors.LimitError, match="sessions_max: 2, expected at most 1"),
-            registry.creating("another", flat.spec, opt.sgd(0.1), "b" * 32),
+            registry.creations.creating("another", flat.spec, opt.sgd(0.1), "b" * 32),
         ):
             pass
 
@@ -61,14 +61,14 @@ def test_room_is_kept_for_sessions_that_are_being_created() -> None:
     flat = trees.flatten(PARAMS)
     with testing.serve(sessions_max=1) as serving:
         registry = serving.server.registry
-        with registry.creating("first", flat.spec, opt.sgd(0.1), "a" * 32):
+        with registry.creations.creating("first", flat.spec, opt.sgd(0.1), "a" * 32):
             with (
                 pytest.raises(errors.LimitError) as refused,
-                registry.creating("second", flat.spec, opt.sgd(0.1), "b" * 32),
+                registry.creations.creating("second", flat.spec, opt.sgd(0.1), "b" * 32),
             ):
                 pass
             assert refused.value.retry_after_s > 0
-        with registry.creating("second", flat.spec, opt.sgd(0.1), "b" * 32):
+        with registry.creations.creating("second", flat.spec, opt.sgd(0.1), "b" * 32):
             pass
 
 

@@ -13,12 +13,14 @@ Adapters are modules of their own, imported only by those who use them: ``optwir
 from optwire import optax, optimizers
 from optwire._client import Client, connect
 from optwire._session import Session
+from optwire._state import State
 from optwire_proto.errors import (
     DeadlineError,
     DetachedError,
     DivergentRetryError,
     FuturePushError,
     FutureStepError,
+    HyperparameterOwnedError,
     IncarnationError,
     InternalError,
     InvalidArgumentError,
@@ -53,6 +55,7 @@ __all__ = [
     "DivergentRetryError",
     "FuturePushError",
     "FutureStepError",
+    "HyperparameterOwnedError",
     "IncarnationError",
     "InternalError",
     "InvalidArgumentError",
@@ -72,6 +75,7 @@ __all__ = [
     "SpecError",
     "StalePushError",
     "StaleStepError",
+    "State",
     "TreeError",
     "TreeMismatchError",
     "UnavailableError",

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from optwire import _deadlines, _options, _payload, _rpc, _session
-from optwire_proto import catalogue, errors, sessions, spec_text, specs, trees
+from optwire_proto import catalogue, errors, limits, sessions, spec_text, specs, trees
 
 
 def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> Client:
@@ -42,9 +42,21 @@ class Client:
         self._channel = _rpc.Channel(options)
 
     def create_session(
-        self, params: Any, spec: specs.Spec | str, *, name: str | None = None, seed: int = 0
+        self,
+        params: Any,
+        spec: specs.Spec | str,
+        *,
+        name: str | None = None,
+        seed: int = 0,
+        extends: _session.Session | None = None,
+        aggregation: str | None = None,
+        worker: int | None = None,
     ) -> _session.Session:
         """Creates a session from initial parameters and an optimizer.
+
+        With ``extends`` the new session takes the place, the name and the step of another one, all at once or not at
+        all: every leaf of that one must be there, with its shape and element type, and keeps its parameters and slots;
+        only for leaves that are new, ``params`` counts. The other handle is of no further use.
 
         Args:
           params: any nest of dict, OrderedDict, list, tuple, named tuple and None with arrays at its leaves, or one
@@ -53,15 +65,23 @@ class Client:
             ``"chain(clip_by_global_norm(1.0), adamw(1e-3))"``.
           name: 1 to 128 characters of ``A-Z a-z 0-9 . _ -``, not starting with a dot; None: the server makes one.
           seed: of what is random in the updates, 0 to 2**64 - 1: a function of it and the number of updates.
+          extends: the session to be extended, at the step that this handle last saw.
+          aggregation: how pushes become steps. "single": each that fits is one step. "sync(4)": the mean of one push of
+            each of four workers is one step, and each ``step`` waits for it; the timeout must cover the slowest worker.
+            None: as in the session that is extended, otherwise "single".
+          worker: the rank of this handle, as in ``attach``; None: 0 where there are ranks, or that of the handle whose
+            session is extended.
 
         Returns:
-          A handle at step 0.
+          A handle at step 0, or at the step of the session that was extended.
 
         Raises:
           TreeError: something in ``params`` cannot be served.
           SpecError: the server does not know the optimizer, or an argument has a value it cannot take.
           SessionExistsError: the name is taken.
           LimitError: the server has no room.
+          TreeMismatchError: a leaf of the session to be extended is missing, or of another shape or element type.
+          StaleStepError, IncarnationError: that session has moved on; call its ``params`` first.
         """
         if isinstance(spec, str):
             spec = spec_text.parse(spec, catalogue.CATALOGUE)
@@ -78,6 +98,11 @@ class Client:
         checked_name = "" if name is None else sessions.check_name(name)
         create_key = uuid.uuid4().hex
         checked_seed = _options.whole("seed", seed)
+        if extends is not None and not isinstance(extends, _session.Session):
+            raise _options.wrong("extends", "an optwire.Session", extends)
+        extension = extends._extension() if extends is not None else None
+        asked = None if aggregation is None else sessions.parse_aggregation(aggregation)
+        own = _own_worker(worker, asked, extends)
         info = _deadlines.retried(
             lambda _: self._channel.create_session(
                 deadline,
@@ -87,32 +112,41 @@ class Client:
                 create_key=create_key,
                 seed=checked_seed,
                 params=payload,
+                extends=extension,
+                aggregation=asked,
             ),
             deadline,
             f"create_session {checked_name!r}" if checked_name else "create_session",
             "the session may or may not have been created",
         )
-        return _session.Session(
-            self._channel, self._options, info, flat.spec, flat.types, worker=uuid.uuid4().hex, seq=0
-        )
+        return _session.Session(self._channel, self._options, info, flat.spec, flat.types, worker=own, seq=0)
 
-    def attach(self, name: str) -> _session.Session:
-        """A new handle, and with it a new worker, on a session that exists.
+    def attach(self, name: str, *, worker: int | None = None) -> _session.Session:
+        """A new handle, and with it a worker, on a session that exists.
 
         Parameters come in the structure the creating client gave; its named tuples as types that look the same.
 
+        Args:
+          name: of the session.
+          worker: the rank of this handle, from 0; whoever attaches with it again, after a restart, is the same worker.
+            In a session of "sync(4)", 0 to 3, each held by one process at a time. None: a worker of its own, who can
+            only read in such a session.
+
         Raises:
           SessionNotFoundError: no session has this name.
+          InvalidArgumentError: the session has no worker of this rank.
         """
         sessions.check_name(name)
-        worker = uuid.uuid4().hex
+        own = _own_worker(worker)
         deadline = self._deadline()
         info, seq = _deadlines.retried(
-            lambda _: self._channel.get_session(deadline, name=name, worker=worker), deadline, f"attach {name!r}"
+            lambda _: self._channel.get_session(deadline, name=name, worker=own), deadline, f"attach {name!r}"
         )
         if info.tree is None:
             raise errors.InternalError(f"attach {name!r}: the server answered without the session's tree")
-        return _session.Session(self._channel, self._options, info, info.tree, (), worker=worker, seq=seq)
+        if worker is not None:
+            _check_rank(worker, info.aggregation)
+        return _session.Session(self._channel, self._options, info, info.tree, (), worker=own, seq=seq)
 
     def list_sessions(self) -> list[sessions.SessionInfo]:
         """All sessions of the server, ordered by name, without their trees; asks page by page."""
@@ -171,3 +205,21 @@ class Client:
 
     def _deadline(self, payload_bytes: int = 0) -> _deadlines.Deadline:
         return _deadlines.Deadline(self._options.timeout_s, payload_bytes)
+
+
+def _own_worker(
+    rank: int | None, aggregation: sessions.Aggregation | None = None, extends: _session.Session | None = None
+) -> str:
+    """The id of a handle's worker; raises InvalidArgumentError where there is none of this rank."""
+    if rank is not None:
+        _check_rank(rank, aggregation or sessions.SINGLE)
+        return sessions.worker_id(rank)
+    if extends is not None and (aggregation or sessions.SINGLE).includes(extends._worker):
+        return extends._worker
+    return sessions.worker_id(0) if aggregation and aggregation.workers else uuid.uuid4().hex
+
+
+def _check_rank(rank: object, aggregation: sessions.Aggregation) -> None:
+    most = (aggregation.workers or limits.WORKERS_MAX) - 1
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= most:
+        raise _options.wrong("worker", f"a rank from 0 to {most}", rank)

@@ -36,7 +36,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
-Frame = TypeVar("Frame", pb.CreateSessionRequest, pb.StreamStepsRequest)
+Frame = TypeVar("Frame", pb.CreateSessionRequest, pb.LoadStateRequest, pb.StreamStepsRequest)
 
 
 class Channel:
@@ -73,6 +73,8 @@ class Channel:
         create_key: str,
         seed: int,
         params: _payload.Outgoing,
+        extends: sessions.Extension | None = None,
+        aggregation: sessions.Aggregation | None = None,
     ) -> sessions.SessionInfo:
         begin = pb.CreateSessionRequest(
             begin=pb.CreateSessionBegin(
@@ -81,6 +83,8 @@ class Channel:
                 spec=convert.spec_to_proto(spec),
                 create_key=create_key,
                 seed=seed,
+                extends=convert.extension_to_proto(extends) if extends else None,
+                aggregation=convert.aggregation_to_proto(aggregation) if aggregation else None,
             )
         )
         with self.translated():
@@ -141,7 +145,6 @@ class Channel:
     ) -> tuple[sessions.SessionInfo, int, list[tensors.Array]]:
         """The session without its tree, the seq of the worker's last applied push, and the newest parameters."""
         request = pb.ReadParamsRequest(session=convert.ref_to_proto(id=id), worker=worker, which=which)
-        incoming = _payload.Incoming(tree)
         with self.translated():
             call = self._stub.ReadParams(request, timeout=deadline.remaining_s)
             with _cancelled_unless_done(call):
@@ -149,12 +152,47 @@ class Channel:
                 begin = next(frames, pb.ReadParamsResponse())
                 if not begin.HasField("begin"):
                     raise _out_of_order("ReadParams", "begin", f"{begin.WhichOneof('frame')}")
-                for frame in frames:
-                    if frame.HasField("end"):
-                        arrays = incoming.finish(frame.end.digest.length)
-                        return convert.session_from_proto(begin.begin.session), begin.begin.worker_seq, arrays
-                    incoming.write(frame.chunk.offset, frame.chunk.data)
-        raise _out_of_order("ReadParams", "end", "nothing more")
+                arrays = _received(frames, _payload.Incoming(tree), "ReadParams")
+        return convert.session_from_proto(begin.begin.session), begin.begin.worker_seq, arrays
+
+    def read_state(
+        self, deadline: _deadlines.Deadline, *, id: str
+    ) -> tuple[sessions.SessionInfo, list[str], list[tensors.Array]]:
+        """The session without its tree, and the names and arrays of its state."""
+        request = pb.ReadStateRequest(session=convert.ref_to_proto(id=id))
+        with self.translated():
+            call = self._stub.ReadState(request, timeout=deadline.remaining_s)
+            with _cancelled_unless_done(call):
+                frames = iter(call)
+                begin = next(frames, pb.ReadStateResponse())
+                if not begin.HasField("begin"):
+                    raise _out_of_order("ReadState", "begin", f"{begin.WhichOneof('frame')}")
+                tree = convert.tree_from_proto(begin.begin.tree)
+                arrays = _received(frames, _payload.Incoming(tree), "ReadState")
+        return convert.session_from_proto(begin.begin.session), [leaf.name for leaf in tree.leaves], arrays
+
+    def load_state(
+        self,
+        deadline: _deadlines.Deadline,
+        *,
+        id: str,
+        incarnation: int,
+        tree: trees.TreeSpec,
+        step: int | None,
+        load_key: str,
+        arrays: _payload.Outgoing,
+    ) -> sessions.SessionInfo:
+        """The session in its new incarnation, without its tree."""
+        begin = pb.LoadStateRequest(
+            begin=pb.LoadStateBegin(
+                session_id=id, incarnation=incarnation, tree=convert.tree_to_proto(tree), step=step, load_key=load_key
+            )
+        )
+        with self.translated():
+            call = self._stub.LoadState.future(_frames(begin, arrays), timeout=deadline.remaining_s)
+            with _cancelled_unless_done(call):
+                response = call.result()
+        return convert.session_from_proto(response.session)
 
     def step(
         self,
@@ -286,6 +324,15 @@ def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame]:
         yield convert.chunk_into(kind(), offset, data)
         offset += len(data)
     yield kind(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
+
+
+def _received(frames: Iterator[Any], incoming: _payload.Incoming, method: str) -> list[tensors.Array]:
+    """The arrays that chunks bring, up to the end frame."""
+    for frame in frames:
+        if frame.HasField("end"):
+            return incoming.finish(frame.end.digest.length)
+        incoming.write(frame.chunk.offset, frame.chunk.data)
+    raise _out_of_order(method, "end", "nothing more")
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from optwire import _deadlines, _options, _payload, _rpc
+from optwire import _deadlines, _options, _payload, _rpc, _state
 from optwire_proto import errors, limits, sessions, specs, tensors, trees
 
 _UNKNOWN = "the push may or may not have been applied: call step again with the same grads, or params"
@@ -42,6 +43,7 @@ class Session:
         self._id = info.id
         self._name = info.name
         self._incarnation = info.incarnation
+        self._state_bytes = info.state_bytes
         self._tree = tree
         self._types = types
         self._worker = worker
@@ -171,8 +173,67 @@ class Session:
                 deadline,
                 f"params of {self}",
             )
-            self._seq, self._step = seq, info.step
+            self._incarnation, self._seq, self._step = info.incarnation, seq, info.step
         return trees.unflatten(self._tree, arrays, self._types)
+
+    def state(self) -> _state.State:
+        """The whole state, parameters and slots, of one step: new NumPy arrays by name.
+
+        With it ``load_state`` takes this session, or another of the same tree and optimizer, to where this one is now.
+
+        Raises:
+          LimitError: more arrays than one message can name.
+        """
+        with self._using():
+            deadline = self._deadline(self._state_bytes)
+            info, names, arrays = _deadlines.retried(
+                lambda _: self._channel.read_state(deadline, id=self._id), deadline, f"state of {self}"
+            )
+        return _state.State(info.step, dict(zip(names, arrays, strict=True)))
+
+    def load_state(self, state: _state.State | Mapping[str, Any], *, step: int | None = None) -> None:
+        """Replaces arrays of the session's state, all of them at once or none; those not named stay as they are.
+
+        A new incarnation of the session begins, at which this handle goes on; what other handles push is refused with
+        ``IncarnationError`` until they have called ``params``. Hyperparameters stay as they are.
+
+        Example:
+          >>> checkpoint = session.state()  # doctest: +SKIP
+          >>> session.load_state(checkpoint)  # doctest: +SKIP
+          >>> session.load_state({"params/w": np.zeros(3, np.float32)})  # doctest: +SKIP
+
+        Args:
+          state: what ``state`` returned, or arrays by name, in the shapes and element types that ``state`` gives them.
+          step: number of updates that the session counts afterwards; None: that of a ``State``, else as many as before.
+
+        Raises:
+          TreeMismatchError: the state has no array of this name, shape and element type; nothing was changed.
+          TreeError: something cannot be sent, or there is nothing.
+          IncarnationError: the session's history was rewritten since; call ``params`` or attach again.
+        """
+        flat = _state.flat(state)
+        if step is None and isinstance(state, _state.State):
+            step = state.step
+        if step is not None:
+            step = _step_number(step, "step")
+        payload, load_key = _payload.Outgoing(flat.arrays), uuid.uuid4().hex
+        with self._using():
+            deadline = self._deadline(payload.length)
+            info = _deadlines.retried(
+                lambda _: self._channel.load_state(
+                    deadline,
+                    id=self._id,
+                    incarnation=self._incarnation,
+                    tree=flat.spec,
+                    step=step,
+                    load_key=load_key,
+                    arrays=payload,
+                ),
+                deadline,
+                f"load_state of {self}",
+                "the state may or may not have been loaded",
+            )
+            self._incarnation, self._seq, self._step = info.incarnation, 0, info.step
 
     def info(self) -> sessions.SessionInfo:
         """What the server says about the session now; changes nothing here, ``step_count`` included."""
@@ -235,6 +296,11 @@ class Session:
                 f"set_hyperparams of {self}",
                 "they may or may not have been changed",
             )
+
+    def _extension(self) -> sessions.Extension:
+        """Where this handle last saw the session; what ``Client.create_session`` says of the one it extends."""
+        with self._using():
+            return sessions.Extension(self._id, self._incarnation, self._step)
 
     def close(self) -> None:
         """Releases the handle; the session lives on and can be attached to. Waits for a call under way; idempotent."""

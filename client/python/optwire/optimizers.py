@@ -1,7 +1,7 @@
-"""The seed's optimizers and schedules by their own names and signatures, and what goes around an update.
+"""The seed's optimizers and schedules by their own names and signatures, torch's, and what goes around an update.
 
-Each builds a spec. No JAX here. What the seed's names compute is documented in ``optwire_server.optimizers``; optax's
-optimizers are in ``optwire.optax``. The two mix: ``chain(optax.clip_by_global_norm(1.0), adam(1e-3))``.
+Each builds a spec. No JAX here. What the seed's names compute is documented in ``optwire_server.optimizers``, what
+``torch_*`` do by torch; optax's optimizers are in ``optwire.optax``. All mix: ``chain(optax.clip_by_global_norm(1.0), adam(1e-3))``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "ema_params",
     "exponential_decay",
     "exported",
+    "grouped",
     "inverse_time_decay",
     "master_weights",
     "momentum",
@@ -36,6 +37,7 @@ __all__ = [
     "on_nonfinite",
     "parse",
     "partition",
+    "per_leaf",
     "piecewise_constant",
     "polynomial_decay",
     "rmsprop",
@@ -43,6 +45,17 @@ __all__ = [
     "sgd",
     "sm3",
     "table",
+    "torch_adadelta",
+    "torch_adagrad",
+    "torch_adam",
+    "torch_adamax",
+    "torch_adamw",
+    "torch_asgd",
+    "torch_nadam",
+    "torch_radam",
+    "torch_rmsprop",
+    "torch_rprop",
+    "torch_sgd",
 ]
 
 
@@ -213,6 +226,31 @@ def partition(transforms: Mapping[str, Spec]) -> Spec:
     return _checked("transformation", "partition", {"transforms": transforms})
 
 
+def per_leaf(optimizer: Spec) -> Spec:
+    """One instance of an optimizer for each leaf: ``per_leaf(torch_adamw(1e-3))``.
+
+    Each leaf has slots and a count of updates of its own, so that ``session.step`` may be given None in the place of a
+    gradient: that leaf, its slots and its count stay as they are. Norms that the optimizer takes are of one leaf.
+
+    Args:
+      optimizer: anything but ``accumulate``, ``partition``, ``grouped`` and what has them inside.
+    """
+    return _optimizer("per_leaf", optimizer=optimizer)
+
+
+def grouped(of: Sequence[int], *optimizers: Spec) -> Spec:
+    """An optimizer for each group of leaves, by position: ``grouped([0, 1, 0], adam(1e-3), sgd(0.1))``.
+
+    Args:
+      of: for every leaf, in the order of the session's tree, which of the optimizers it gets, from 0.
+      optimizers: each has at least one leaf.
+
+    Raises:
+      SpecError: as all functions here; and when a session is created, where there are more or fewer leaves.
+    """
+    return _checked("transformation", "grouped", {"of": of, "optimizers": optimizers})
+
+
 def accumulate(optimizer: Spec, k: int) -> Spec:
     """One update for every ``k`` pushes, with the mean of their gradients; the pushes between change no parameter."""
     return _optimizer("accumulate", optimizer=optimizer, k=k)
@@ -253,6 +291,256 @@ def exported(update: bytes, learning_rate: Rate = 1.0) -> Spec:
       UnsupportedError: when a session is created, where the server's operator does not allow programs.
     """
     return _optimizer("exported", update=update, learning_rate=learning_rate)
+
+
+def torch_sgd(
+    learning_rate: Rate = 1e-3,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.SGD`` by torch's own definition, as all ``torch_*``.
+
+    Every number of these optimizers may change from step to step without compiling anything (``set_hyperparams``);
+    whether there is a momentum at all is decided when the session is created.
+
+    Args:
+      learning_rate: torch's ``lr``, or a schedule.
+      momentum: the share of the buffer that is kept; 0: there is no buffer.
+      dampening: one minus the share of a gradient that enters the buffer.
+      weight_decay: multiplies the parameters; the product is added to the gradients.
+      nesterov: whether the gradient is taken ahead; needs a momentum, and no dampening.
+      maximize: whether gradients are turned around.
+    """
+    return _optimizer(
+        "torch_sgd",
+        learning_rate=learning_rate,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+    )
+
+
+def torch_adam(
+    learning_rate: Rate = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+) -> Spec:
+    """``torch.optim.Adam``; ``beta1`` and ``beta2`` are its ``betas``, ``amsgrad`` keeps the greatest second moment."""
+    return _optimizer(
+        "torch_adam",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        maximize=maximize,
+        decoupled_weight_decay=decoupled_weight_decay,
+    )
+
+
+def torch_adamw(
+    learning_rate: Rate = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.AdamW``: Adam whose weight decay shrinks parameters by themselves, past the moments."""
+    return _optimizer(
+        "torch_adamw",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+        maximize=maximize,
+    )
+
+
+def torch_nadam(
+    learning_rate: Rate = 2e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum_decay: float = 4e-3,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.NAdam``: Adam with Nesterov's momentum; ``momentum_decay`` says how it grows."""
+    return _optimizer(
+        "torch_nadam",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum_decay=momentum_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+
+
+def torch_radam(
+    learning_rate: Rate = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.RAdam``: Adam, rectified while its second moment has seen little."""
+    return _optimizer(
+        "torch_radam",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+
+
+def torch_adamax(
+    learning_rate: Rate = 2e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.Adamax``: Adam with the infinity norm."""
+    return _optimizer(
+        "torch_adamax",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    )
+
+
+def torch_adadelta(
+    learning_rate: Rate = 1.0,
+    rho: float = 0.9,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.Adadelta``; ``rho`` is the share of its two averages that is kept."""
+    return _optimizer(
+        "torch_adadelta", learning_rate=learning_rate, rho=rho, eps=eps, weight_decay=weight_decay, maximize=maximize
+    )
+
+
+def torch_adagrad(
+    learning_rate: Rate = 1e-2,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.Adagrad``: rates shrink with the squared gradients seen."""
+    return _optimizer(
+        "torch_adagrad",
+        learning_rate=learning_rate,
+        lr_decay=lr_decay,
+        weight_decay=weight_decay,
+        initial_accumulator_value=initial_accumulator_value,
+        eps=eps,
+        maximize=maximize,
+    )
+
+
+def torch_rmsprop(
+    learning_rate: Rate = 1e-2,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.RMSprop``: gradients over a running root mean square, with ``centered`` over a deviation."""
+    return _optimizer(
+        "torch_rmsprop",
+        learning_rate=learning_rate,
+        alpha=alpha,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        centered=centered,
+        maximize=maximize,
+    )
+
+
+def torch_rprop(
+    learning_rate: Rate = 1e-2,
+    eta_minus: float = 0.5,
+    eta_plus: float = 1.2,
+    step_min: float = 1e-6,
+    step_max: float = 50.0,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.Rprop``; the pairs are its ``etas`` and ``step_sizes``, the learning rate is the first step."""
+    return _optimizer(
+        "torch_rprop",
+        learning_rate=learning_rate,
+        eta_minus=eta_minus,
+        eta_plus=eta_plus,
+        step_min=step_min,
+        step_max=step_max,
+        maximize=maximize,
+    )
+
+
+def torch_asgd(
+    learning_rate: Rate = 1e-2,
+    lambd: float = 1e-4,
+    alpha: float = 0.75,
+    t0: float = 1e6,
+    weight_decay: float = 0.0,
+    *,
+    maximize: bool = False,
+) -> Spec:
+    """``torch.optim.ASGD``: gradient descent whose slot ``ax`` is the average of the parameters from ``t0`` on."""
+    return _optimizer(
+        "torch_asgd",
+        learning_rate=learning_rate,
+        lambd=lambd,
+        alpha=alpha,
+        t0=t0,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    )
 
 
 def parse(text: str) -> Spec:

@@ -17,9 +17,14 @@ from optwire_proto.convert.pushes import (
 )
 from optwire_proto.convert.served import refuse_unknown_fields, served
 from optwire_proto.convert.sessions import (
+    aggregation_from_proto,
+    aggregation_to_proto,
     check_begin,
     check_read,
+    extension_from_proto,
+    extension_to_proto,
     hyperparams_from_proto,
+    load_from_proto,
     optimizer_from_proto,
     optimizer_to_proto,
     ref_from_proto,
@@ -42,6 +47,8 @@ from optwire_proto.convert.trees import tree_from_proto, tree_to_proto
 __all__ = [
     "ack_from_proto",
     "ack_to_proto",
+    "aggregation_from_proto",
+    "aggregation_to_proto",
     "check_begin",
     "check_read",
     "chunk_into",
@@ -53,7 +60,10 @@ __all__ = [
     "entry_to_proto",
     "error_from_proto",
     "error_to_proto",
+    "extension_from_proto",
+    "extension_to_proto",
     "hyperparams_from_proto",
+    "load_from_proto",
     "optimizer_from_proto",
     "optimizer_to_proto",
     "push_from_proto",

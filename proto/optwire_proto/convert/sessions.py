@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
-from optwire_proto import errors, limits, sessions, specs
+from optwire_proto import errors, limits, sessions, specs, trees
 from optwire_proto.convert.served import served
 from optwire_proto.convert.specs import (
     arguments_from_proto,
@@ -19,6 +20,11 @@ from optwire_proto.convert.trees import tree_from_proto, tree_to_proto
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
+_MODES: Final = {
+    sessions.Mode.SINGLE: pb.Aggregation.MODE_SINGLE,
+    sessions.Mode.SYNC: pb.Aggregation.MODE_SYNC,
+}
+
 
 def session_to_proto(info: sessions.SessionInfo) -> pb.Session:
     return pb.Session(
@@ -32,7 +38,7 @@ def session_to_proto(info: sessions.SessionInfo) -> pb.Session:
         learning_rate=info.learning_rate,
         learning_rate_scheduled=info.learning_rate_scheduled,
         durability=pb.Durability.ValueType(info.durability),
-        aggregation=pb.Aggregation(mode=pb.Aggregation.MODE_SINGLE),
+        aggregation=aggregation_to_proto(info.aggregation),
         grads_codec=tensor_pb.CODEC_RAW,
         params_codec=tensor_pb.CODEC_RAW,
         payload_bytes=info.payload_bytes,
@@ -66,7 +72,31 @@ def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
         changes=tuple(
             sessions.Change(change.from_step, arguments_from_proto(change.hyperparams)) for change in message.changes
         ),
+        aggregation=aggregation_from_proto(message.aggregation),
     )
+
+
+def aggregation_to_proto(aggregation: sessions.Aggregation) -> pb.Aggregation:
+    return pb.Aggregation(mode=_MODES[aggregation.mode], workers=aggregation.workers)
+
+
+def aggregation_from_proto(message: pb.Aggregation) -> sessions.Aggregation:
+    """How pushes become steps.
+
+    Raises:
+      UnsupportedError: a mode or a field of one that this version does not serve.
+      InvalidArgumentError: a number of workers that the mode cannot have.
+    """
+    mode = message.mode or pb.Aggregation.MODE_SINGLE
+    for field, value, allowed in (
+        ("mode", mode, tuple(_MODES.values())),
+        ("workers", message.workers, (message.workers if mode == pb.Aggregation.MODE_SYNC else 0,)),
+        ("k", message.k, (0,)),
+        ("staleness_steps_max", message.staleness_steps_max, (0,)),
+        ("deadline_s", message.deadline_s, (0,)),
+    ):
+        served("Session.aggregation", field, value, allowed)
+    return sessions.Aggregation(next(ours for ours, theirs in _MODES.items() if theirs == mode), message.workers)
 
 
 def _newest(changes: Sequence[sessions.Change]) -> list[pb.HyperparamChange]:
@@ -136,19 +166,35 @@ def check_begin(message: pb.CreateSessionBegin) -> None:
     """Raises UnsupportedError where a session asks for what this version does not serve."""
     for field, value, allowed in (
         ("durability", message.durability, (pb.DURABILITY_UNSPECIFIED, pb.DURABILITY_MEMORY)),
-        (
-            "aggregation.mode",
-            message.aggregation.mode,
-            (pb.Aggregation.MODE_UNSPECIFIED, pb.Aggregation.MODE_SINGLE),
-        ),
-        ("aggregation.workers", message.aggregation.workers, (0,)),
-        ("aggregation.k", message.aggregation.k, (0,)),
-        ("aggregation.staleness_steps_max", message.aggregation.staleness_steps_max, (0,)),
-        ("aggregation.deadline_s", message.aggregation.deadline_s, (0,)),
         ("grads_codec", message.grads_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
         ("params_codec", message.params_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
     ):
         served("CreateSession", field, value, allowed)
+
+
+def extension_to_proto(extends: sessions.Extension) -> pb.Extension:
+    return pb.Extension(session_id=extends.session_id, incarnation=extends.incarnation, step=extends.step)
+
+
+def extension_from_proto(message: pb.CreateSessionBegin) -> sessions.Extension | None:
+    """Which session is extended; None: none is. Raises InvalidArgumentError."""
+    if not message.HasField("extends"):
+        return None
+    id_ = sessions.check_id(message.extends.session_id, "extends.session_id")
+    return sessions.Extension(id_, message.extends.incarnation, message.extends.step)
+
+
+def load_from_proto(message: pb.LoadStateBegin) -> tuple[str, trees.TreeSpec, int, str, int | None]:
+    """(session id, the arrays, incarnation, load key, step or None).
+
+    Raises:
+      InvalidArgumentError: an id that is none.
+      TreeError: as ``TreeSpec`` and its parts do.
+    """
+    sessions.check_id(message.session_id, "session id")
+    sessions.check_id(message.load_key, "load_key")
+    step = message.step if message.HasField("step") else None
+    return message.session_id, tree_from_proto(message.tree), message.incarnation, message.load_key, step
 
 
 def check_read(message: pb.ReadParamsRequest) -> None:

@@ -7,6 +7,8 @@ from optwire_server.engine import build
 
 # Linear in the gradients, up to a real factor, or taking numbers apart: the same for complex numbers.
 _COMPLEX = ("sgd", "momentum", "nesterov", "clip_grads", "clip_by_global_norm", "split_real_and_imaginary")
+# What gives its inside but a part of the parameters, and how paths lead there.
+_PARTS = {"per_leaf": "per_leaf.optimizer", "grouped": "grouped.optimizers[", "a partition": "partition.transforms["}
 _FLOATING = ("f32", "f64", "bf16", "f16")
 
 
@@ -26,6 +28,7 @@ def check(spec: specs.Spec, tree: trees.TreeSpec) -> None:
             )
     checks.check_names(spec, tuple(leaf.name for leaf in tree.leaves), build.CATALOGUE)
     _check_decay(spec, tree)
+    _check_parts(spec)
     _check_accumulation(spec)
     _check_policy(spec)
     _check_lookahead(spec)
@@ -37,9 +40,12 @@ def _takes_complex(spec: specs.Spec) -> bool:
         return all(map(_takes_complex, spec["members"]))
     if spec.name == "partition":
         return all(_takes_complex(member) for _, member in spec["transforms"])
-    if spec.name in ("accumulate", "ema_params", "on_nonfinite"):
+    if spec.name == "grouped":
+        return all(map(_takes_complex, spec["optimizers"]))
+    if spec.name in ("accumulate", "ema_params", "on_nonfinite", "per_leaf"):
         return _takes_complex(spec["optimizer"])
-    return spec.name in _COMPLEX
+    # Torch's take complex numbers for pairs of real ones.
+    return spec.name in _COMPLEX or spec.name.startswith("torch_")
 
 
 def _check_lookahead(spec: specs.Spec) -> None:
@@ -69,14 +75,34 @@ def _check_decay(spec: specs.Spec, tree: trees.TreeSpec) -> None:
                 )
 
 
+def _in_part(path: str) -> str:
+    """What a path leads through that gets but a part of the parameters; nothing: it gets all of them."""
+    return next((what for what, step in _PARTS.items() if step in path), "")
+
+
+def _check_parts(spec: specs.Spec) -> None:
+    """Raises SpecError where what tells leaves apart gets but some of them."""
+    for path, found in specs.places(spec):
+        if not isinstance(found, specs.Spec):
+            continue
+        part = _in_part(path)
+        if (found.name == "grouped" and part) or (found.name in ("partition", "per_leaf") and part == "per_leaf"):
+            raise errors.SpecError(
+                f"{path}: {found.name} inside {part}, which gives it but a part of the parameters; put it around",
+                subject=path,
+                expected=f"{found.name} around all parameters",
+                got=f"{found.name} inside {part}",
+            )
+
+
 def _check_accumulation(spec: specs.Spec) -> None:
     """Raises SpecError unless there is at most one accumulate, and all leaves are in it: a push closes one step."""
     found = [path for path, value in specs.places(spec) if isinstance(value, specs.Spec) and value.name == "accumulate"]
-    inside = [path for path in found if "partition.transforms[" in path]
+    inside = [path for path in found if _in_part(path)]
     if len(found) > 1 or inside:
         path = (inside or found[1:])[0]
         raise errors.SpecError(
-            f"{path}: accumulate inside {'a partition' if inside else 'another accumulate'}; one accumulate around all "
+            f"{path}: accumulate inside {_in_part(path) or 'another accumulate'}; one accumulate around all "
             "parameters is served",
             subject=path,
             expected="one accumulate around all parameters",
@@ -101,7 +127,7 @@ def _check_policy(spec: specs.Spec) -> None:
             for outer, other in found
         ):
             problem = "another policy around it"
-        elif policy == "skip" and ("partition.transforms[" in path or path != skips[0]):
+        elif policy == "skip" and (_in_part(path) or path != skips[0]):
             problem = "'skip' for a part of the parameters, or twice; a push is skipped as a whole"
         if problem:
             raise errors.SpecError(

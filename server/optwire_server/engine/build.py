@@ -7,7 +7,7 @@ import functools
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,17 @@ from optwire_proto.specs import Spec
 from optwire_server import optimizers
 from optwire_server.engine import imported, rates, rule, signatures
 from optwire_server.engine.rule import Rule
+from optwire_server.optimizers import torch_rules
 
 # What a server serves: ours, and what the installed optax has.
 CATALOGUE: Final[Mapping[str, Entry]] = catalogue.merged(signatures.entries().values())
 
 _SEED_OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "optimizer")
 _SEED_SCHEDULES: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "schedule")
-# What else replaces parameters by itself.
-_RULES: Final = ("accumulate", "on_nonfinite", "ema_params", "master_weights", "exported", "lookahead")
+_TORCH: Final = frozenset(entry.name for entry in catalogue.TORCH)
+# What else replaces parameters by itself; first what surrounds all of an update.
+_AROUND: Final = ("accumulate", "on_nonfinite", "ema_params", "master_weights")
+_RULES: Final = (*_AROUND, "exported", "lookahead", "per_leaf", "grouped")
 _CLIPS: Final = (
     "adaptive_grad_clip",
     "clip",
@@ -92,6 +95,8 @@ class _Builder:
         inside = f"{path}.{spec.name}" if path else spec.name
         if spec.name in _SEED_OPTIMIZERS:
             return self._seed(spec, inside)
+        if spec.name in _TORCH:
+            return self._torch(spec, inside)
         if spec.name == "lookahead":
             return rule.lookahead(self._optax(spec, inside, leaves))
         if spec.name in ("chain", "partition", *_RULES):
@@ -137,6 +142,20 @@ class _Builder:
 
         return Rule(init, step, params, {})
 
+    def _torch(self, spec: Spec, inside: str, *, alone: bool = False) -> Rule:
+        rate = self._rate(spec, inside, "learning_rate")
+        numbers, flags = {}, {}
+        for name, value in spec.arguments:
+            place = f"{inside}.{name}"
+            if place in self._site.rates and name != "learning_rate":
+                numbers[name] = torch_rules.Number(self._site.rates[place], self._site.rates[rates.rest(place)])
+            elif isinstance(value, bool):
+                flags[name] = value
+        if spec.name in ("torch_sgd", "torch_rmsprop"):
+            flags["keeps_momentum"] = spec["momentum"] != 0
+        make = getattr(torch_rules, spec.name.removeprefix("torch_"))
+        return rule.of_torch(make(rate, **numbers, **flags), alone=alone)
+
     def _chain(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
         *firsts, last = spec["members"]
         places = [f"{inside}.members[{index}]" for index in range(len(firsts) + 1)]
@@ -157,10 +176,26 @@ class _Builder:
         if not any(_makes_rule(member) for member, _, _ in makes):
             made = [self._made(member, where, leaves) for member, where, _ in makes]
             return optax.partition(dict(enumerate(made)), [chosen[i] for i in leaves])
-        # Each is built for its own leaves: an exported program may serve no others.
+        return self._split(makes, leaves)
+
+    def _grouped(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        of = spec["of"].numbers
+        optimizers = enumerate(spec["optimizers"])
+        makes = [(member, f"{inside}.optimizers[{k}]", [i for i in leaves if of[i] == k]) for k, member in optimizers]
+        return self._split(makes, leaves)
+
+    def _split(self, makes: Sequence[tuple[Spec, str, Sequence[int]]], leaves: Sequence[int]) -> Rule:
+        """Several specs, each with its path and leaves: an exported program may serve no others."""
         rules = [self.rule(member, where, at) for member, where, at in makes]
         position = {leaf: k for k, leaf in enumerate(leaves)}
-        return rule.split(rules, [[position[i] for i in at] for at in members])
+        return rule.split(rules, [[position[i] for i in at] for _, _, at in makes])
+
+    def _per_leaf(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
+        inner = spec["optimizer"]
+        if inner.name in _TORCH:
+            return self._torch(inner, f"{inside}.optimizer.{inner.name}", alone=True)
+        counted = specs.any_inside(spec, lambda found: found.name in _SEED_OPTIMIZERS)
+        return rule.per_leaf([self._inner(spec, inside, [leaf]) for leaf in leaves], counted=counted)
 
     def _inner(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
         return self.rule(spec["optimizer"], f"{inside}.optimizer", leaves)
@@ -271,7 +306,21 @@ def _makes_rule(spec: Spec) -> bool:
         return _makes_rule(spec["members"][-1])
     if spec.name == "partition":
         return any(_makes_rule(member) for _, member in spec["transforms"])
-    return spec.name in _SEED_OPTIMIZERS or spec.name in _RULES
+    return spec.name in _SEED_OPTIMIZERS or spec.name in _TORCH or spec.name in _RULES
+
+
+def skippable(spec: Spec) -> bool:
+    """Whether a checked spec keeps each leaf by itself, so that a push may leave gradients out."""
+    if spec.name == "chain":
+        *firsts, last = spec["members"]
+        return all(member.name in _CLIPS for member in firsts) and skippable(last)
+    if spec.name == "grouped":
+        return all(map(skippable, spec["optimizers"]))
+    if spec.name == "partition":
+        return all(skippable(member) for _, member in spec["transforms"])
+    if spec.name in ("master_weights", "ema_params", "on_nonfinite"):
+        return skippable(spec["optimizer"])
+    return spec.name == "per_leaf"
 
 
 @functools.lru_cache(maxsize=256)
@@ -288,19 +337,27 @@ def is_elementwise(spec: Spec) -> bool:
     return all(imported.load(value["update"].data).elementwise for value in found)
 
 
+class ExportedState(NamedTuple):
+    """State of an exported program: updates, shape=(), int32; the parameters; the slots of each."""
+
+    step: Any
+    params: list[Any]
+    slots: list[list[Any]]
+
+
 def exported_rule(program: imported.Imported, rate: Callable[[Any], Any]) -> Rule:
-    """The rule of an exported program: leaf by leaf, slots start at zero. State: (step, params, slots)."""
+    """The rule of an exported program: leaf by leaf, slots start at zero."""
 
     def init(params: list[Any]) -> Any:
         slots = [[jnp.zeros_like(leaf) for _ in range(program.slots)] for leaf in params]
-        return jnp.zeros((), jnp.int32), params, slots
+        return ExportedState(jnp.zeros((), jnp.int32), params, slots)
 
     def update(grads: list[Any], state: Any, call: rule.Call) -> Any:
         step, params, slots = state
         alpha = jnp.asarray(rate(step), jnp.float32)
         triples = zip(rule.like(grads, params), params, slots, strict=True)
         new = [program.update(step, alpha, g, p, *own) for g, p, own in triples]
-        return step + 1, [leaf for leaf, *_ in new], [list(own) for _, *own in new]
+        return ExportedState(step + 1, [leaf for leaf, *_ in new], [list(own) for _, *own in new])
 
     return Rule(init, update, lambda state: state[1], {})
 
@@ -360,7 +417,7 @@ def clips(spec: Spec, site: Site, state: Any, *, closing: bool) -> Callable[[lis
 
 def _meets_each_push(spec: Spec) -> bool:
     """Whether the leading clip stands outside of any accumulation."""
-    inner = spec["optimizer"] if spec.name in _RULES[:4] else spec["members"][0] if spec.name == "chain" else None
+    inner = spec["optimizer"] if spec.name in _AROUND else spec["members"][0] if spec.name == "chain" else None
     return spec.name != "accumulate" and (inner is None or _meets_each_push(inner))
 
 
@@ -372,7 +429,7 @@ def _met(spec: Spec, grads: list[Any], state: Any) -> list[Any]:
         grads = [((total + g) / spec["k"]).astype(g.dtype) for total, g in zip(state[0], grads, strict=True)]
     elif spec.name == "on_nonfinite" and spec["policy"] == "zero":
         grads = [jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)) for g in grads]
-    if spec.name not in _RULES[:4]:
+    if spec.name not in _AROUND:
         return grads
     return _met(spec["optimizer"], grads, state if spec.name == "master_weights" else state[-1])
 
@@ -384,6 +441,8 @@ def _leading_clip(spec: Spec) -> Spec | None:
     if spec.name == "chain":
         return _leading_clip(spec["members"][0])
     entry = catalogue.OURS.get(spec.name)
+    if spec.name == "per_leaf":
+        return None  # a norm that a clip takes inside is of one leaf
     return _leading_clip(spec["optimizer"]) if entry is not None and entry.kind == "wrapper" else None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, build, program
+from optwire_server.engine import admission, build, program, slots
 
 T = TypeVar("T")
 
@@ -142,6 +142,34 @@ class Engine:
         On a CPU they are views of the state: while one is alive, the next update copies instead of writing over it.
         """
         return [np.asarray(leaf) for leaf in held.program.params(held.state, which)]
+
+    def arrays(self, held: Held) -> list[np.ndarray]:
+        """All arrays of the state, in JAX's order. On the device's thread only; views as those of ``params``."""
+        with held.program.precision():
+            return [slots.to_numpy(array) for array in jax.tree.leaves(held.state)]
+
+    def replace(self, held: Held, arrays: Mapping[int, tensors.Array]) -> None:
+        """Puts copies of arrays in the place of those of the state, by position. On the device's thread only.
+
+        Whatever it raises, the state is the old one.
+        """
+        leaves, structure = jax.tree.flatten(held.state)
+        with held.program.precision(), jax.default_device(self._device):
+            for position, array in arrays.items():
+                leaves[position] = slots.from_numpy(array, leaves[position])
+            held.state = jax.block_until_ready(jax.tree.unflatten(structure, leaves))
+
+    def carry(self, old: Held, new: Held, pairs: Sequence[tuple[int, int]]) -> None:
+        """Puts arrays of one state in the place of those of another, by position. On the device's thread only.
+
+        What is of another type there is left out. The arrays are shared: one of both must be freed before an update.
+        """
+        theirs = jax.tree.leaves(old.state)
+        leaves, structure = jax.tree.flatten(new.state)
+        for i, k in pairs:
+            if theirs[i].dtype == leaves[k].dtype:
+                leaves[k] = theirs[i]
+        new.state = jax.tree.unflatten(structure, leaves)
 
     def describe(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
         """Library versions, and (name, kind) of each device."""

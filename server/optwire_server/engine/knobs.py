@@ -56,6 +56,10 @@ def _treatment(spec: Spec, path: str, leaf: _Leaf) -> _Treatment:
     inside = f"{path}.{spec.name}" if path else spec.name
     if spec.name == "partition":
         return _of_group(spec, f"{inside}.transforms", leaf)
+    if spec.name == "grouped":
+        chosen = spec["of"].numbers[leaf.at]
+        member = _treatment(spec["optimizers"][chosen], f"{inside}.optimizers[{chosen}]", leaf)
+        return _Treatment(group=(str(chosen),)).and_then(member)
     if spec.name in _INSIDE and not _is_inside(spec, inside, leaf):
         return _Treatment(passes=() if spec.name == "masked" else ("set_to_zero",))
     if spec.name == "freeze":

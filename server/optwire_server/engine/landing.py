@@ -17,6 +17,11 @@ import numpy as np
 from optwire_proto import digests, errors, limits, sessions, tensors, trees
 
 
+def buffer_bytes(tree: trees.TreeSpec) -> int:
+    """Bytes of the buffer for one payload of ``tree``."""
+    return tree.aligned_offsets[-1] + limits.ALIGNMENT_BYTES
+
+
 class Landings:
     """Lends landing buffers, up to a total of bytes in flight, and keeps some of those that come back. Thread-safe."""
 
@@ -39,7 +44,7 @@ class Landings:
         Raises:
           LimitError: the payloads in flight would exceed the limit.
         """
-        size = tree.aligned_offsets[-1] + limits.ALIGNMENT_BYTES
+        size = buffer_bytes(tree)
         with self._lock:
             self._count(size)
             buffer = self._take(size)

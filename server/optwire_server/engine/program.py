@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from optwire_proto import checks, errors, specs, tensors, trees
-from optwire_server.engine import build, granularity, rates, rule, telemetry
+from optwire_server.engine import build, granularity, rates, rule, slots, telemetry
 
 # What JAX takes apart as the optimizer's state; it holds the parameters.
 OptState = Any
@@ -85,12 +85,15 @@ class Program:
         self.device = device
         self.rate_paths = tuple(rates.rates(spec))
         self.extras = checks.extras(spec, build.CATALOGUE)
+        # Whether what is not finite leaves the parameters alone and counts as a step.
+        self.skips = specs.any_inside(spec, lambda found: found.name == "on_nonfinite" and found["policy"] == "skip")
         # Whether what is not finite is refused, rather than skipped.
         self.rejects = specs.any_inside(
             spec, lambda found: found.name == "on_nonfinite" and found["policy"] == "reject"
         )
         self._grads = [jax.ShapeDtypeStruct(leaf.shape, tensors.numpy_dtype(leaf.dtype)) for leaf in tree.leaves]
         self._lock = threading.Lock()
+        self._arrays: tuple[Sequence[str], tuple[trees.LeafSpec, ...]] | None = None
         self._updates: dict[Variant, Callable[..., Updated]] = {}
         self._views: dict[str, Callable[[OptState], list[Any]]] = {}
         with self._building():
@@ -209,6 +212,18 @@ class Program:
         """Whether a push may leave gradients out: every leaf is treated by itself."""
         return build.skippable(self.spec)
 
+    def arrays(self, leaves: Sequence[str]) -> tuple[trees.LeafSpec, ...]:
+        """Name, shape and element type of every array of a state, for leaves of these names.
+
+        Raises:
+          TreeError: an array that cannot be sent.
+        """
+        if self._arrays is None or self._arrays[0] != leaves:
+            with self._building():
+                named = slots.names(self._state, self._rule(tuple(0.0 for _ in self.rate_paths)).params, leaves)
+            self._arrays = leaves, slots.leaf_specs(self._state, named)
+        return self._arrays[1]
+
     def same_state(self, other: Program) -> bool:
         """Whether a state of one is a state of the other."""
         if self is other:
@@ -250,7 +265,9 @@ class Program:
 
         def update(operands: Operands, grads: list[Any], state: OptState) -> Updated:
             made = self._rule(operands.rates)
-            call = rule.Call(operands.push, variant.closing, operands.extras, present=operands.present)
+            call = rule.Call(
+                operands.push, variant.closing, operands.extras, present=operands.present, rounded=variant.updates
+            )
             if variant.scaled:
                 grads = [_unscaled(g, operands.grad_scale) for g in grads]
             new = jax.tree.map(_kept, made.update(grads, state, call), state)

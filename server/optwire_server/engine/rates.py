@@ -1,6 +1,7 @@
-"""The learning rates of a spec: where they stand, and which of them are numbers, operands of the compiled update.
+"""The numbers of a spec that are operands of the compiled update: learning rates, and what ``torch_*`` take.
 
-A constant schedule in the place of a rate is a number in other words.
+A constant schedule in the place of a rate is a number in other words. A number of ``torch_*`` is two operands: what
+32 bits hold of it, and the rest.
 """
 
 from __future__ import annotations
@@ -9,31 +10,66 @@ from typing import Any, Final
 
 from optwire_proto import catalogue, specs
 from optwire_proto.specs import Spec
+from optwire_server.optimizers import torch_rules
 
 # Schedules that are a number, and the argument that is it.
 CONSTANTS: Final = {"constant": "step_size", "constant_schedule": "value"}
 _SCHEDULES: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "schedule")
 _OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "optimizer")
+# Numbers that are operands beside the rates, and those of them without which a slot is missing.
+_NUMBERS: Final = frozenset(
+    f"{entry.name}.{parameter.name}"
+    for entry in catalogue.TORCH
+    for parameter in entry.parameters
+    if parameter.takes.startswith("operand:")
+)
+_SLOTS: Final = ("torch_sgd.momentum", "torch_rmsprop.momentum")
 
 
 def rates(spec: Spec) -> dict[str, float]:
-    """The learning rates of a checked spec that are numbers, by path: operands of the compiled update."""
-    return {
-        path: float(value)
-        for path, value in specs.places(spec)
-        if _is_rate(path) and not isinstance(value, Spec) and _is_constant(value)
-    }
+    """The operands of a checked spec by path, and by ``rest`` of one: learning rates that are numbers, and numbers."""
+    operands: dict[str, float] = {}
+    for path, value in specs.places(spec):
+        if _is_number(path):
+            operands[path], operands[rest(path)] = torch_rules.halves(value)
+        elif _is_rate(path) and not isinstance(value, Spec) and _is_constant(value):
+            operands[path] = float(value)
+    return operands
+
+
+def rest(path: str) -> str:
+    """Where the rest of the number at a path stands among the operands; no path is written so."""
+    return f"{path} rest"
 
 
 def rateless(spec: Spec) -> Spec:
-    """A checked spec without the values of its learning rates, however constant ones are given."""
-    values = {
-        path: 0.0
-        for path, value in specs.places(spec)
-        if path.rpartition(".")[2] in catalogue.RATES and _is_rate(path) and _is_constant(value)
-    }
+    """A checked spec without the values of its operands, however constant rates are given; a slot's stays 0 or not."""
+    values = {}
+    for path, value in specs.places(spec):
+        if _is_number(path):
+            values[path] = float(value != 0) if _has_slot(path) else 0.0
+        elif path.rpartition(".")[2] in catalogue.RATES and _is_rate(path) and _is_constant(value):
+            values[path] = 0.0
     without: Spec = specs.replaced(spec, values)
     return without
+
+
+def with_slots(spec: Spec, of: Spec) -> Spec:
+    """A checked spec whose program keeps every slot that one of ``of`` keeps: a momentum that has become 0 is none."""
+    before = {path: value for path, value in specs.places(of) if _has_slot(path) and value != 0}
+    values = {path: before[path] for path, value in specs.places(spec) if value == 0 and path in before}
+    same: Spec = specs.replaced(spec, values)
+    return same
+
+
+def _is_number(path: str) -> bool:
+    """Whether a number here is an operand, and no rate."""
+    return ".".join(path.split(".")[-2:]) in _NUMBERS
+
+
+def _has_slot(path: str) -> bool:
+    """Whether a slot is there only where the number here is not 0."""
+    return ".".join(path.split(".")[-2:]) in _SLOTS
 
 
 def _is_constant(value: Any) -> bool:

@@ -6,6 +6,7 @@ Whatever a spec describes ends up as one of these, so that wrappers need not kno
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+from jax import lax
+
+from optwire_server.optimizers import torch_rules
 
 Leaves = list[Any]
 State = Any
@@ -29,6 +33,7 @@ class Call:
       extras: what the push brought along, by optax's names, such as ``value``. shape=(), float32
       notes: scalars of this update for the one who asked, by name.
       present: which leaves have a gradient; None: all. shape=(leaves,), bool
+      rounded: whether updates are rounded before they are added, so that whoever adds them elsewhere gets the same.
       added: what was added to the parameters, one array a leaf, where the rule knows. Set by the update.
     """
 
@@ -37,6 +42,7 @@ class Call:
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     present: Any = None
+    rounded: bool = False
     added: Leaves | None = None
 
 
@@ -80,30 +86,59 @@ class Guarded(NamedTuple):
 
 
 class Averaged(NamedTuple):
-    """State of ``ema_params``: averages, one a leaf; the weight of parameters in them, shape=(), float32; the rule's."""
+    """State of ``ema_params``: averages, one a leaf; the weight of params in them, shape=(), float32; the rule's."""
 
     average: Leaves
     weight: Any
     inner: State
 
 
+class Kept(NamedTuple):
+    """The state of a rule that keeps parameters as they are.
+
+    Attributes:
+      params: the leaves.
+      slots: what it keeps beside them.
+    """
+
+    params: Leaves
+    slots: Any
+
+
 def of_transformation(transformation: Any, *, schedule_free: bool = False) -> Rule:
-    """The rule that adds the updates of an optax transformation to the parameters. State: (params, its state).
+    """The rule that adds the updates of an optax transformation to the parameters. State: Kept, its state as slots.
 
     With ``schedule_free`` "eval" reads the averages that its schedule-free optimizers are judged by.
     """
 
     def init(params: Leaves) -> State:
-        return params, transformation.init(params)
+        return Kept(params, transformation.init(params))
 
     def update(grads: Leaves, state: State, call: Call) -> State:
         params, inner = state
         updates, inner = transformation.update(like(grads, params), inner, params, **call.extras)
+        if call.rounded:
+            updates = [_rounded(leaf, call.index) for leaf in updates]
         call.added = list(updates)
-        return optax.apply_updates(params, updates), inner
+        return Kept(optax.apply_updates(params, updates), inner)
 
     reads = {"eval": lambda state: _schedule_free(*state)} if schedule_free else {}
-    return Rule(init, update, lambda state: state[0], reads)
+    return Rule(init, update, lambda state: state.params, reads)
+
+
+def of_torch(made: torch_rules.Rule, *, alone: bool = False) -> Rule:
+    """The rule of one of torch's optimizers. State: Kept.
+
+    Args:
+      made: the optimizer.
+      alone: whether every leaf counts by itself, so that a push may leave gradients out, as in ``per_leaf``.
+    """
+
+    def update(grads: Leaves, state: State, call: Call) -> State:
+        new = Kept(*made.update(grads, state.params, state.slots))
+        return new if call.present is None else _only(call.present, new, state)
+
+    return Rule(lambda params: Kept(params, made.init(params, alone)), update, lambda state: state.params, {})
 
 
 def after(transformation: Any, rule: Rule) -> Rule:
@@ -156,6 +191,61 @@ def split(rules: Sequence[Rule], members: Sequence[Sequence[int]]) -> Rule:
     names = sorted({name for rule in rules for name in rule.views})
     views = {name: lambda state, name=name: joined(state, name) for name in names}
     return Rule(init, update, joined, views)
+
+
+class PerLeaf(NamedTuple):
+    """The state of a rule that keeps each leaf by itself.
+
+    Attributes:
+      leaves: a state for each leaf.
+      counts: how many updates each leaf has had; None: the leaves' rule does not look at it. shape=(), int32, each
+    """
+
+    leaves: list[State]
+    counts: list[Any] | None
+
+
+def per_leaf(rules: Sequence[Rule], *, counted: bool) -> Rule:
+    """A rule of its own for each leaf, so that a push may leave gradients out: what is absent stays, bit for bit.
+
+    Args:
+      rules: one for each leaf.
+      counted: whether the rules look at ``Call.index``, which is then the count of the leaf's own updates.
+    """
+
+    def init(params: Leaves) -> State:
+        counts = [jnp.zeros((), jnp.int32) for _ in rules] if counted else None
+        return PerLeaf([rule.init([leaf]) for rule, leaf in zip(rules, params, strict=True)], counts)
+
+    def update(grads: Leaves, state: State, call: Call) -> State:
+        def one(at: int, own: State) -> State:
+            index = call.index if state.counts is None else state.counts[at]
+            alone = dataclasses.replace(call, index=index, present=None, added=None)
+            return rules[at].update([grads[at]], own, alone)
+
+        new = PerLeaf(
+            [one(at, own) for at, own in enumerate(state.leaves)],
+            None if state.counts is None else [count + 1 for count in state.counts],
+        )
+        return new if call.present is None else _only(call.present, new, state)
+
+    def joined(state: State, which: str = "") -> Leaves:
+        pairs = zip(rules, state.leaves, strict=True)
+        return [leaf for rule, own in pairs for leaf in rule.views.get(which, rule.params)(own)]
+
+    names = sorted({name for rule in rules for name in rule.views})
+    views = {name: lambda state, name=name: joined(state, name) for name in names}
+    return Rule(init, update, joined, views)
+
+
+def _only(present: Any, new: State, old: State) -> State:
+    """The new state where a gradient is present, elsewhere the old one. Lists in it have one entry a leaf."""
+
+    def chosen(after: Leaves, before: Leaves) -> Leaves:
+        pairs = enumerate(zip(after, before, strict=True))
+        return [jax.tree.map(functools.partial(jnp.where, present[at]), *pair) for at, pair in pairs]
+
+    return jax.tree.map(chosen, new, old, is_leaf=lambda node: type(node) is list)
 
 
 def accumulate(rule: Rule, k: int) -> Rule:
@@ -271,6 +361,17 @@ def lookahead(transformation: Any) -> Rule:
         return optax.apply_updates(both, updates), inner
 
     return Rule(init, update, lambda state: list(state[0].fast), {"eval": lambda state: list(state[0].slow)})
+
+
+def _rounded(leaf: Any, index: Any) -> Any:
+    """The same values; but the compiler, which would fuse a product into the sum that follows, cannot see that.
+
+    It fuses across barriers, too; that no index is negative is what it does not know.
+    """
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    bits = lax.bitcast_convert_type(leaf, f"uint{leaf.dtype.itemsize * 8}")
+    return lax.bitcast_convert_type(bits ^ (jnp.asarray(index) < 0).astype(bits.dtype), leaf.dtype)
 
 
 def all_finite(leaves: Sequence[Any]) -> Any:

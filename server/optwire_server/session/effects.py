@@ -13,11 +13,20 @@ class Apply:
 
     Attributes:
       index: index of the update, from 0: what hyperparameters are looked up for.
-      options: what the push said beside its gradients.
+      options: what the push said beside its gradients; of several, what they said together.
+      workers: whose pushes, that one among them, make the step with the mean of their gradients, summed in this order;
+        empty: that one alone.
     """
 
     index: int
     options: sessions.PushOptions
+    workers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hold:
+    """Keep the payload of the push just made until its step is complete, in the place of one that is kept for this
+    worker; ``Answer`` will follow."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,8 +48,21 @@ class Fail:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """Answer all who wait for what becomes of the push that is kept for a worker; its payload is done with."""
+
+    worker: str
+    outcome: Reply | Fail
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replace:
+    """Put the arrays that were loaded in the place of those they are named after."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Free:
     """Free the session's arrays."""
 
 
-Effect = Apply | Reply | Fail | Free
+Effect = Apply | Hold | Reply | Fail | Answer | Replace | Free

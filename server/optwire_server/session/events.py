@@ -56,8 +56,25 @@ class Changed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """Whole arrays of a state have arrived and their digest was verified.
+
+    Attributes:
+      incarnation: the one that the client knows.
+      load_key: 32 hexadecimal digits; a retry repeats them.
+      step: number of updates that the session counts afterwards; None: as many as before.
+      skipped: how many of those left the parameters alone; None: as many as before.
+    """
+
+    incarnation: int
+    load_key: str
+    step: int | None = None
+    skipped: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Deleted:
     """The session was deleted."""
 
 
-Event = Pushed | Updated | UpdateFailed | UpdateRefused | Changed | Deleted
+Event = Pushed | Updated | UpdateFailed | UpdateRefused | Changed | Loaded | Deleted

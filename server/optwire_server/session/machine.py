@@ -10,9 +10,17 @@ The whole promise of exactly-once stands here. A push carries (worker, seq, base
     B <  S                        refused: another push was faster                  StaleStepError
     B >  S                        refused                                           FutureStepError
     otherwise                     applied: the session's step becomes S + 1         Apply, then Reply
+                                  of n workers: gathered until all have pushed      Hold, then Answer
 
 A refused push changes nothing: it raises, and the caller keeps the session it had. A worker that the table does not
 know may start at any seq; `base_step` still admits each step once, so forgetting a worker applies no push twice.
+
+Loading a state rewrites history: a new incarnation begins, so that no push of the old one fits, and the workers start
+anew. A retry of the last load, told by its key, is answered and loads nothing.
+
+In a session of ``sync(n)`` a push that fits is gathered instead, until one of each worker is there; the mean of them is
+one step, and whoever waits is answered then. What is gathered was not applied: the same push again waits like the
+first one, and another one of the same worker, restarted and computing anew, takes its place.
 
 The update donates its buffers, so there is no way back from one that fails half-way: the session then turns FAILED and
 says so to everybody, rather than serve what may be half a step.
@@ -25,10 +33,10 @@ import enum
 from collections.abc import Mapping
 
 from optwire_proto import errors, limits, sessions
-from optwire_server.session import effects, events
+from optwire_server.session import effects, events, gathering
 
 # Workers remembered per session; the one that has been quiet longest is forgotten first.
-WORKERS_MAX = 1024
+WORKERS_MAX = limits.WORKERS_MAX
 
 
 class Phase(enum.Enum):
@@ -60,23 +68,29 @@ class Session:
       id: 32 hexadecimal digits.
       name: for messages.
       incarnation: grows when history is rewritten.
+      load_key: of the load that began this incarnation; empty where none did.
       step: number of updates applied.
       phase: where the session is in its life.
       skipped: how many of those left the parameters alone, since gradients were not finite.
       changes: of hyperparameters, in the order in which they were made; the newest of them.
       workers: each worker's last applied push, the longest quiet first.
-      pending: the push being applied; set exactly in phase APPLYING.
+      aggregation: how pushes become steps.
+      gathered: the pushes that wait for the others of their step, by worker.
+      pending: the push being applied, with those gathered; set exactly in phase APPLYING.
       failure: what happened, in phase FAILED.
     """
 
     id: str
     name: str
     incarnation: int = 1
+    load_key: str = ""
     step: int = 0
     phase: Phase = Phase.OPEN
     skipped: int = 0
     changes: tuple[sessions.Change, ...] = ()
     workers: Mapping[str, Applied] = dataclasses.field(default_factory=dict)
+    aggregation: sessions.Aggregation = sessions.SINGLE
+    gathered: Mapping[str, events.Pushed] = dataclasses.field(default_factory=dict)
     pending: events.Pushed | None = None
     failure: str = ""
 
@@ -102,26 +116,20 @@ def advance(session: Session, event: events.Event) -> Outcome:
             return _update_failed(session, event)
         case events.UpdateRefused():
             assert session.phase is Phase.APPLYING, "an update is refused that did not begin"
-            return dataclasses.replace(session, phase=Phase.OPEN, pending=None), (effects.Fail(event.error),)
+            return _ended(session, event.error)
         case events.Changed():
             return _changed(session, event.change)
+        case events.Loaded():
+            return _loaded(session, event)
         case events.Deleted():
-            _must_exist(session)
-            return dataclasses.replace(session, phase=Phase.DELETED, pending=None), (effects.Free(),)
+            return _deleted(session)
 
 
 def admit(session: Session, key: sessions.PushKey) -> None:
     """Raises what ``Pushed`` would raise for this key whatever its bytes: at its begin, before the bytes come."""
     check_alive(session)
-    if key.incarnation != session.incarnation:
-        raise errors.IncarnationError(
-            f"session {session.name!r}: incarnation {key.incarnation}, expected {session.incarnation}: its history was "
-            "rewritten; attach again",
-            subject=session.name,
-            expected=str(session.incarnation),
-            got=str(key.incarnation),
-            step=session.step,
-        )
+    check_incarnation(session, key.incarnation)
+    gathering.check_member(session.name, session.step, session.aggregation, key.worker)
     last = session.workers.get(key.worker)
     if last and key.seq == last.seq:
         return  # a retry: its digest decides
@@ -144,6 +152,91 @@ def admit(session: Session, key: sessions.PushKey) -> None:
     _must_be_at(session, key.base_step)
 
 
+def admit_load(session: Session, event: events.Loaded) -> None:
+    """Raises what ``Loaded`` would raise: at its begin, before the bytes come."""
+    check_alive(session)
+    if event.load_key == session.load_key:
+        return
+    check_incarnation(session, event.incarnation)
+    step = session.step if event.step is None else event.step
+    for what, value, most in (
+        ("step", step, limits.STEP_MAX),
+        ("state/skipped", 0 if event.skipped is None else event.skipped, step),
+    ):
+        if not 0 <= value <= most:
+            raise errors.InvalidArgumentError(
+                f"session {session.name!r}: {what} {value}, expected 0 to {most}",
+                subject=what,
+                expected=f"0 to {most}",
+                got=str(value),
+                step=session.step,
+            )
+
+
+def check_incarnation(session: Session, incarnation: int) -> None:
+    """Raises IncarnationError where a client knows another incarnation."""
+    if incarnation != session.incarnation:
+        raise errors.IncarnationError(
+            f"session {session.name!r}: incarnation {incarnation}, expected {session.incarnation}: its history was "
+            "rewritten; attach again",
+            subject=session.name,
+            expected=str(session.incarnation),
+            got=str(incarnation),
+            step=session.step,
+        )
+
+
+def admit_extension(session: Session, extends: sessions.Extension) -> None:
+    """Raises unless a session is where the client that wants to extend it saw it."""
+    check_alive(session)
+    check_incarnation(session, extends.incarnation)
+    if extends.step != session.step:
+        kind = errors.StaleStepError if extends.step < session.step else errors.FutureStepError
+        raise kind(
+            f"session {session.name!r}: is to be extended at step {extends.step}, but is at {session.step}; read the "
+            "parameters and try again",
+            subject="step",
+            expected=str(session.step),
+            got=str(extends.step),
+            step=session.step,
+        )
+
+
+def _loaded(session: Session, event: events.Loaded) -> Outcome:
+    assert session.phase is not Phase.APPLYING, "one executor does one thing at a time"
+    admit_load(session, event)
+    if event.load_key == session.load_key:
+        return session, ()
+    step = session.step if event.step is None else event.step
+    skipped = session.skipped if event.skipped is None else event.skipped
+    # What was in effect stays in effect, from the new step on if that comes earlier; what was to come, still comes.
+    changes = [
+        dataclasses.replace(change, from_step=min(change.from_step, step))
+        if change.from_step <= session.step
+        else change
+        for change in session.changes
+    ]
+    loaded = dataclasses.replace(
+        session,
+        incarnation=session.incarnation + 1,
+        load_key=event.load_key,
+        step=step,
+        skipped=min(skipped, step),
+        changes=tuple(changes),
+        workers={},
+        gathered={},
+    )
+    rewritten = errors.IncarnationError(
+        f"session {session.name!r}: a state was loaded while this push waited for those of other workers; read the "
+        "parameters and compute again",
+        subject=session.name,
+        expected=str(loaded.incarnation),
+        got=str(session.incarnation),
+        step=step,
+    )
+    return loaded, (effects.Replace(), *gathering.told(session.gathered, rewritten))
+
+
 def _pushed(session: Session, event: events.Pushed) -> Outcome:
     assert session.phase is not Phase.APPLYING, "one executor applies one push at a time"
     key = event.key
@@ -153,8 +246,27 @@ def _pushed(session: Session, event: events.Pushed) -> Outcome:
         if event.digest != last.digest or event.options.meaning != last.options.meaning:
             raise _divergent(session, last, event)
         return session, (effects.Reply(last.seq, last.step, True, last.learning_rate, last.metrics),)
+    others = {worker: pushed for worker, pushed in session.gathered.items() if worker != key.worker}
+    gathering.check_agreement(session.name, session.step, event, others)
+    if len(others) + 1 < session.aggregation.workers:
+        return _gathered(session, event, others)
     applying = dataclasses.replace(session, phase=Phase.APPLYING, pending=event)
-    return applying, (effects.Apply(session.step, event.options),)
+    if not others:
+        return applying, (effects.Apply(session.step, event.options),)
+    pushes = gathering.in_order({**others, key.worker: event})
+    workers = tuple(pushed.key.worker for pushed in pushes)
+    return applying, (effects.Apply(session.step, gathering.joined(pushes), workers),)
+
+
+def _gathered(session: Session, event: events.Pushed, others: Mapping[str, events.Pushed]) -> Outcome:
+    """The session with a push that waits for those of other workers."""
+    worker = event.key.worker
+    before = session.gathered.get(worker)
+    waiting = dataclasses.replace(session, gathered={**others, worker: event})
+    if before is None or gathering.same(before, event):
+        return waiting, (effects.Hold(),)
+    replaced = gathering.replaced(session.name, session.step, worker)
+    return waiting, (effects.Answer(worker, effects.Fail(replaced)), effects.Hold())
 
 
 def _updated(session: Session, event: events.Updated) -> Outcome:
@@ -162,12 +274,15 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
     assert session.phase is Phase.APPLYING and pushed is not None, "an update ends that did not begin"
     step = session.step + 1
     workers = dict(session.workers)
-    workers.pop(pushed.key.worker, None)  # so that it moves to the end
-    if len(workers) >= WORKERS_MAX:
-        del workers[next(iter(workers))]
-    workers[pushed.key.worker] = Applied(
-        pushed.key.seq, pushed.digest, step, event.learning_rate, pushed.options, event.metrics
-    )
+    answers: list[effects.Effect] = []
+    for one in (*gathering.in_order(session.gathered), pushed):
+        worker, seq = one.key.worker, one.key.seq
+        workers.pop(worker, None)  # so that it moves to the end
+        if len(workers) >= WORKERS_MAX:
+            del workers[next(iter(workers))]
+        workers[worker] = Applied(seq, one.digest, step, event.learning_rate, one.options, event.metrics)
+        reply = effects.Reply(seq, step, False, event.learning_rate, event.metrics)
+        answers.append(reply if one is pushed else effects.Answer(worker, reply))
     advanced = dataclasses.replace(
         session,
         phase=Phase.OPEN,
@@ -175,23 +290,36 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
         skipped=session.skipped + event.skipped,
         changes=_with(session.changes, event.change) if event.change else session.changes,
         workers=workers,
+        gathered={},
         pending=None,
     )
-    return advanced, (effects.Reply(pushed.key.seq, step, False, event.learning_rate, event.metrics),)
+    return advanced, tuple(answers)
 
 
 def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
     assert session.phase is Phase.APPLYING, "an update fails that did not begin"
     if not event.state_lost:
-        unchanged = dataclasses.replace(session, phase=Phase.OPEN, pending=None)
-        error: errors.OptwireError = errors.InternalError(
+        error = errors.InternalError(
             f"session {session.name!r}: the update of step {session.step} failed and changed nothing: {event.problem}",
             subject=session.name,
             step=session.step,
         )
-        return unchanged, (effects.Fail(error),)
-    failed = dataclasses.replace(session, phase=Phase.FAILED, pending=None, failure=event.problem)
-    return failed, (effects.Fail(_failure(failed)), effects.Free())
+        return _ended(session, error)
+    failed = dataclasses.replace(session, failure=event.problem)
+    failed, told = _ended(failed, _failure(failed))
+    return dataclasses.replace(failed, phase=Phase.FAILED), (*told, effects.Free())
+
+
+def _ended(session: Session, error: errors.OptwireError) -> Outcome:
+    """The session after an update that changed nothing: all whose pushes it was of hear why."""
+    ended = dataclasses.replace(session, phase=Phase.OPEN, gathered={}, pending=None)
+    return ended, (*gathering.told(session.gathered, error), effects.Fail(error))
+
+
+def _deleted(session: Session) -> Outcome:
+    _must_exist(session)
+    deleted = dataclasses.replace(session, phase=Phase.DELETED, gathered={}, pending=None)
+    return deleted, (*gathering.told(session.gathered, _gone(session)), effects.Free())
 
 
 def _changed(session: Session, change: sessions.Change) -> Outcome:
@@ -228,7 +356,11 @@ def _divergent(session: Session, last: Applied, event: events.Pushed) -> errors.
 
 def _must_exist(session: Session) -> None:
     if session.phase is Phase.DELETED:
-        raise errors.SessionNotFoundError(f"session {session.name!r} was deleted", subject=session.name)
+        raise _gone(session)
+
+
+def _gone(session: Session) -> errors.SessionNotFoundError:
+    return errors.SessionNotFoundError(f"session {session.name!r} was deleted", subject=session.name)
 
 
 def check_alive(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from optwire_proto import convert, errors, limits, payloads, sessions
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
+from optwire_server import live, waiting
 from optwire_server import registry as registries
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
@@ -59,7 +61,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 "landing_bytes_max": self._config.landing_bytes_max,
             },
             catalogue=self._engine.catalogue,
-            features=("stream", "unary", *(("programs",) if self._config.allow_programs else ())),
+            features=("stream", "unary", "sync", *(("programs",) if self._config.allow_programs else ())),
         )
         return convert.server_to_proto(info)
 
@@ -71,10 +73,13 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             convert.check_begin(begin)
             _check_answerable(begin)
             tree, spec = convert.tree_from_proto(begin.tree), convert.spec_from_proto(begin.spec)
-            key, seed = begin.create_key, begin.seed
-            with stream.busy(), self._registry.creating(begin.name, tree, spec, key, seed) as creation:
+            key, seed, extends = begin.create_key, begin.seed, convert.extension_from_proto(begin)
+            workers = convert.aggregation_from_proto(begin.aggregation) if begin.HasField("aggregation") else None
+            creations = self._registry.creations
+            asked = creations.creating(begin.name, tree, spec, key, seed, extends=extends, aggregation=workers)
+            with stream.busy(), asked as creation:
                 digest = frames.land(request_iterator, creation.landing, stream)
-                info = self._registry.create(creation, digest)
+                info = creations.create(creation, digest)
         return pb.CreateSessionResponse(session=_without_tree(info))
 
     def GetSession(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> pb.GetSessionResponse:
@@ -143,6 +148,32 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             yield pb.ReadParamsResponse(begin=begin)
             yield from _payload(read.params, pb.ReadParamsResponse, stream)
 
+    def ReadState(self, request: pb.ReadStateRequest, context: grpc.ServicerContext) -> Iterator[pb.ReadStateResponse]:
+        id_, name = convert.ref_from_proto(request.session)
+        with (
+            self._streams.open(context.cancel) as stream,
+            stream.busy(),
+            self._registry.states.reading(id_=id_, name=name) as read,
+            stream.transferring(),
+        ):
+            begin = pb.StateBegin(session=_without_tree(read.info), tree=convert.tree_to_proto(read.tree))
+            _check_size("state's names", begin.ByteSize(), "shorter names or fewer leaves")
+            yield pb.ReadStateResponse(begin=begin)
+            yield from _payload(read.arrays, pb.ReadStateResponse, stream)
+
+    def LoadState(
+        self, request_iterator: Iterator[pb.LoadStateRequest], context: grpc.ServicerContext
+    ) -> pb.LoadStateResponse:
+        with self._streams.open(context.cancel) as stream:
+            id_, tree, incarnation, key, step = convert.load_from_proto(frames.first(request_iterator))
+            states = self._registry.states
+            with (
+                stream.busy(),
+                states.loading(id_, tree, incarnation=incarnation, load_key=key, step=step) as load,
+            ):
+                info = states.load(load, frames.land(request_iterator, load.landing, stream))
+        return pb.LoadStateResponse(session=_without_tree(info))
+
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
         key, options = convert.push_from_proto(request.begin)
         if not request.HasField("digest"):
@@ -158,7 +189,8 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         with self._registry.pushing(key, options, payload_bytes_max=most) as push:
             if request.payload:
                 push.landing.write(0, request.payload)
-            reply = self._registry.push(push, convert.digest_from_proto(request.digest))
+            digest = convert.digest_from_proto(request.digest)
+            reply = self._pushed(push, digest, self._streams.waiting(context.cancel), context)
         payload = b"".join(payloads.pieces(reply.params))
         length = tensor_pb.PayloadDigest(length=len(payload))
         return pb.StepResponse(ack=convert.ack_to_proto(reply.ack), payload=payload, digest=length)
@@ -172,7 +204,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                     key, options = convert.push_from_proto(begin)
                     with self._registry.pushing(key, options) as push:
                         digest = frames.land(request_iterator, push.landing, stream)
-                        reply = self._registry.push(push, digest)
+                        reply = self._pushed(push, digest, stream.waiting(), context)
                         # The landing stays lent until the reply is out: its bytes stand for the reply's.
                         with stream.transferring():
                             yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
@@ -180,6 +212,20 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 if self._streams.draining:
                     yield pb.StreamStepsResponse(go_away=pb.GoAway(reason="DRAINING"))
                     return
+
+    def _pushed(
+        self,
+        push: live.Push,
+        digest: sessions.Digest,
+        wait: contextlib.AbstractContextManager[None],
+        context: grpc.ServicerContext,
+    ) -> live.Reply:
+        """Applies a push, and waits inside ``wait`` where others must push first."""
+        outcome = self._registry.push(push, digest)
+        if isinstance(outcome, waiting.Waiting):
+            with wait:
+                return self._registry.wait(push, outcome, context.is_active)
+        return outcome
 
     def SnapshotSession(
         self, request: pb.SnapshotSessionRequest, context: grpc.ServicerContext

@@ -15,6 +15,7 @@ class Stream:
 
     Attributes:
       is_busy: a push or a read is under way; otherwise the stream is idle.
+      is_waiting: its push waits for those of other workers; ending the call loses nothing, as the push stays.
       is_transferring: bytes are expected to move; compiling and updating may take what they take.
       since_s: when the last of this changed, or bytes last moved.
     """
@@ -22,6 +23,7 @@ class Stream:
     def __init__(self, cancel: Callable[[], object]) -> None:
         self.cancel = cancel
         self.is_busy = False
+        self.is_waiting = False
         self.is_transferring = False
         self.since_s = time.monotonic()
 
@@ -40,6 +42,16 @@ class Stream:
             self.progressed()
 
     @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time in which nothing is to be done but to wait for other workers."""
+        self.is_waiting = True
+        self.progressed()
+        try:
+            yield
+        finally:
+            self.is_waiting = False
+
+    @contextlib.contextmanager
     def transferring(self) -> Iterator[None]:
         """The time in which the client must keep the bytes moving."""
         self.is_transferring = True
@@ -53,7 +65,8 @@ class Stream:
 class StreamTable:
     """The open streams of a server. Thread-safe.
 
-    Where no more may be open, an idle one makes room for the next; only busy ones make it wait.
+    Where no more may be open, an idle one makes room for the next, or else one that waits for other workers, who may be
+    the ones that ask; only busy ones make it wait.
 
     A watching thread ends those on which nothing has moved for too long: transfers that stalled, so that their buffers
     are freed, and idle streams, so that their threads are.
@@ -83,8 +96,10 @@ class StreamTable:
             if self.draining:
                 raise errors.UnavailableError("the server is draining", subject="server", got="draining")
             idle = [other for other in self._streams if not other.is_busy]
+            idle = idle or [other for other in self._streams if other.is_waiting]
             if len(self._streams) >= self._streams_max and idle:
-                # The one that has been idle longest makes room; its client opens another when it needs one.
+                # The one that has been idle longest makes room; its client opens another when it needs one, and sends
+                # a push that waited again.
                 longest = min(idle, key=lambda other: other.since_s)
                 self._streams.discard(longest)
                 longest.cancel()
@@ -102,6 +117,12 @@ class StreamTable:
         finally:
             with self._lock:
                 self._streams.discard(stream)
+
+    @contextlib.contextmanager
+    def waiting(self, cancel: Callable[[], object]) -> Iterator[None]:
+        """Counts a short call that has to wait for other workers; raises as ``open`` does."""
+        with self.open(cancel) as stream, stream.busy(), stream.waiting():
+            yield
 
     def __len__(self) -> int:
         return len(self._streams)

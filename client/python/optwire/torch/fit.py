@@ -1,0 +1,57 @@
+"""Whether a session that exists is one for the parameters and the optimizer at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from optwire_proto import checks, errors, sessions, specs, trees
+
+
+def check_tree(info: sessions.SessionInfo, leaves: Sequence[trees.LeafSpec]) -> None:
+    """Raises TreeMismatchError, with the first leaf, where the session has other leaves; their order is its own."""
+    ours = {leaf.name: leaf for leaf in leaves}
+    theirs = {leaf.name: leaf for leaf in info.tree.leaves} if info.tree else {}
+    for name in (*ours, *theirs):
+        if ours.get(name) != theirs.get(name):
+            raise errors.TreeMismatchError(
+                f"session {info.name!r} exists with other parameters: {name!r} is {_form(theirs.get(name))} there and "
+                f"{_form(ours.get(name))} here; give the session another name",
+                subject=name,
+                expected=_form(theirs.get(name)),
+                got=_form(ours.get(name)),
+            )
+
+
+def check_spec(info: sessions.SessionInfo, spec: specs.Spec) -> None:
+    """Raises InvalidArgumentError, with the place, where the session has another optimizer; numbers may differ."""
+    ours = checks.check(spec, "optimizer")
+    difference = _difference(ours, info.spec)
+    if difference:
+        raise errors.InvalidArgumentError(
+            f"session {info.name!r} exists with another optimizer: {difference}; give the session another name",
+            subject=info.name,
+            expected=str(info.spec)[:200],
+            got=str(ours)[:200],
+        )
+
+
+def _form(leaf: trees.LeafSpec | None) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if leaf else "absent"
+
+
+def _difference(ours: specs.Spec, theirs: specs.Spec) -> str:
+    """Where two specs differ in more than numbers; empty where they do not."""
+    for (path, here), (other, there) in zip(specs.places(ours), specs.places(theirs), strict=False):
+        if path != other:
+            return f"{other} there, {path} here"
+        same_kind = _is_number(here) and _is_number(there)
+        if not isinstance(here, specs.Spec | tuple) and not same_kind and here != there:
+            return f"{path} is {there!r} there, {here!r} here"
+        if isinstance(here, specs.Spec) and isinstance(there, specs.Spec) and here.name != there.name:
+            return f"{path or 'the spec'} is {there.name} there, {here.name} here"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

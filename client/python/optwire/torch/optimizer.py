@@ -1,0 +1,409 @@
+"""RemoteOptimizer: torch's face of a session. Hooks, groups, closures, checkpoints, pickles are as torch has them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+
+from optwire import _client, _options, _session
+from optwire.torch import arrays, checkpoints, ranks, recipes, remote, translation
+from optwire_proto import errors, sessions, specs, tensors
+
+_FORMS: Final = ("handle", "full")
+_AMP: Final = ("client", "server")
+_MISSING: Final = ("skip", "error")
+
+
+class RemoteOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose state and arithmetic are on a server.
+
+    Schedulers, hooks, clipping, accumulation, mixed precision and checkpoints work as with any other optimizer; the
+    session is made at the first ``step``, from the parameters as they are then. docs/pytorch.md says what holds.
+
+    Example:
+      >>> optimizer = RemoteOptimizer(  # doctest: +SKIP
+      ...     model.named_parameters(), "adamw", lr=3e-4, betas=(0.9, 0.95), target="localhost:50051"
+      ... )
+
+    Args:
+      params: parameters, (name, parameter) pairs, or groups, as torch takes them. Names become those of the session's
+        leaves; without them they are called "g0.p0" and so on.
+      optimizer: a name of torch's, "adamw", or its class; or a spec, or its text, whose arguments are its own.
+      target: of the server, "host:port" or "unix:/path"; or
+      client: one of ``optwire.connect``, which stays yours to close.
+      session: name of the session. If it exists with the same leaves and optimizer, training goes on there and the
+        model gets its parameters. None: the server makes a name.
+      distributed: where several processes train together: "replicated" (gradients are averaged; rank 0 pushes) or
+        "workers" (each rank pushes its own, the server averages).
+      overlap: not served yet.
+      amp: who divides by the scale of a ``GradScaler``: the "client", as torch does, or the "server".
+      missing_grad: what None in the place of a gradient means: "skip" leaves parameter and slots alone; "error".
+      state: what ``state_dict`` holds: a "handle" on the session, or the "full" state in torch's layout.
+      transport: as in ``optwire.connect``; with ``target`` only.
+      timeout: of each call, in seconds; with ``target`` only.
+      allow_zero: whether a step may be pushed whose learning rates and gradients are all zero.
+      **arguments: torch's own, with its defaults, where ``optimizer`` is torch's.
+
+    Raises:
+      TypeError: an argument that the optimizer does not have, or as torch raises it.
+      ValueError: a value that torch refuses; as InvalidArgumentError where the refusal is ours.
+      UnsupportedError: what is not served: some optimizers of torch, ``overlap``, ``distributed="shards"``.
+      SpecError, TreeError: a text that is no spec; a parameter that cannot be served.
+    """
+
+    state: dict[torch.Tensor, dict[str, Any]]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        optimizer: str | type | specs.Spec = "adamw",
+        *,
+        target: str | None = None,
+        client: _client.Client | None = None,
+        session: str | None = None,
+        distributed: str | None = None,
+        overlap: bool = False,
+        amp: str = "client",
+        missing_grad: str = "skip",
+        state: str = "handle",
+        transport: str = remote.TRANSPORT,
+        timeout: float = remote.TIMEOUT_S,
+        allow_zero: bool = False,
+        **arguments: Any,
+    ) -> None:
+        if overlap:
+            raise errors.UnsupportedError(
+                "overlap=True: sending gradients while backward runs comes with the data plane; leave it out",
+                subject="overlap",
+            )
+        self._distributed = ranks.check(distributed)
+        self._form = _one_of("state", state, _FORMS)
+        self._amp = _one_of("amp", amp, _AMP)
+        self._missing_grad = _one_of("missing_grad", missing_grad, _MISSING)
+        self._allow_zero = allow_zero
+        self._is_detached = False
+        self._last: ranks.Outcome = ranks.Outcome()
+        self._recipe = recipes.recipe(optimizer, arguments)
+        if session is not None:
+            sessions.check_name(session)
+        self._remote = remote.Remote(
+            self._recipe,
+            remote.way(target, client, transport=transport, timeout_s=timeout),
+            client=client,
+            name=session,
+            workers=self._distributed == "workers",
+        )
+        if self._amp == "server":
+            self._step_supports_amp_scaling = True
+        super().__init__(params, dict(self._recipe.defaults))
+
+    # ---------------------------------------------------------------------------------------------------- stepping
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Pushes the gradients and writes the new parameters in place; one step of the session.
+
+        Nothing is pushed where no parameter has a gradient, or a ``GradScaler`` found one that is not finite.
+
+        Args:
+          closure: evaluates the model again and returns the loss; called once.
+
+        Returns:
+          What the closure returned.
+
+        Raises:
+          DetachedError: a deep copy that was not attached.
+          HyperparameterOwnedError: ``lr`` was edited that a schedule of the spec decides.
+          UnsupportedError: a sparse gradient.
+          StaleStepError: another client pushed since; call ``pull``, and compute gradients again.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_attached()
+        self._distributed = ranks.check(self._distributed)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) > 0:
+            return loss
+        if self._distributed == "replicated":
+            outcome = ranks.from_rank_0(self._push, self._parameters())
+            self._remote.name = self._remote.name or outcome.session or None
+        else:
+            outcome = self._push()
+        if outcome.ack is not None:
+            self._last = outcome
+        return loss
+
+    def pull(self) -> None:
+        """Reads the newest parameters into the model, for example after a ``StaleStepError``.
+
+        Raises:
+          DetachedError: a deep copy that was not attached.
+        """
+        self._check_attached()
+        if self._distributed == "replicated":
+            ranks.from_rank_0(lambda: ranks.Outcome(written=self._pull()), self._parameters())
+        else:
+            self._pull()
+
+    @property
+    def session(self) -> _session.Session:
+        """The session on the server, made now where there is none; its ``info`` and ``describe`` say more.
+
+        Raises:
+          DetachedError: a deep copy that was not attached, or a rank that has no session of its own.
+        """
+        self._check_attached()
+        if self._follows:
+            raise errors.DetachedError("distributed='replicated': rank 0 has the session, the others have none")
+        return self._open()
+
+    @property
+    def last_reply(self) -> sessions.Ack | None:
+        """What the server said to the last push: ``step``, ``durable_step``, ``learning_rate``, ``metrics``."""
+        return self._last.ack
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another process has the session, and this one gets parameters from it."""
+        return self._distributed == "replicated" and ranks.rank() > 0
+
+    def _push(self) -> ranks.Outcome:
+        grads = self._gradients()
+        if not grads and self._distributed != "workers":
+            return ranks.Outcome()
+        if not self._allow_zero:
+            _refuse_phantom(self.param_groups, grads)
+        was_open = self._remote.session is not None
+        session = self._open()
+        scale = getattr(self, "grad_scale", None)
+        written = self._remote.push(self.param_groups, grads, grad_scale=1.0 if scale is None else float(scale))
+        if not was_open:  # an attached session may have given parameters that have no gradient now
+            written = tuple(range(len(self._remote.leaves)))
+        return ranks.Outcome(session.name, session.last_ack, written)
+
+    def _pull(self) -> tuple[int, ...]:
+        self._open()
+        return self._remote.pull()
+
+    def _gradients(self) -> dict[str, tensors.Array]:
+        grads = {}
+        for leaf in self._remote.leaves:
+            if leaf.parameter.grad is not None:
+                grads[leaf.name] = arrays.to_numpy(leaf.parameter.grad, leaf.name)
+            elif self._missing_grad == "error":
+                raise errors.InvalidArgumentError(
+                    f"parameter {leaf.name!r} has no gradient, and missing_grad is 'error'", subject=leaf.name
+                )
+        return grads
+
+    def _open(self) -> _session.Session:
+        is_new = self._remote.session is None
+        session = self._remote.open(self.param_groups)
+        if is_new:
+            self._show_handles()
+        return session
+
+    # ------------------------------------------------------------------------------------------------------ groups
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; once there is a session, it gets more leaves and keeps what it has.
+
+        Raises:
+          InvalidArgumentError: a value that cannot be meant, or with a spec, any value at all.
+          TreeError: a name that there is already, or a parameter that cannot be served.
+        """
+        if isinstance(param_group, dict):
+            where = f"param_groups[{len(self.param_groups)}]"
+            self._recipe.check_group({**param_group}, where)
+        super().add_param_group(param_group)
+        try:
+            self._name_leaves()
+            if self._remote.session is not None:
+                self._remote.extend(self.param_groups)
+        except Exception:
+            self.param_groups.pop()
+            self._name_leaves()
+            raise
+        self._show_handles()
+
+    def _name_leaves(self) -> None:
+        known = {id(leaf.parameter): leaf.name for leaf in self._remote.leaves}
+        self._remote.leaves = remote.leaves(self.param_groups, known)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [leaf.parameter for leaf in self._remote.leaves]
+
+    def _leaf_names(self) -> Iterator[list[str]]:
+        names = {id(leaf.parameter): leaf.name for leaf in self._remote.leaves}
+        for group in self.param_groups:
+            yield [names[id(parameter)] for parameter in group["params"]]
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """A handle on the session as it is, small and of plain types; ``full_state_dict`` with ``state="full"``."""
+        if self._form == "full":
+            return self.full_state_dict()
+        self._show_handles()
+        return dict(super().state_dict())
+
+    @torch._disable_dynamo
+    def full_state_dict(self) -> dict[str, Any]:
+        """The slots, read from the server, in the layout of torch's own optimizer, which can load it.
+
+        Slots have the server's element types: 32 bits for parameters of 16, whose copy in 32 comes along as "params".
+        """
+        if self._follows:
+            raise errors.DetachedError("full_state_dict: distributed='replicated', and rank 0 has the session")
+        handles, slots = self.state, self._remote.slots()
+        try:
+            self.state = {leaf.parameter: slots[leaf.name] for leaf in self._remote.leaves if slots.get(leaf.name)}
+            return dict(super().state_dict())
+        finally:
+            self.state = handles
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a handle of the session as it is, or slots in torch's layout, of this optimizer or of torch's own.
+
+        Values of groups become commands of the next step. Slots go to the parameters of the same names where both sides
+        have names, otherwise by position; shapes are checked; no element type is lost.
+
+        Raises:
+          ValueError: groups, names, slots or shapes that do not fit.
+          OutOfStepError: a handle of another step than the session's.
+          InvalidArgumentError: a handle of another session.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        own_names = [group.get("param_names") for group in self.param_groups]
+        entries = checkpoints.by_name(state_dict, list(self._leaf_names()), own_names)
+        pairs = list(zip(self.param_groups, state_dict["param_groups"], strict=True))
+        merged = [checkpoints.merged(ours, loaded) for ours, loaded in pairs]
+        changed = [{**ours, **new} for ours, new in zip(self.param_groups, merged, strict=True)]
+        self._remote.check_fixed(changed)
+        handle = checkpoints.handle(state_dict["state"])
+        if handle is not None:
+            self._load_handle(handle)
+        elif not self._follows:
+            self._remote.load(entries, changed)
+        for group, values in zip(self.param_groups, merged, strict=True):
+            group.update(values)
+        self._show_handles()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_handle(self, handle: checkpoints.Handle) -> None:
+        if self._follows:
+            return
+        if handle.session and self._remote.session is None and self._remote.name in (None, handle.session):
+            self._remote.name = handle.session
+            self._open()
+        step = self._remote.session.step_count if self._remote.session else 0
+        checkpoints.check(handle, self._remote.name, step)
+
+    def _show_handles(self) -> None:
+        """Fills ``state``: where it is empty, torch's own tools step to have it filled."""
+        handle = None
+        if self._remote.session is not None:
+            handle = checkpoints.Handle(self._remote.session.name, self._remote.session.step_count)
+        elif self._last.ack is not None:  # another rank has the session
+            handle = checkpoints.Handle(self._last.session, self._last.ack.step)
+        for leaf in self._remote.leaves:
+            if handle is not None or not self.state.get(leaf.parameter):
+                self.state[leaf.parameter] = (handle or checkpoints.NONE).entry(leaf.name)
+
+    # -------------------------------------------------------------------------------------------- copies and endings
+
+    def attach(self, session: str | None = None) -> None:
+        """Gives a deep copy a session of its own: one of that name, or, without a name, the one it was copied from.
+
+        The session is made, or its parameters are read, at the next ``step``.
+        """
+        if session is not None:
+            self._remote.name = sessions.check_name(session)
+        self._is_detached = False
+
+    def close(self) -> None:
+        """Releases the session's handle, and the connection where it was made from ``target``. The session lives on."""
+        self._remote.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._show_handles()
+        kept = ("_distributed", "_form", "_amp", "_missing_grad", "_allow_zero", "_is_detached", "_recipe")
+        return {
+            **super().__getstate__(),
+            **{name: self.__dict__[name] for name in kept},
+            "_way": self._remote.way,
+            "_loaded": self._remote.loaded,
+            "_name": self._remote.name,
+            "_leaf_names": [leaf.name for leaf in self._remote.leaves],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        way, name, names, loaded = (state.pop(key) for key in ("_way", "_name", "_leaf_names", "_loaded"))
+        super().__setstate__(state)
+        if self._amp == "server":
+            self._step_supports_amp_scaling = True
+        self._last = ranks.Outcome()
+        self._remote = remote.Remote(self._recipe, way, client=None, name=name, workers=self._distributed == "workers")
+        self._remote.loaded = loaded
+        self._name_leaves()
+        self._remote.leaves = [leaf._replace(name=own) for leaf, own in zip(self._remote.leaves, names, strict=True)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._is_detached = True
+        return twin
+
+    def __repr__(self) -> str:
+        step = self._remote.session.step_count if self._remote.session else 0
+        where = f"target {self._remote.way.target!r}, session {self._remote.name!r}, step {step}"
+        return f"{super().__repr__()}\n{self._recipe.name} at {where}{', detached' * self._is_detached}"
+
+    def _check_attached(self) -> None:
+        if self._is_detached:
+            raise errors.DetachedError(
+                "this optimizer is a deep copy, and two owners of one session push twice; call attach('NAME') for a "
+                "session of its own, or attach() to go on with the one it was copied from",
+                subject=self._remote.name or "",
+            )
+
+
+def _refuse_phantom(groups: recipes.Groups, grads: Mapping[str, tensors.Array]) -> None:
+    """Tools that have optimizers initialize their state step with zeros; here that would be a step of the session."""
+    is_still = all(float(group[translation.RATE]) == 0 for group in groups)
+    if is_still and not any(arrays.widened(grad).any() for grad in grads.values()):
+        raise errors.InvalidArgumentError(
+            "step: every learning rate and every gradient is 0, which changes no parameter but counts as a step and "
+            "decays moments; give allow_zero=True to RemoteOptimizer if it is meant",
+            subject="allow_zero",
+        )
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise _options.wrong(name, " or ".join(map(repr, choices)), value)
+    return str(value)

@@ -1,0 +1,362 @@
+"""A session that stands for the parameters of a torch optimizer: made late, kept in step with them in both directions.
+
+Knows tensors and recipes; hooks, closures and forms of a checkpoint are the optimizer's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+import optwire
+from optwire import _client, _options, _session
+from optwire.torch import arrays, checkpoints, fit, ranks, recipes, translation
+from optwire_proto import errors, tensors, trees
+
+# As in `optwire.connect`.
+TRANSPORT: Final = "auto"
+TIMEOUT_S: Final = 30.0
+
+
+class Leaf(NamedTuple):
+    """A parameter and what it is called on the server."""
+
+    name: str
+    parameter: torch.Tensor
+    kind: recipes.Kind
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How the server is reached: what is left of a connection when it is pickled.
+
+    Attributes:
+      target: a gRPC target.
+      transport: as in ``optwire.connect``.
+      timeout_s: of each call.
+    """
+
+    target: str
+    transport: str = TRANSPORT
+    timeout_s: float = TIMEOUT_S
+
+    def connect(self) -> _client.Client:
+        """A new client."""
+        return optwire.connect(self.target, timeout=self.timeout_s, transport=self.transport)
+
+
+class Remote:
+    """The session of an optimizer, from the first need of one on.
+
+    Attributes:
+      way: to the server.
+      name: of the session; None: the server makes one.
+      leaves: every parameter once, in the order of the groups.
+      session: None before the first need.
+      loaded: slots by leaf that the session is to have, once there is one.
+    """
+
+    def __init__(
+        self, recipe: recipes.Recipe, way: Way, *, client: _client.Client | None, name: str | None, workers: bool
+    ) -> None:
+        self.way = way
+        self.name = name
+        self.leaves: list[Leaf] = []
+        self.session: _session.Session | None = None
+        self.loaded: Mapping[str, Mapping[str, Any]] | None = None
+        self._recipe = recipe
+        self._client = client
+        self._workers = workers
+        self._tree: trees.TreeSpec | None = None
+        self._acknowledged: recipes.Values = {}
+        self._fixed: list[dict[str, Any]] = []
+        self._fingerprints: dict[str, tuple[int, int]] = {}
+        self._masters: dict[str, tensors.Array] = {}
+        self._finalizer: weakref.finalize[..., Any] | None = None
+
+    # ------------------------------------------------------------------------------------------------- beginnings
+
+    @property
+    def client(self) -> _client.Client:
+        """The user's client, or one of our own, which ends with us."""
+        if self._client is None:
+            self._client = self.way.connect()
+            self._finalizer = weakref.finalize(self, self._client.close)
+        return self._client
+
+    def open(self, groups: recipes.Groups) -> _session.Session:
+        """The session; made where there is none yet, or attached to, which gives the model its parameters."""
+        if self.session is None:
+            self._check_names()
+            if self._workers:
+                self._open_as_worker(groups)
+            else:
+                self._attach_or_create(groups)
+                if not self._fingerprints and self.loaded is None:
+                    self.pull()
+        assert self.session is not None
+        if self.loaded is not None:
+            self._restore(self.loaded, groups)
+            self.loaded = None
+        return self.session
+
+    def extend(self, groups: recipes.Groups) -> None:
+        """Has the session take leaves that were added to ``leaves``; what it has, it keeps."""
+        assert self.session is not None
+        self._check_names()
+        self._upload_changes(only=set(self._fingerprints))
+        self.session = self.client.create_session(
+            self._params(), self._recipe.spec(groups, self._kinds()), extends=self.session
+        )
+        self._born(groups)
+
+    def close(self) -> None:
+        """Releases the handle, and the client if it is ours."""
+        if self.session is not None:
+            self.session.close()
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def _attach_or_create(self, groups: recipes.Groups, **options: Any) -> None:
+        if self.name is not None:
+            try:
+                self._attach(self.client.attach(self.name), groups)
+                return
+            except errors.SessionNotFoundError:
+                pass
+        try:
+            spec = self._recipe.spec(groups, self._kinds())
+            self.session = self.client.create_session(self._params(), spec, name=self.name, **options)
+        except errors.SessionExistsError:  # somebody was faster
+            assert self.name is not None
+            self._attach(self.client.attach(self.name), groups)
+            return
+        self.name = self.session.name
+        self._born(groups)
+
+    def _open_as_worker(self, groups: recipes.Groups) -> None:
+        def found() -> ranks.Outcome:
+            self._attach_or_create(groups, aggregation=f"sync({ranks.world_size()})")
+            assert self.session is not None
+            self.session.close()
+            return ranks.Outcome(session=self.session.name)
+
+        self.name = ranks.from_rank_0(found, [leaf.parameter for leaf in self.leaves]).session
+        self._attach(self.client.attach(self.name, worker=ranks.rank()), groups)
+        self.pull()
+
+    def _attach(self, session: _session.Session, groups: recipes.Groups) -> None:
+        info = session.info()
+        fit.check_tree(info, [arrays.leaf(leaf.name, leaf.parameter) for leaf in self.leaves])
+        fit.check_spec(info, self._recipe.spec(groups, self._kinds()))
+        self.session, self._tree, self._fixed = session, info.tree, self._recipe.fixed(groups)
+        is_untouched = not recipes.edited(self._recipe.values(groups), self._recipe.initial(groups))
+        self._learn(groups)
+        if isinstance(self._recipe, recipes.Given) and is_untouched:
+            self._show(groups)
+
+    def _born(self, groups: recipes.Groups) -> None:
+        self._tree = trees.flatten(self._params()).spec
+        self._acknowledged = self._recipe.initial(groups)
+        self._fixed = self._recipe.fixed(groups)
+        self._remember(self.leaves)
+
+    def _check_names(self) -> None:
+        # Names, shapes, element types and their number, before anything is sent.
+        trees.TreeSpec(tuple(arrays.leaf(leaf.name, leaf.parameter) for leaf in self.leaves))
+
+    # ---------------------------------------------------------------------------------------------- there and back
+
+    def push(
+        self, groups: recipes.Groups, grads: Mapping[str, tensors.Array], *, grad_scale: float = 1.0
+    ) -> tuple[int, ...]:
+        """One step: changed parameters and edits go up with the gradients, the new parameters are written in place.
+
+        Args:
+          groups: of the optimizer; learning rates in them are refreshed.
+          grads: by name; leaves that are not in it have no gradient.
+          grad_scale: what they were multiplied by.
+
+        Returns:
+          Positions of the parameters that were written.
+        """
+        session = self.open(groups)
+        self.check_fixed(groups)
+        edits = recipes.edited(self._recipe.values(groups), self._acknowledged)
+        changes = self._recipe.changes(edits, self._kinds())
+        assert self._tree is not None
+        self._upload_changes()
+        nest = trees.unflatten(self._tree, [grads.get(leaf.name) for leaf in self._tree.leaves])
+        answer = trees.match(self._tree, session.step(nest, grad_scale=grad_scale, hyperparams=changes), "params")
+        self._acknowledged |= edits
+        written = self._write(answer, only=grads.keys())
+        assert session.last_ack is not None
+        self._refresh(groups, session.last_ack.learning_rate)
+        return written
+
+    def check_fixed(self, groups: recipes.Groups) -> None:
+        """Raises InvalidArgumentError where a group says something else than when the session was made."""
+        for index, (old, new) in enumerate(zip(self._fixed, self._recipe.fixed(groups), strict=False)):
+            for name, value in new.items():
+                if old.get(name, value) != value:
+                    raise errors.InvalidArgumentError(
+                        f"param_groups[{index}][{name!r}] was changed from {old[name]!r} to {value!r}: it decides what "
+                        "slots there are, or how they start; make a new RemoteOptimizer",
+                        subject=name,
+                        expected=repr(old[name]),
+                        got=repr(value),
+                    )
+
+    def pull(self) -> tuple[int, ...]:
+        """Reads the newest parameters into the model; what was written here is lost."""
+        assert self.session is not None and self._tree is not None
+        return self._write(trees.match(self._tree, self.session.params(), "params"))
+
+    def slots(self) -> dict[str, dict[str, Any]]:
+        """Slots by leaf as torch keeps them: of the session, or those that it is to have once there is one."""
+        if self.session is None:
+            return {name: dict(entry) for name, entry in (self.loaded or {}).items()}
+        return checkpoints.slots(self.session.state(), {leaf.name: leaf.parameter for leaf in self.leaves})
+
+    def load(self, entries: Mapping[str, Mapping[str, Any]], groups: recipes.Groups) -> None:
+        """Has the session continue from slots by leaf, at once or as soon as there is one; all of them or none."""
+        if self.session is not None:
+            self._restore(entries, groups)
+        else:  # no slots at all is what an optimizer has that made no step: nothing to be loaded
+            self.loaded = entries or None
+
+    def _restore(self, entries: Mapping[str, Mapping[str, Any]], groups: recipes.Groups) -> None:
+        """Replaces the session's slots and step.
+
+        Parameters go up with the next push, as they are in the model then; where the server's own, in 32 bits, were
+        loaded and round to them, those.
+        """
+        assert self.session is not None
+        held = self.session.state()
+        own = {leaf.name: groups[leaf.kind.group] for leaf in self.leaves}
+        slots = checkpoints.replacements(held, entries, own)
+        step = checkpoints.step(entries)
+        masters = checkpoints.masters(held, entries)
+        if slots or step is not None:
+            self.session.load_state(slots or {name: held.arrays[name] for name in [*held.arrays][:1]}, step=step)
+        self._masters = masters
+
+    def _upload_changes(self, only: set[str] | None = None) -> None:
+        """Parameters that were written to since the server's were, to the server."""
+        changed: dict[str, tensors.Array] = {}
+        for leaf in self.leaves if only is None else [leaf for leaf in self.leaves if leaf.name in only]:
+            master = self._masters.get(leaf.name)
+            if master is not None and torch.equal(torch.from_numpy(master).to(leaf.parameter), leaf.parameter):
+                changed[f"params/{leaf.name}"] = master
+            elif self._fingerprints.get(leaf.name) != arrays.fingerprint(leaf.parameter):
+                changed[f"params/{leaf.name}"] = self._recipe.kept(arrays.to_numpy(leaf.parameter, leaf.name))
+        if not changed:
+            return
+        if self._workers:
+            raise errors.UnsupportedError(
+                f"{next(iter(changed))}: written to between steps, which distributed='workers' does not take; "
+                "pull() brings the server's parameters back"
+            )
+        assert self.session is not None
+        self.session.load_state(changed, step=None)
+        self._masters = {}
+        self._remember(self.leaves)
+
+    def _write(self, params: Sequence[tensors.Array], only: Any = None) -> tuple[int, ...]:
+        assert self._tree is not None
+        by_name = dict(zip((leaf.name for leaf in self._tree.leaves), params, strict=True))
+        written = [(at, leaf) for at, leaf in enumerate(self.leaves) if only is None or leaf.name in only]
+        for _, leaf in written:
+            arrays.write(leaf.parameter, by_name[leaf.name])
+        self._remember([leaf for _, leaf in written])
+        return tuple(at for at, _ in written)
+
+    def _remember(self, leaves: Sequence[Leaf]) -> None:
+        self._fingerprints |= {leaf.name: arrays.fingerprint(leaf.parameter) for leaf in leaves}
+
+    def _learn(self, groups: recipes.Groups) -> None:
+        """Asks what hyperparameters the session has in effect."""
+        assert self.session is not None and self._tree is not None
+        described = self.session.describe()
+        knobs = {at: dict(group.knobs) for group in described.groups for at in group.leaves}
+        kinds = {leaf.name: leaf.kind for leaf in self.leaves}
+        ordered = [kinds[leaf.name] for leaf in self._tree.leaves]
+        self._acknowledged = self._recipe.initial(groups) | self._recipe.served(
+            [knobs[at] for at in range(len(ordered))], ordered
+        )
+
+    def _refresh(self, groups: recipes.Groups, rate: float) -> None:
+        """Has ``lr`` of the groups say what the server used, where that is not what we know."""
+        first = (min(leaf.kind.group for leaf in self.leaves), translation.RATE)
+        if np.float32(self._acknowledged[first][0]) == np.float32(rate):
+            return
+        if isinstance(self._recipe, recipes.Named):
+            self._learn(groups)
+        else:
+            self._acknowledged = dict.fromkeys(self._acknowledged, (rate,))
+        self._show(groups)
+
+    def _show(self, groups: recipes.Groups) -> None:
+        """Has the groups say the learning rates that are in effect."""
+        for (index, name), value in self._acknowledged.items():
+            if name == translation.RATE:
+                _assign(groups[index], value[0])
+
+    def _params(self) -> dict[str, tensors.Array]:
+        return {leaf.name: arrays.to_numpy(leaf.parameter, leaf.name) for leaf in self.leaves}
+
+    def _kinds(self) -> list[recipes.Kind]:
+        """Of the leaves in the order in which a new session has them: by name."""
+        return [leaf.kind for leaf in sorted(self.leaves, key=lambda leaf: leaf.name)]
+
+
+def leaves(groups: recipes.Groups, known: Mapping[int, str]) -> list[Leaf]:
+    """Every parameter of the groups once, one that is given twice included.
+
+    Args:
+      groups: of an optimizer.
+      known: names of parameters that have one, by id.
+
+    Raises:
+      TreeError: a parameter that cannot be served.
+    """
+    found: dict[int, Leaf] = {}
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [f"g{index}.p{at}" for at in range(len(group["params"]))]
+        for name, parameter in zip(names, group["params"], strict=True):
+            kind = recipes.Kind(index, recipes.is_16_bit(parameter))
+            leaf = Leaf(known.get(id(parameter), name), parameter, kind)
+            arrays.leaf(leaf.name, parameter)
+            found.setdefault(id(parameter), leaf)
+    return list(found.values())
+
+
+def way(target: str | None, client: _client.Client | None, *, transport: str, timeout_s: float) -> Way:
+    """How the server is reached, by the one of two arguments that was given.
+
+    Raises:
+      TypeError: both or none of them, or arguments of a connection for a client that has one.
+      InvalidArgumentError: a value that ``optwire.connect`` cannot take.
+    """
+    if (target is None) == (client is None):
+        raise TypeError("RemoteOptimizer: exactly one of target= and client= says where the server is")
+    if client is None:
+        options = _options.Options(target=str(target), timeout_s=timeout_s, transport=_options.transport(transport))
+    elif (transport, timeout_s) != (TRANSPORT, TIMEOUT_S):
+        raise TypeError("RemoteOptimizer: transport= and timeout= belong to the client that was given")
+    else:
+        options = client._options
+    return Way(target=options.target, transport=str(options.transport), timeout_s=options.timeout_s)
+
+
+def _assign(group: dict[str, Any], rate: float) -> None:
+    value = group[translation.RATE]
+    if isinstance(value, torch.Tensor):
+        value.fill_(rate)
+    else:
+        group[translation.RATE] = rate

@@ -1,0 +1,51 @@
+"""Hugging Face Trainer that makes the optimizer and the scheduler itself, from a class and its arguments.
+
+python hf_trainer_class.py FOLDER 20    # stops after 20 steps
+python hf_trainer_class.py FOLDER 40    # goes on from there
+"""
+
+import pathlib
+import sys
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+STEPS, RATE, CONTEXT = 40, 3e-3, 16
+
+
+def data() -> list[dict[str, torch.Tensor]]:
+    """Pieces of a text that every Python has, as bytes."""
+    text = torch.tensor(list((pathlib.__doc__ or "").encode() + pathlib.Path.__doc__.encode()))
+    rows = [text[at : at + CONTEXT] % 128 for at in range(0, len(text) - CONTEXT, 2)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def train(folder: pathlib.Path, until: int = STEPS) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2)
+    config.bos_token_id = config.eos_token_id = None
+    model = GPT2LMHeadModel(config)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=until,
+        save_steps=20,
+        logging_steps=20,
+        per_device_train_batch_size=8,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=10,
+        weight_decay=0.1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    optimizer = (torch.optim.AdamW, {"lr": RATE})
+    trainer = Trainer(model, arguments, train_dataset=data(), optimizer_cls_and_kwargs=optimizer)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    print(f"step {trainer.state.global_step}: loss {trainer.state.log_history[-2]['loss']:.6f}")
+    return model
+
+
+if __name__ == "__main__":
+    train(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,243 @@
+"""Sessions on their way into being: what is checked before a byte comes, and the moment in which they are there.
+
+Works with the registry's table. Knows neither protobuf nor update rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from optwire_proto import errors, sessions, specs, trees
+from optwire_server import extensions
+from optwire_server import plans as planning
+from optwire_server.config import ServerConfig
+from optwire_server.engine import engine as engines
+from optwire_server.engine import landing
+from optwire_server.live import Creation, LiveSession
+from optwire_server.session import machine
+from optwire_server.table import Table
+
+_log = logging.getLogger("optwire.creations")
+
+
+class Creations:
+    """Makes sessions and enters them in a table. Thread-safe.
+
+    Args:
+      engine: holds their arrays.
+      config: of the server.
+      landings: where their parameters land.
+      table: of all sessions.
+      refuse_when_draining: raises UnavailableError once the server drains.
+      end: ends a session whose place another one took; called on the device's thread.
+    """
+
+    def __init__(
+        self,
+        engine: engines.Engine,
+        config: ServerConfig,
+        landings: landing.Landings,
+        table: Table,
+        *,
+        refuse_when_draining: Callable[[], None],
+        end: Callable[[LiveSession], None],
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._landings = landings
+        self._table = table
+        self._refuse_when_draining = refuse_when_draining
+        self._end = end
+        self._creating: list[int] = []  # bytes of state of each session that is being created
+
+    @contextlib.contextmanager
+    def creating(
+        self,
+        name: str,
+        tree: trees.TreeSpec,
+        spec: specs.Spec,
+        create_key: str,
+        seed: int = 0,
+        *,
+        extends: sessions.Extension | None = None,
+        aggregation: sessions.Aggregation | None = None,
+    ) -> Iterator[Creation]:
+        """Prepares a session: checks everything, compiles, lends the landing for the initial parameters.
+
+        Raises:
+          SpecError, TreeError, InvalidArgumentError: the request is wrong.
+          SessionNotFoundError, OutOfStepError: the session that it extends is not where the client saw it.
+          SessionExistsError: the name is taken by another request's session.
+          LimitError: too many sessions, too much state, or more workers than can wait for each other.
+        """
+        self._refuse_when_draining()
+        sessions.check_id(create_key, "create_key")
+        if name:
+            sessions.check_name(name)
+        checked = self._engine.check(spec)
+        if len(tree.leaves) > self._config.leaves_max:
+            raise over("leaves_max", len(tree.leaves), self._config.leaves_max)
+        old = self._extended(name, create_key, tree, extends)
+        name = old.machine.name if old else name
+        with self._table.lock:
+            first_try = self._existing(name, create_key, tree, checked, seed, old, aggregation) is None
+            if first_try:
+                self._check_room(tree.payload_bytes, old)
+                self._check_waiting_room(extensions.aggregation(aggregation, old), tree, old)
+        compiled = self._engine.compile(checked, tree)
+        room = self._reserved(compiled.state_bytes, old) if first_try else contextlib.nullcontext()
+        with room, contextlib.closing(self._landings.land(tree)) as lent:
+            yield Creation(
+                name=name,
+                spec=checked,
+                tree=tree,
+                create_key=create_key,
+                seed=seed,
+                program=compiled,
+                landing=lent,
+                extends=extends,
+                extended=old,
+                aggregation=aggregation,
+            )
+
+    def _extended(
+        self, name: str, create_key: str, tree: trees.TreeSpec, extends: sessions.Extension | None
+    ) -> LiveSession | None:
+        """The session that a new one is to extend; None: it extends none, or an earlier try has done it."""
+        if extends is None:
+            return None
+        with self._table.lock:
+            if any(live.create_key == create_key for live in self._table.by_id.values()):
+                return None
+        old = self._table.find(id_=extends.session_id)
+        extensions.check(old, extends, name, tree)
+        return old
+
+    def create(self, creation: Creation, digest: sessions.Digest) -> sessions.SessionInfo:
+        """Creates the session once its parameters are in; a retry under the same key finds it."""
+        creation.landing.finish(digest)
+        with self._table.lock:
+            if existing := self._made_before(creation):
+                return existing.info()
+        plan = planning.make(creation.spec, creation.program, 0, {})
+        held = self._engine.hold(creation.program, creation.landing.arrays(), plan.rates, creation.seed)
+        id_ = secrets.token_hex(16)
+        name = creation.name or f"session-{id_[:16]}"
+        live = LiveSession(
+            machine=machine.Session(
+                id=id_, name=name, aggregation=extensions.aggregation(creation.aggregation, creation.extended)
+            ),
+            held=held,
+            tree=creation.tree,
+            created_spec=creation.spec,
+            seed=creation.seed,
+            plans=(plan,),
+            create_key=creation.create_key,
+            created_s=time.time(),
+        )
+        if old := creation.extended:
+            pairs = extensions.shared(old, live)
+            made = self._engine.run(lambda: self._put(live, creation, pairs))
+        else:
+            made = self._put(live, creation)
+        if made is live:
+            _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, held.state_bytes)
+        return made.info()
+
+    def _put(self, live: LiveSession, creation: Creation, pairs: Sequence[tuple[int, int]] = ()) -> LiveSession:
+        """Enters a new session, or finds the one that another try entered; on the device's thread if it extends one."""
+        old = creation.extended
+        with self._table.lock:
+            # Another request may have come first while the state was made.
+            if existing := self._made_before(creation):
+                return existing
+            if old is not None and creation.extends is not None:
+                extensions.take_over(self._engine, old, live, creation.extends, pairs)
+                del self._table.by_id[old.machine.id]
+            self._table.by_id[live.machine.id] = self._table.by_name[live.machine.name] = live
+        if old is not None:
+            self._end(old)
+        return live
+
+    def _made_before(self, creation: Creation) -> LiveSession | None:
+        asked = creation.name, creation.create_key, creation.tree, creation.spec, creation.seed
+        return self._existing(*asked, creation.extended, creation.aggregation)
+
+    def _existing(
+        self,
+        name: str,
+        create_key: str,
+        tree: trees.TreeSpec,
+        spec: specs.Spec,
+        seed: int,
+        old: LiveSession | None,
+        aggregation: sessions.Aggregation | None,
+    ) -> LiveSession | None:
+        """The session that an earlier try of the same request created; raises where name or key are another's."""
+        for live in self._table.by_id.values():
+            if live.create_key == create_key:
+                same = (live.tree, str(live.created_spec), live.seed) == (tree, str(spec), seed)
+                if (
+                    not same
+                    or aggregation not in (None, live.machine.aggregation)
+                    or name not in ("", live.machine.name)
+                ):
+                    raise errors.SessionExistsError(
+                        f"create_key was used for session {live.machine.name!r}, which differs from this one",
+                        subject="create_key",
+                    )
+                return live
+        if name in self._table.by_name and self._table.by_name[name] is not old:
+            raise errors.SessionExistsError(f"session {name!r} exists already", subject=name)
+        return None
+
+    @contextlib.contextmanager
+    def _reserved(self, state_bytes: int, old: LiveSession | None) -> Iterator[None]:
+        """Keeps room for a session while it is being created."""
+        with self._table.lock:
+            self._check_room(state_bytes, old)
+            self._creating.append(state_bytes)
+        try:
+            yield
+        finally:
+            with self._table.lock:
+                self._creating.remove(state_bytes)
+
+    def _check_room(self, state_bytes: int, old: LiveSession | None) -> None:
+        """Raises LimitError; a session that takes the place of an ``old`` one is held beside it for a moment."""
+        held = sum(live.held.state_bytes for live in self._table.by_id.values()) + sum(self._creating)
+        for what, count, most in (
+            ("sessions_max", len(self._table.by_id) + len(self._creating) + (old is None), self._config.sessions_max),
+            ("state_bytes_max", held + state_bytes, self._config.state_bytes_max),
+        ):
+            if count > most:
+                # What is being created may be another try of the same request, or fail.
+                raise over(what, count, most, retry_after_s=0.1 if self._creating else 0.0)
+
+    def _check_waiting_room(
+        self, aggregation: sessions.Aggregation, tree: trees.TreeSpec, old: LiveSession | None
+    ) -> None:
+        """Raises LimitError where workers could not all wait for each other: their steps would never be complete."""
+        if aggregation.mode is sessions.Mode.SINGLE:
+            return
+        if aggregation.workers > self._config.streams_max:
+            raise over("streams_max", aggregation.workers, self._config.streams_max)
+        every = [(live.machine.aggregation, live.tree) for live in self._table.by_id.values() if live is not old]
+        room = sum(one.workers * landing.buffer_bytes(of) for one, of in (*every, (aggregation, tree)) if one.workers)
+        if room > self._config.landing_bytes_max:
+            raise over("landing_bytes_max", room, self._config.landing_bytes_max)
+
+
+def over(what: str, count: int, most: int, *, retry_after_s: float = 0.0) -> errors.LimitError:
+    """The error for more of something than there may be."""
+    return errors.LimitError(
+        f"{what}: {count}, expected at most {most}",
+        subject=what,
+        expected=f"at most {most}",
+        got=str(count),
+        retry_after_s=retry_after_s,
+    )

@@ -1,0 +1,74 @@
+"""A session that takes the place of another one, with more leaves: what it must have, and what it takes over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from optwire_proto import errors, sessions, trees
+from optwire_server import states
+from optwire_server.engine import engine as engines
+from optwire_server.live import LiveSession
+from optwire_server.session import machine
+
+
+def check(old: LiveSession, extends: sessions.Extension, name: str, tree: trees.TreeSpec) -> None:
+    """Checks a session that is to extend ``old``.
+
+    Raises:
+      SessionNotFoundError, SessionFailedError: there is nothing to extend.
+      IncarnationError, OutOfStepError: the old session has moved on since the client looked.
+      InvalidArgumentError: another name.
+      TreeMismatchError: a leaf of the old session is missing, or has another shape or element type.
+    """
+    machine.admit_extension(old.machine, extends)
+    if name not in ("", old.machine.name):
+        raise errors.InvalidArgumentError(
+            f"name: {name!r}, expected {old.machine.name!r}, the name of the session that is extended, or none",
+            subject="name",
+            expected=old.machine.name,
+            got=name,
+        )
+    new = {leaf.name: leaf for leaf in tree.leaves}
+    for leaf in old.tree.leaves:
+        if leaf.name not in new:
+            raise errors.TreeMismatchError(
+                f"params[{leaf.name!r}]: missing, expected every leaf of session {old.machine.name!r}",
+                subject=leaf.name,
+                expected="every leaf of the session that is extended",
+                got="missing",
+            )
+        states.check_form("params", new[leaf.name], leaf)
+
+
+def aggregation(asked: sessions.Aggregation | None, old: LiveSession | None) -> sessions.Aggregation:
+    """How pushes become steps in a new session: as it was asked for, or as in the session that it extends."""
+    return asked or (old.machine.aggregation if old else sessions.SINGLE)
+
+
+def shared(old: LiveSession, new: LiveSession) -> list[tuple[int, int]]:
+    """Positions, in both states, of the arrays that have one name, shape and element type."""
+    theirs = {leaf: position for position, leaf in enumerate(states.arrays(old))}
+    return [(theirs[leaf], position) for position, leaf in enumerate(states.arrays(new)) if leaf in theirs]
+
+
+def take_over(
+    engine: engines.Engine,
+    old: LiveSession,
+    new: LiveSession,
+    extends: sessions.Extension,
+    pairs: Sequence[tuple[int, int]],
+) -> None:
+    """On the device's thread: gives a new session what is shared, and the step of the old one, which keeps its state.
+
+    Raises:
+      OptwireError: as ``check``, where the old session has moved on meanwhile; the new one is as it was.
+    """
+    machine.admit_extension(old.machine, extends)
+    engine.carry(old.held, new.held, pairs)
+    new.machine = dataclasses.replace(
+        new.machine,
+        incarnation=old.machine.incarnation + 1,
+        step=old.machine.step,
+        skipped=old.machine.skipped,
+    )

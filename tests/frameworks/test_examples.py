@@ -1,0 +1,136 @@
+"""The examples of frameworks: small changes, shown as they are, that end where the local optimizer ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optwire
+from optwire_proto import errors
+from tests.frameworks import diffs
+
+STEPS, STOP = 40, 20
+CHANGED_MAX = 15
+# What an example needs, and how far its parameters may be from those of the local run, relative to the largest of the
+# array. In float32 they are equal but for rounding. Where the forward pass rounds parameters to 16 bits, one that is off
+# by its last bit may round to the neighbour, 2**-8 away in bfloat16 and 2**-11 in float16, and gradients follow.
+EXAMPLES = {
+    "plain_torch": ("torch", 1e-2),
+    "hf_trainer": ("transformers", 1e-6),
+    "hf_trainer_class": ("transformers", 1e-6),
+    "accelerate_loop": ("accelerate", 1e-2),
+    "lightning_module": ("lightning", 1e-2),
+    "flax_nnx": ("flax", 1e-6),
+    "flax_linen": ("flax", 1e-6),
+    "equinox_loop": ("equinox", 1e-6),
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, target: str) -> Iterator[None]:
+    """As users start them, but that nothing may be downloaded, and that one core is the server's."""
+    monkeypatch.setenv("OPTWIRE_TARGET", target)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    yield
+    if torch:
+        torch.set_num_threads(threads)
+    with optwire.connect(target) as client:
+        for info in client.list_sessions():
+            client.delete_session(info.name)
+
+
+def run(path: pathlib.Path, folder: pathlib.Path, until: int) -> dict[str, Any]:
+    """Runs an example in this process as if in a new one; the parameters it ends with, by name."""
+    folder.mkdir(exist_ok=True)
+    forget()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    trained = module.train(folder, until)
+    if hasattr(trained, "state_dict"):
+        return {name: tensor.detach().numpy().copy() for name, tensor in trained.state_dict().items()}
+    import jax
+
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trained)
+        if hasattr(leaf, "dtype")
+    }
+
+
+def forget() -> None:
+    """Accelerate keeps what the first Accelerator of a process was made with."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def distance(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    assert ours.keys() == theirs.keys() and ours
+    return max(float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_run_that_was_stopped_ends_where_an_uninterrupted_local_one_does(name: str, tmp_path: pathlib.Path) -> None:
+    module, distance_max = EXAMPLES[name]
+    pytest.importorskip(module)
+    local = run(diffs.LOCAL / f"{name}.py", tmp_path / "local", STEPS)
+    run(diffs.REMOTE / f"{name}.py", tmp_path / "remote", STOP)
+    remote = run(diffs.REMOTE / f"{name}.py", tmp_path / "remote", STEPS)
+    print(f"{name}: {distance(remote, local):.1e} apart, {sum(a.size for a in local.values())} parameters")
+    assert distance(remote, local) <= distance_max
+
+
+@pytest.mark.parametrize("name", diffs.NAMES)
+def test_a_framework_takes_a_small_change_and_the_document_shows_it(name: str) -> None:
+    assert 0 < diffs.changed(name) <= CHANGED_MAX
+    assert diffs.shown()[name] == diffs.block(name)
+
+
+def test_every_example_is_tested_and_shown() -> None:
+    assert diffs.NAMES == sorted(EXAMPLES) == sorted(diffs.shown())
+
+
+@pytest.mark.slow
+def test_the_examples_run_as_programs(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("torch")
+    lines = []
+    for until in (STOP, STEPS):
+        command = [sys.executable, str(diffs.REMOTE / "plain_torch.py"), str(tmp_path), str(until)]
+        lines.append(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout)
+    assert [line.split(":")[0] for line in lines] == ["step 20", "step 40"]
+
+
+def test_a_handle_is_of_no_use_once_the_session_went_on_and_a_full_state_is(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("torch")
+    for name, form in (("handle", "handle"), ("full", "full")):
+        text = (diffs.REMOTE / "plain_torch.py").read_text().replace("target=TARGET", f"target=TARGET, state={form!r}")
+        script = tmp_path / f"{name}.py"
+        script.write_text(text)
+        folder = tmp_path / name
+        run(script, folder, STOP)
+        shutil.copy(folder / "checkpoint.pt", tmp_path / "kept.pt")
+        expected = run(script, folder, STOP + 5)
+        shutil.copy(tmp_path / "kept.pt", folder / "checkpoint.pt")
+        if form == "handle":
+            with pytest.raises(errors.OutOfStepError, match="state='full'"):
+                run(script, folder, STOP + 5)
+        else:
+            assert distance(run(script, folder, STOP + 5), expected) == 0

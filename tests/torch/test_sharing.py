@@ -1,0 +1,167 @@
+"""Sessions that torch shares: with other clients, with other optimizers, with the processes that come after."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import optwire
+from optwire_server import testing
+
+torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
+
+from optwire.torch import RemoteOptimizer  # noqa: E402
+from tests.torch import training  # noqa: E402
+
+Make = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_torch_a_numpy_and_a_jax_client_read_the_same_bits(server: testing.Serving, client: optwire.Client) -> None:
+    model = training.network()
+    optimizer = RemoteOptimizer(model.named_parameters(), "adamw", lr=0.01, target=server.target, session="three")
+    training.backward(model)
+    optimizer.step()
+    read: dict[str, dict[str, np.ndarray]] = {}
+
+    def in_numpy() -> None:
+        with optwire.connect(server.target) as own, own.attach("three") as session:
+            params = session.params()
+            read["numpy"] = session.step({name: np.ones_like(array) for name, array in params.items()})
+
+    def in_jax() -> None:
+        with optwire.connect(server.target) as own, own.attach("three") as session:
+            grads = jax.tree.map(jax.numpy.ones_like, session.params())
+            read["jax"] = {name: np.asarray(jax.numpy.asarray(p)) for name, p in session.step(grads).items()}
+
+    for turn in (in_numpy, in_jax):
+        thread = threading.Thread(target=turn)
+        thread.start()
+        thread.join()
+    with pytest.raises(optwire.StaleStepError):
+        optimizer.step()
+    optimizer.pull()
+    training.backward(model)
+    optimizer.step()
+    assert optimizer.last_reply.step == 4
+    with client.attach("three") as other:
+        newest = other.params()
+    for name, p in model.named_parameters():
+        assert np.array_equal(newest[name], p.detach().numpy())
+        assert np.array_equal(newest[name], np.asarray(jax.numpy.asarray(newest[name])))
+    assert set(read) == {"numpy", "jax"}
+    optimizer.close()
+    client.delete_session("three")
+
+
+def test_a_name_that_exists_is_attached_to_and_gives_its_parameters(remote: Make) -> None:
+    model, twin = training.network(), training.network()
+    first = remote(model.named_parameters(), "sgd", lr=0.1, session="going-on")
+    for step in range(2):
+        training.backward(model, step)
+        first.step()
+    with torch.no_grad():
+        twin[0].weight.zero_()
+    second = remote(twin.named_parameters(), "sgd", lr=0.2, session="going-on")
+    assert second.session.step_count == 2
+    assert training.equal(training.values(model), training.values(twin))
+    training.backward(twin)
+    second.step()
+    assert second.last_reply.learning_rate == pytest.approx(0.2), "groups are commands"
+
+
+def test_a_session_that_is_another_one_is_refused_naming_the_difference(remote: Make) -> None:
+    model = training.network()
+    first = remote(model.named_parameters(), "adamw", session="mine")
+    training.backward(model)
+    first.step()
+    with pytest.raises(optwire.TreeMismatchError, match=r"'0.bias' is f32\[8\] there and absent here"):
+        remote([("0.weight", model[0].weight)], "adamw", session="mine").step()
+    with pytest.raises(optwire.InvalidArgumentError, match="torch_adamw there, torch_adam here"):
+        remote(model.named_parameters(), "adam", session="mine").step()
+    with pytest.raises(optwire.InvalidArgumentError, match="amsgrad is False there, True here"):
+        remote(model.named_parameters(), "adamw", amsgrad=True, session="mine").step()
+
+
+def test_after_another_handle_rewrote_history_pull_goes_on(remote: Make, client: optwire.Client) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.1, session="rewritten")
+    training.backward(model)
+    optimizer.step()
+    with client.attach("rewritten") as other:
+        other.load_state({"params/0.weight": np.zeros((8, 4), np.float32)})
+    with pytest.raises(optwire.IncarnationError):
+        optimizer.step()
+    optimizer.pull()
+    assert not model[0].weight.any()
+    training.backward(model)
+    optimizer.step()
+    assert optimizer.last_reply.step == 2
+
+
+def test_the_leaves_of_a_session_may_be_a_nest_of_another_client(remote: Make, client: optwire.Client) -> None:
+    from optwire import optimizers as opt
+
+    nest = {"layer": [{"w": np.ones((2, 3), np.float32)}, {"w": np.ones(3, np.float32)}]}
+    client.create_session(nest, opt.sgd(0.5), name="nested").close()
+    params = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 3))]
+    optimizer = remote([("layer/1/w", params[0]), ("layer/0/w", params[1])], opt.sgd(0.5), session="nested")
+    optimizer.session  # noqa: B018  attaches
+    for p in params:
+        assert p.eq(1).all()
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(p.eq(0.5).all() for p in params)
+
+
+def test_closing_releases_the_handle_and_leaves_the_session(server: testing.Serving, client: optwire.Client) -> None:
+    model = training.network()
+    with RemoteOptimizer(model.named_parameters(), "sgd", target=server.target, session="left") as optimizer:
+        training.backward(model)
+        optimizer.step()
+    with pytest.raises(optwire.DetachedError):
+        optimizer.step()
+    assert client.attach("left").info().step == 1
+    client.delete_session("left")
+
+
+def test_import_loads_neither_jax_nor_the_server() -> None:
+    code = "import sys, optwire.torch; print(*sorted(sys.modules), sep='\\n')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    loaded = {name.partition(".")[0] for name in result.stdout.split()}
+    assert {"optwire", "torch"} <= loaded
+    assert not {"jax", "jaxlib", "optwire_server"} & loaded
+
+
+def test_a_process_with_torch_alone_trains(server: testing.Serving, client: optwire.Client) -> None:
+    """The loop of the README, where neither JAX nor the server can be imported."""
+    code = f"""
+import sys
+for name in ("jax", "jaxlib", "optax", "ml_dtypes", "optwire_server"):
+    sys.modules[name] = None
+import torch
+from optwire.torch import RemoteOptimizer
+for dtype in (torch.float32, torch.bfloat16):
+    model = torch.nn.Linear(4, 2).to(dtype)
+    optimizer = RemoteOptimizer(model.named_parameters(), "adamw", lr=0.1, target={server.target!r})
+    inputs = torch.randn(16, 4, dtype=dtype)
+    losses = []
+    for _ in range(20):
+        loss = ((model(inputs) - 1) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses
+print("trained")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert result.stdout.strip() == "trained", result.stderr
