@@ -87,7 +87,7 @@ def assert_same(remote: Any, local: Any) -> None:
 
 
 def gathered(serving: testing.Serving, name: str) -> Any:
-    return serving.server.registry._by_name[name].machine.gathered
+    return serving.server.registry._table.find(name=name).machine.gathered
 
 
 def waits(serving: testing.Serving, name: str, *ranks: int) -> None:

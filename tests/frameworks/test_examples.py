@@ -21,18 +21,25 @@ from tests.frameworks import diffs
 STEPS, STOP = 40, 20
 CHANGED_MAX = 15
 # What an example needs, and how far its parameters may be from those of the local run, relative to the largest of the
-# array. In float32 they are equal but for rounding. Where the forward pass rounds parameters to 16 bits, one that is off
-# by its last bit may round to the neighbour, 2**-8 away in bfloat16 and 2**-11 in float16, and gradients follow.
+# array. Where the forward pass rounds parameters to 16 bits, one that differs in its last bit may round to the neighbour,
+# 2**-8 away in bfloat16 and 2**-11 in float16, and gradients follow; on the machine of the first measurement none did,
+# and these three were within 2e-7 as well.
 EXAMPLES = {
-    "plain_torch": ("torch", 1e-2),
+    "plain_torch": ("torch", 1e-3),
     "hf_trainer": ("transformers", 1e-6),
     "hf_trainer_class": ("transformers", 1e-6),
-    "accelerate_loop": ("accelerate", 1e-2),
-    "lightning_module": ("lightning", 1e-2),
+    "accelerate_loop": ("accelerate", 1e-3),
+    "lightning_module": ("lightning", 1e-3),
     "flax_nnx": ("flax", 1e-6),
     "flax_linen": ("flax", 1e-6),
     "equinox_loop": ("equinox", 1e-6),
 }
+# A bias of attention's keys has no effect: softmax takes it out again. Its gradient is rounding alone, which Adam
+# divides by its own magnitude.
+NOISE = {"transformer.h.0.attn.c_attn.bias": slice(16, 32)}
+
+# What frameworks warn of in each other, and in data this small, is not ours to mend.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::optwire")]
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +89,15 @@ def forget() -> None:
 
 
 def distance(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    assert ours.keys() == theirs.keys() and ours
-    return max(float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()) for name in ours)
+    """The largest difference in an array over the largest magnitude in it."""
+    assert ours.keys() == theirs.keys()
+    assert ours
+    found = []
+    for name in ours:
+        difference = np.abs(ours[name] - theirs[name])
+        difference[NOISE.get(name, slice(0))] = 0
+        found.append(float(difference.max() / np.abs(theirs[name]).max()))
+    return max(found)
 
 
 @pytest.mark.slow

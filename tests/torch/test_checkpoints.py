@@ -191,8 +191,8 @@ def test_a_dict_that_does_not_fit_is_an_error_that_names_both(remote: Make) -> N
 
     after = optimizer.session.state()
     assert all((after.arrays[name] == array).all() for name, array in before.arrays.items())
+    named = remote(model.named_parameters(), "adamw")
+    renamed = copy.deepcopy(saved)
+    renamed["param_groups"][0]["param_names"] = [f"x.{i}" for i in range(4)]
     with pytest.raises(ValueError, match=r"no parameter '0.weight', it has x.0"):
-        named = remote(model.named_parameters(), "adamw")
-        renamed = copy.deepcopy(saved)
-        renamed["param_groups"][0]["param_names"] = [f"x.{i}" for i in range(4)]
         named.load_state_dict(renamed)

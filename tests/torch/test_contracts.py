@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-import pickle
+import pickle  # noqa: TID251  what copies of an optimizer are made with, by others
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +20,9 @@ from optwire_server import testing
 
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
 
-from optwire.torch import RemoteOptimizer  # noqa: E402
 from tests.torch import training  # noqa: E402
+
+from optwire.torch import RemoteOptimizer  # noqa: E402
 
 Make = Callable[..., Any]
 
@@ -321,7 +325,7 @@ def test_9_an_unpickled_optimizer_attaches_by_itself(server: testing.Serving, cl
         training.backward(model)
         optimizer.step()
         data = pickle.dumps((model, optimizer))
-        twin, again = pickle.loads(data)
+        twin, again = pickle.loads(data)  # noqa: S301
         with again:
             assert again.param_groups[0]["params"][0] is twin[0].weight
             training.backward(twin)
@@ -332,6 +336,42 @@ def test_9_an_unpickled_optimizer_attaches_by_itself(server: testing.Serving, cl
             optimizer.pull()
             assert training.equal(training.values(model), training.values(twin))
         client.delete_session(optimizer.session.name)
+
+
+def test_9_workers_of_a_data_loader_may_hold_the_optimizer(server: testing.Serving, tmp_path: Path) -> None:
+    """Forked and spawned; in a process of its own, as this one has JAX in it, which is not to be forked."""
+    script = tmp_path / "loop.py"
+    script.write_text(LOOP)
+    result = subprocess.run([sys.executable, str(script), server.target], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["fork", "1", "spawn", "2"], result.stderr
+
+
+LOOP = """
+import sys
+import torch
+from optwire.torch import RemoteOptimizer
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+    def __len__(self):
+        return 2
+    def __getitem__(self, index):
+        return torch.full((3,), self.optimizer.param_groups[0]["lr"])
+
+if __name__ == "__main__":
+    model = torch.nn.Linear(3, 1)
+    optimizer = RemoteOptimizer(model.named_parameters(), "sgd", lr=0.5, target=sys.argv[1])
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(
+            Data(optimizer), batch_size=2, num_workers=1, multiprocessing_context=context
+        )
+        for batch in loader:
+            assert batch.eq(0.5).all()
+            model(batch).sum().backward()
+            optimizer.step()
+        print(context, optimizer.last_reply.step)
+"""
 
 
 def test_9_a_deep_copy_is_detached_until_it_is_told_otherwise(remote: Make) -> None:

@@ -14,8 +14,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
 
-from optwire.torch import RemoteOptimizer  # noqa: E402
 from tests.torch import training  # noqa: E402
+
+from optwire.torch import RemoteOptimizer  # noqa: E402
 
 schedulers = torch.optim.lr_scheduler
 FOUR = {

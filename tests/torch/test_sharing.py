@@ -18,8 +18,9 @@ from optwire_server import testing
 
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
 
-from optwire.torch import RemoteOptimizer  # noqa: E402
 from tests.torch import training  # noqa: E402
+
+from optwire.torch import RemoteOptimizer  # noqa: E402
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]

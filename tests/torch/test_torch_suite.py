@@ -1,7 +1,7 @@
 """Torch's own tests of its optimizers, by name: what they ask of every optimizer, asked of ours.
 
-The names are those of ``TestOptimRenewed`` in torch's ``test/test_optim.py``; the code is ours. Local torch is the oracle
-wherever the original compares two of its own implementations. State is tested in both forms, as a handle and as full.
+The names are those of ``TestOptimRenewed`` in torch's ``test/test_optim.py``; the code is ours. Local torch is the
+oracle wherever the original compares two of its own implementations. State is tested in both forms, handle and full.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import optwire
 
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
 
-from optwire.torch.translation import DEFINITIONS  # noqa: E402
 from tests.torch import training  # noqa: E402
+
+from optwire.torch.translation import DEFINITIONS, definition  # noqa: E402
 
 Make = Callable[..., Any]
 RATES = {"adadelta": 1.0, "rprop": 1e-3, "sgd": 0.1, "asgd": 0.1, "adagrad": 0.1}
@@ -263,7 +264,7 @@ def test_deepcopy_copies_all_public_attrs(remote: Make) -> None:
 
 
 def test_step_pre_hook(remote: Make) -> None:
-    model, optimizer = trained(remote, "sgd", steps=1)
+    _, optimizer = trained(remote, "sgd", steps=1)
     calls: list[int] = []
     with_hook = optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append(o.last_reply.step))
     optimizer.step()
@@ -273,7 +274,7 @@ def test_step_pre_hook(remote: Make) -> None:
 
 
 def test_step_post_hook(remote: Make) -> None:
-    model, optimizer = trained(remote, "sgd", steps=1)
+    _, optimizer = trained(remote, "sgd", steps=1)
     calls: list[int] = []
     with_hook = optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append(o.last_reply.step))
     optimizer.step()
@@ -285,7 +286,7 @@ def test_step_post_hook(remote: Make) -> None:
 def test_step_all_hooks(remote: Make) -> None:
     from torch.optim import optimizer as base
 
-    model, optimizer = trained(remote, "sgd", steps=1)
+    _, optimizer = trained(remote, "sgd", steps=1)
     calls: list[str] = []
     handles = [
         base.register_optimizer_step_pre_hook(lambda *_: calls.append("all before")),
@@ -501,15 +502,13 @@ def test_second_order_optims_return_consistent_types(remote: Make, kind: str) ->
 
 
 def test_every_optimizer_of_torch_is_served_or_refused_with_a_reason() -> None:
-    from optwire.torch.translation import definition
-
     kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
-    for kind in kinds:
-        if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer:
-            try:
-                assert definition(kind) is not None
-            except optwire.UnsupportedError as exc:
-                assert kind.__name__ in str(exc)
+    names = {kind.__name__.lower() for kind in kinds if issubclass(kind, torch.optim.Optimizer)} - {"optimizer"}
+    served = {name for name in names if name in DEFINITIONS}
+    assert served == set(DEFINITIONS)
+    for name in names - served:
+        with pytest.raises(optwire.UnsupportedError, match=name):
+            definition(name)
 
 
 def _complex_is_torchs(remote: Make, name: str, shape: tuple[int, ...]) -> None:

@@ -278,7 +278,7 @@ class Program:
             if variant.telemetry:
                 clip = build.clips(self.spec, build.Site(self._leaves, {}), state, closing=variant.closing)
                 call.notes.update(telemetry.measure(grads, made.params(state), made.params(new), clip))
-            added = _added(call, made.params(state), made.params(new)) if variant.updates else []
+            new, added = _with_added(call, state, new, made.params) if variant.updates else (new, [])
             return new, call.notes, added
 
         return update
@@ -360,10 +360,19 @@ def _compiling() -> Iterator[None]:
         _COMPILERS.release()
 
 
-def _added(call: rule.Call, before: list[Any], after: list[Any]) -> list[Any]:
-    """What an update added to the parameters: the optimizer's own word where it has one, else the difference."""
-    added = call.added if call.added is not None else [b - a for a, b in zip(before, after, strict=True)]
-    return rule.like(added, before)
+def _with_added(
+    call: rule.Call, state: OptState, new: OptState, read: Callable[[OptState], list[Any]]
+) -> tuple[OptState, list[Any]]:
+    """The new state, and what its update added to the parameters: the optimizer's own word, or the difference.
+
+    A difference is rounded; parameters in the state become the old ones plus it, as whoever adds it elsewhere has them.
+    """
+    before, after = read(state), read(new)
+    if call.added is not None:
+        return new, rule.like(call.added, before)
+    added = [rule.rounded(b - a, call.index) for a, b in zip(before, after, strict=True)]
+    sums = {id(b): a + change for a, b, change in zip(before, after, added, strict=True)}
+    return jax.tree.map(lambda leaf: sums.get(id(leaf), leaf), new), added
 
 
 def _inside_accumulation(spec: specs.Spec) -> bool:

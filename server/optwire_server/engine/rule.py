@@ -118,7 +118,7 @@ def of_transformation(transformation: Any, *, schedule_free: bool = False) -> Ru
         params, inner = state
         updates, inner = transformation.update(like(grads, params), inner, params, **call.extras)
         if call.rounded:
-            updates = [_rounded(leaf, call.index) for leaf in updates]
+            updates = [rounded(leaf, call.index) for leaf in updates]
         call.added = list(updates)
         return Kept(optax.apply_updates(params, updates), inner)
 
@@ -363,7 +363,7 @@ def lookahead(transformation: Any) -> Rule:
     return Rule(init, update, lambda state: list(state[0].fast), {"eval": lambda state: list(state[0].slow)})
 
 
-def _rounded(leaf: Any, index: Any) -> Any:
+def rounded(leaf: Any, index: Any) -> Any:
     """The same values; but the compiler, which would fuse a product into the sum that follows, cannot see that.
 
     It fuses across barriers, too; that no index is negative is what it does not know.

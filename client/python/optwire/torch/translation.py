@@ -146,7 +146,7 @@ DEFINITIONS: Final[Mapping[str, Definition]] = {
 
 _REFUSED: Final[Mapping[str, str]] = {
     "lbfgs": "LBFGS evaluates the loss function several times in a step, which only this process can",
-    "sparseadam": "SparseAdam is not served, as sparse gradients are not; use 'adam' with dense ones (sparse=False in the embedding)",
+    "sparseadam": "SparseAdam is not served, as sparse gradients are not; use 'adam' with dense ones",
     "adafactor": "torch's Adafactor is not served; optax's is, as a spec: 'adafactor(1e-3)'",
     "muon": "torch's Muon is not served; optax's is, as a spec: 'muon(1e-3)'",
 }
