@@ -1,7 +1,8 @@
 # Every command a developer or CI runs. Needs bash, make and a python3 (3.11 or newer) with venv; the rest is installed
-# into two virtual environments of the repository:
-#   .venv        the project and, once a target needs them, the developer's tools
-#   .venv-proto  code generation, kept apart (docs/adr/0004-generated-code-is-committed.md)
+# into virtual environments of the repository:
+#   .venv             the project and, once a target needs them, the developer's tools
+#   .venv-proto       code generation, kept apart (docs/adr/0004-generated-code-is-committed.md)
+#   .venv-frameworks  sees what is in .venv, and adds the frameworks that `make frameworks` tests
 # What is in them is written once, in pyproject.toml. Stamp files remember what has been installed, so that `make demo`
 # on a fresh clone fetches only what the demo runs on and `make test` adds the rest.
 
@@ -69,6 +70,16 @@ TORCH ?= torch>=2.4
 torch: .venv/.demo ## install PyTorch for the tests and examples that use it (TORCH=torch==2.13.0 picks a build)
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install '$(TORCH)'
 
+# The site-packages of .venv, optwire among them, are put behind its own.
+.venv-frameworks/.ready: pyproject.toml .venv/.dev | torch
+	@echo "installing the frameworks into .venv-frameworks"
+	@$(PY) -m venv $(@D) || { rm -rf $(@D); exit 1; }
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(PY) -c "$$site")')" > "$$($(@D)/bin/python -c "$$site")/beside.pth"
+	@$(PY) -c '$(GROUP)' frameworks > $(@D)/frameworks.txt
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install -r $(@D)/frameworks.txt
+	@touch $@
+
 # -- run -------------------------------------------------------------------------------------------------------------
 
 .PHONY: demo
@@ -85,6 +96,10 @@ examples: .venv/.demo ## run every numbered example
 	    [ -e "$$example" ] || { echo "no examples yet"; break; }; \
 	    echo "-- $$example"; $(PY) "$$example"; \
 	done
+
+.PHONY: frameworks
+frameworks: .venv-frameworks/.ready ## train with the frameworks of docs/frameworks.md, as examples/frameworks does
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/frameworks $(ARGS)
 
 .PHONY: bench
 bench: .venv/.demo ## measure a remote step against a local one
@@ -180,4 +195,4 @@ proto-breaking: .venv-proto/.ready ## does the schema break clients of AGAINST (
 
 .PHONY: clean
 clean: ## remove the environments and every cache
-	rm -rf .venv .venv-proto build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-proto .venv-frameworks build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -187,8 +187,8 @@ def _operand(name: str, default: float, number: str = "nonnegative") -> Paramete
     return Parameter(name, f"operand:{number}", default)
 
 
-def _decoupled(**how: bool) -> Parameter:
-    return Parameter("decoupled_weight_decay", "flag", False, **how)
+def _decoupled(*, keyword_only: bool) -> Parameter:
+    return Parameter("decoupled_weight_decay", "flag", False, keyword_only=keyword_only)
 
 
 # Names, parameters and defaults are those of torch.optim, its pairs taken apart; tests hold them to it. Numbers are
@@ -243,7 +243,7 @@ TORCH: Final = (
             _operand("eps", 1e-8),
             _operand("weight_decay", 0.0),
             _operand("momentum_decay", 0.004),
-            _decoupled(),
+            _decoupled(keyword_only=False),
             _MAXIMIZE,
         ),
         "torch.optim.NAdam: Adam with Nesterov's momentum, which grows from step to step.",
@@ -256,7 +256,7 @@ TORCH: Final = (
             *_BETAS,
             _operand("eps", 1e-8),
             _operand("weight_decay", 0.0),
-            _decoupled(),
+            _decoupled(keyword_only=False),
             _MAXIMIZE,
         ),
         "torch.optim.RAdam: Adam that is rectified while its second moment has seen little.",

@@ -24,7 +24,8 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # Clients ping every 20 s, also while they wait for other workers; without this they would be sent away for it.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 

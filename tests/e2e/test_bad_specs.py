@@ -43,8 +43,8 @@ class Held:
             "programs": set(programs._programs),
             "programs under way": list(programs._compiling),
             "compiled": self.compiled,
-            "bytes of sessions under way": list(registry._creating),
-            "bytes of sessions": sum(live.held.state_bytes for live in registry._by_id.values()),
+            "bytes of sessions under way": list(registry.creations._creating),
+            "bytes of sessions": sum(live.held.state_bytes for live in registry._table.by_id.values()),
             "bytes of payloads": registry._landings.lent_bytes,
         }
 

@@ -18,7 +18,7 @@ import optwire
 from optwire import optax as remote
 from optwire import optimizers as opt
 from optwire_proto import checks, trees
-from optwire_server.engine import build, program
+from optwire_server.engine import build, cache, program
 
 # Reported by JAX once for each module that XLA compiles, on whichever thread.
 EVENT = "/jax/core/compile/backend_compile_duration"
@@ -115,11 +115,11 @@ def test_a_session_with_other_rates_compiles_nothing(client: optwire.Client, spe
 
 
 def test_specs_that_differ_in_rates_are_one_program() -> None:
-    cache = program.ProgramCache(jax.devices()[0])
+    programs = cache.ProgramCache(jax.devices()[0])
     tree = trees.flatten(params()).spec
 
     def made(text: str) -> program.Program:
-        return cache.get(checks.check(opt.parse(text), known=build.CATALOGUE), tree)
+        return programs.get(checks.check(opt.parse(text), known=build.CATALOGUE), tree)
 
     assert made("optax.adam(0.1)") is made("optax.adam(0.2)") is made("optax.adam(2)")
     assert made("partition({'**/bias': sgd(1.0), '**': adam(0.1)})") is made(

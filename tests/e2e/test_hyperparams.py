@@ -431,7 +431,7 @@ def test_a_session_that_failed_takes_no_change() -> None:
     with testing.serve() as serving, optwire.connect(serving.target) as client:
         session = client.create_session(PARAMS, opt.adam(0.1), name="doomed")
         # What a device does that goes away in the middle of an update.
-        for leaf in jax.tree.leaves(serving.server.registry._by_name["doomed"].held.state):
+        for leaf in jax.tree.leaves(serving.server.registry._table.by_name["doomed"].held.state):
             leaf.delete()
         with pytest.raises(optwire.SessionFailedError):
             session.step(GRADS[0])

@@ -550,6 +550,21 @@ def test_workers_that_wait_are_no_stalled_transfer_and_no_idle_stream(pool: Thre
         assert_same(waiting.result(10), filled(-2.0))
 
 
+@pytest.mark.slow
+def test_a_worker_that_waits_long_is_not_sent_away_for_asking_whether_the_server_lives(
+    serving: testing.Serving, pool: ThreadPoolExecutor
+) -> None:
+    with optwire.connect(serving.target, timeout=120, transport="stream") as client:
+        workers = Workers(client, filled(0.0), opt.sgd(1.0), 2)
+        waiting = pool.submit(workers.handles[0].step, filled(1.0))
+        waits(serving, workers.name, 0)
+        (stream,) = (each for each in serving.server.streams._streams if each.is_waiting)
+        time.sleep(85)  # gRPC ends the connection at the third ping too many; clients ping every 20 s
+        assert stream in serving.server.streams._streams
+        assert_same(workers.handles[1].step(filled(3.0)), filled(-2.0))
+        assert_same(waiting.result(10), filled(-2.0))
+
+
 def test_short_calls_are_served_while_many_wait(pool: ThreadPoolExecutor) -> None:
     with (
         testing.serve(streams_max=4, threads=6) as serving,

@@ -30,7 +30,9 @@ GOOD: dict[str, Any] = {
     "flag": True,
     "dtype": "float32",
     "numbers": (0.5, 0.5),
+    "operand": 0.5,
     "array": Array.of("f32", (1,), (0.5,)),
+    "positions": Array.of("i32", (1,), (0,)),
     "pairs": ((5, 0.5),),
     "mappings": ((("init_value", 0.5),),),
     "tagged": ("distance", 0.5),
@@ -85,6 +87,10 @@ def filled(entry: entries.Entry, **changes: Any) -> Spec:
     given = {parameter.name: good(parameter) for parameter in entry.parameters}
     if entry.name == "piecewise_constant":
         given["values"] = (0.5, 0.5, 0.5)  # one more than boundaries
+    if entry.name == "torch_sgd":
+        given["dampening"] = 0.0  # as Nesterov's momentum takes it
+    if entry.name == "torch_rprop":
+        given["eta_plus"] = 1.5  # a step grows by more than 1
     if {"key", "seed"} <= set(given):
         given["key" if "seed" in changes else "seed"] = None
     return Spec(entry.name, tuple((given | changes).items()))

@@ -65,8 +65,11 @@ def test_the_served_functions_have_the_signatures_of_the_seed(name: str):
 
 @pytest.mark.parametrize("name", OURS)
 def test_the_client_describes_with_the_signatures_of_the_catalogue(name: str):
-    if name == "chain":
-        assert inspect.signature(opt.chain).parameters["members"].kind is inspect.Parameter.VAR_POSITIONAL
+    variadic = [parameter.name for parameter in OURS[name].parameters if parameter.variadic]
+    if variadic:
+        ours = inspect.signature(getattr(opt, name)).parameters
+        assert list(ours) == list(described(name))
+        assert ours[variadic[0]].kind is inspect.Parameter.VAR_POSITIONAL
     else:
         assert list(signature(getattr(opt, name)).items()) == list(described(name).items())
 
@@ -95,6 +98,9 @@ COMPLETE = {
     "sm3": opt.sm3(1),
     "chain": opt.chain(opt.clip_grads(1.0), opt.clip_grads(2), opt.chain(opt.adam(1e-3))),
     "partition": opt.partition({"**/b": opt.sgd(SCHEDULES["table"]), "**": opt.adam(1e-3)}),
+    "per_leaf": opt.per_leaf(opt.torch_adamw(SCHEDULES["constant"])),
+    "grouped": opt.grouped([0, 1, 0], opt.adam(1e-3), opt.per_leaf(opt.torch_sgd(0.1, momentum=0.9))),
+    **{entry.name: getattr(opt, entry.name)() for entry in catalogue.TORCH},
     "accumulate": opt.accumulate(opt.adam(1e-3), 4),
     "on_nonfinite": opt.on_nonfinite(opt.adam(1e-3), "skip"),
     "ema_params": opt.ema_params(opt.adam(1e-3), 0.99, debias=True),

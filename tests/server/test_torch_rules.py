@@ -16,7 +16,7 @@ import pytest
 
 from optwire import optimizers as opt
 from optwire_proto import checks, errors, trees
-from optwire_server.engine import build, program, rates
+from optwire_server.engine import build, cache, program, rates
 from optwire_server.optimizers import torch_rules
 
 # Not among the developer's tools of pyproject.toml, as it is large; the Makefile installs the build for CPUs alone.
@@ -124,7 +124,7 @@ class Run:
     """A spec on the server's engine, without a server."""
 
     def __init__(self, spec: opt.Spec, params: Sequence[np.ndarray], names: Sequence[str] = tuple(SHAPES)) -> None:
-        self.cache = program.ProgramCache(jax.devices()[0])
+        self.cache = cache.ProgramCache(jax.devices()[0])
         self.tree = trees.flatten(dict(zip(names, params, strict=True))).spec
         self.spec = checks.check(spec, known=build.CATALOGUE)
         self.program = self.cache.get(self.spec, self.tree)

@@ -135,7 +135,7 @@ def test_what_prepare_does_before_the_first_step_leaves_a_session_alone(remote: 
         if prepares:
             second.load_state_dict(copy.deepcopy(second.state_dict()))
         steps(twin, second, range(3, 5))
-        assert second.session.info().incarnation == 1
+        assert (second.session.info().incarnation == 1) == (form == "handle" or not prepares)
         results.append(training.values(twin))
     assert training.equal(*results)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,71 +20,82 @@ if not torch.distributed.is_available():
 RANKS = 2
 
 
-def run(server: testing.Serving, case: str, directory: Path) -> list[dict[str, str]]:
-    """What each rank printed, by the first word of a line."""
-    command = [sys.executable, str(Path(__file__).with_name("rank.py")), server.target, case]
+class Outcome:
+    """What every rank said of every case, and the parameters it ended with."""
+
+    def __init__(self, directory: Path, told: list[dict[tuple[str, str], str]]) -> None:
+        self._directory = directory
+        self._told = told
+
+    def said(self, case: str, what: str) -> list[str]:
+        return [rank[case, what] for rank in self._told]
+
+    def params(self, case: str) -> list[list[Any]]:
+        files = [self._directory / f"{case}.{rank}" for rank in range(RANKS)]
+        return [torch.load(file, weights_only=True) for file in files]
+
+
+@pytest.fixture(scope="module")
+def outcome(server: testing.Serving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
+    directory = tmp_path_factory.mktemp("ranks")
+    script = str(Path(__file__).with_name("rank.py"))
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(RANKS), str(directory / case)],
+            [sys.executable, script, server.target, str(rank), str(RANKS), str(directory)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(RANKS)
     ]
+    try:
+        printed = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), printed
     told = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        told.append({line.partition(" ")[0]: line.partition(" ")[2] for line in out.splitlines()})
-    return told
+    for out, _ in printed:
+        lines = [line.split(" ", 2) for line in out.splitlines()]
+        told.append({(case, what): value for case, what, value in lines})
+    yield Outcome(directory, told)
+    with optwire.connect(server.target) as client:
+        for name in ("replicated", "workers"):
+            client.delete_session(name)
 
 
-def params(directory: Path, case: str, rank: int) -> list[Any]:
-    loaded: list[Any] = torch.load(directory / f"{case}.{rank}", weights_only=True)
-    return loaded
+def test_without_a_choice_it_is_an_error_that_lists_the_choices(outcome: Outcome) -> None:
+    for message in outcome.said("unsaid", "refused"):
+        assert all(choice in message for choice in ("2 processes", "'replicated'", "'workers'", "'shards'"))
 
 
-@pytest.fixture(scope="module")
-def expected(server: testing.Serving, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Parameters after local torch trained."""
-    directory = tmp_path_factory.mktemp("local")
-    run(server, "local", directory)
-    return params(directory, "local", 0)
-
-
-def test_without_a_choice_it_is_an_error_that_lists_the_choices(server: testing.Serving, tmp_path: Path) -> None:
-    for told in run(server, "unsaid", tmp_path):
-        assert all(choice in told["refused"] for choice in ("2 processes", "'replicated'", "'workers'", "'shards'"))
-
-
-def test_replicated_pushes_once_and_all_ranks_get_the_same(
-    server: testing.Serving, client: optwire.Client, expected: list[Any], tmp_path: Path
-) -> None:
-    told = run(server, "replicated", tmp_path)
-    assert told[0]["params"] == told[1]["params"]
-    assert [rank["step"] for rank in told] == ["5", "5"]
-    assert told[0]["handle"] == told[1]["handle"]
-    for ours, theirs in zip(params(tmp_path, "replicated", 1), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+def test_replicated_pushes_once_and_all_ranks_get_the_same(outcome: Outcome, client: optwire.Client) -> None:
+    _are_alike(outcome.params("replicated"), outcome.params("local")[0])
+    assert outcome.said("replicated", "step") == ["5", "5"]
+    assert len(set(outcome.said("replicated", "handle"))) == 1
     with client.attach("replicated") as session:
         assert session.info().step == 5
         assert len(session.info().changes) == 4, "the scheduler's edits, once each"
-    client.delete_session("replicated")
 
 
-def test_a_failure_of_rank_0_is_raised_on_every_rank(server: testing.Serving, tmp_path: Path) -> None:
-    told = run(server, "failing", tmp_path)
-    assert "rank 0: " not in told[0]["raised"]
-    assert told[1]["raised"].startswith("rank 0: ")
-    assert [rank["then"] for rank in told] == ["2", "2"]
+def test_a_failure_of_rank_0_is_raised_on_every_rank(outcome: Outcome) -> None:
+    first, second = outcome.said("failing", "raised")
+    assert second == f"rank 0: {first}"
+    assert "finite" in first
+    assert outcome.said("failing", "step") == ["2", "2"]
+    assert all(map(torch.equal, *outcome.params("failing")))
 
 
-def test_workers_push_their_own_gradients_and_the_server_averages(
-    server: testing.Serving, expected: list[Any], tmp_path: Path
-) -> None:
-    told = run(server, "workers", tmp_path)
-    assert told[0]["params"] == told[1]["params"]
-    assert [rank["step"] for rank in told] == ["5", "5"]
-    for ours, theirs in zip(params(tmp_path, "workers", 0), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+def test_workers_push_their_own_gradients_and_the_server_averages(outcome: Outcome, client: optwire.Client) -> None:
+    _are_alike(outcome.params("workers"), outcome.params("local")[0])
+    assert outcome.said("workers", "step") == ["5", "5"]
+    with client.attach("workers") as session:
+        assert str(session.info().aggregation) == "sync(2)"
+
+
+def _are_alike(ranks: list[list[Any]], expected: list[Any]) -> None:
+    """Bit for bit between ranks; as close to local torch as two sums of gradients are."""
+    for params in ranks:
+        assert all(map(torch.equal, params, ranks[0]))
+        for ours, theirs in zip(params, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

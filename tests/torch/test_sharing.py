@@ -72,11 +72,26 @@ def test_a_name_that_exists_is_attached_to_and_gives_its_parameters(remote: Make
     with torch.no_grad():
         twin[0].weight.zero_()
     second = remote(twin.named_parameters(), "sgd", lr=0.2, session="going-on")
-    assert second.session.step_count == 2
     assert training.equal(training.values(model), training.values(twin))
     training.backward(twin)
     second.step()
     assert second.last_reply.learning_rate == pytest.approx(0.2), "groups are commands"
+
+
+def test_a_session_that_came_to_be_after_construction_makes_the_first_gradients_stale(remote: Make) -> None:
+    models = [training.network(), training.network()]
+    with torch.no_grad():
+        models[1][0].weight.zero_()
+    first, second = (remote(m.named_parameters(), "sgd", lr=0.1, session="race") for m in models)
+    for model, optimizer in zip(models, (first, second), strict=True):
+        training.backward(model)
+        if optimizer is second:
+            with pytest.raises(optwire.StaleStepError, match="compute gradients again"):
+                optimizer.step()
+            assert training.equal(training.values(models[0]), training.values(models[1]))
+            training.backward(model)
+        optimizer.step()
+    assert second.last_reply.step == 2
 
 
 def test_a_session_that_is_another_one_is_refused_naming_the_difference(remote: Make) -> None:

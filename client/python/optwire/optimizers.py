@@ -1,7 +1,8 @@
 """The seed's optimizers and schedules by their own names and signatures, torch's, and what goes around an update.
 
 Each builds a spec. No JAX here. What the seed's names compute is documented in ``optwire_server.optimizers``, what
-``torch_*`` do by torch; optax's optimizers are in ``optwire.optax``. All mix: ``chain(optax.clip_by_global_norm(1.0), adam(1e-3))``.
+``torch_*`` do by torch; optax's optimizers are in ``optwire.optax``. All mix: ``chain(optax.clip_by_global_norm(1.0),
+adam(1e-3))``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, build, program, slots
+from optwire_server.engine import admission, build, cache, program, slots
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Engine:
         self._allow_programs = allow_programs
         self.catalogue: Mapping[str, entries.Entry] = build.CATALOGUE
         self._device = jax.devices()[0]
-        self._programs = program.ProgramCache(self._device, state_bytes_max=state_bytes_max)
+        self._programs = cache.ProgramCache(self._device, state_bytes_max=state_bytes_max)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="optwire-device")
 
     def run(self, function: Callable[[], T]) -> T:

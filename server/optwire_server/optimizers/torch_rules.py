@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -113,7 +112,7 @@ def sgd(
 
     def coefficients(count: Any, t: Any) -> Coefficients:
         mu = momentum.whole
-        return (_now(rate, count), mu, dampening.complement, weight_decay.whole, _scalar(count == 0)), ()
+        return (_scalar(rate(count)), mu, dampening.complement, weight_decay.whole, _scalar(count == 0)), ()
 
     def element(g: Any, x: Any, slots: Slots, c: Sequence[Any]) -> tuple[Any, Slots]:
         alpha, mu, kept, decay, first = c
@@ -154,7 +153,7 @@ def adam(
     """
 
     def coefficients(count: Any, t: Any) -> Coefficients:
-        alpha = _now(rate, count)
+        alpha = _scalar(rate(count))
         scales = alpha / beta1.unbiased(t), jnp.sqrt(beta2.unbiased(t)), eps.whole
         decay = alpha * weight_decay.whole if decoupled_weight_decay else weight_decay.whole
         return (beta1.whole, beta1.complement, beta2.whole, beta2.complement, *scales, decay), ()
@@ -219,7 +218,7 @@ def nadam(
         return beta1.whole * (1 - 0.5 * jnp.exp(t * momentum_decay.whole * math.log(0.96)))
 
     def coefficients(count: Any, t: Any, product: Any) -> Coefficients:
-        alpha = _now(rate, count)
+        alpha = _scalar(rate(count))
         product = product * mu(t)
         scales = alpha * (1 - mu(t)) / (1 - product), alpha * mu(t + 1) / (1 - product * mu(t + 1))
         decay = alpha * weight_decay.whole if decoupled_weight_decay else weight_decay.whole
@@ -239,7 +238,7 @@ def nadam(
         return x - of_g * g / denominator - of_m * m / denominator, (m, v)
 
     starts = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
-    return _lifted(NadamSlots, starts, coefficients, element, maximize, mu_product=lambda: 1.0)
+    return _lifted(NadamSlots, starts, coefficients, element, maximize, mu_product=lambda: _scalar(1))
 
 
 class MomentSlots(NamedTuple):
@@ -267,7 +266,7 @@ def radam(
     """
 
     def coefficients(count: Any, t: Any) -> Coefficients:
-        alpha = _now(rate, count)
+        alpha = _scalar(rate(count))
         seen = beta2.unbiased(t)
         most = 2 / beta2.complement - 1
         length = _length(-beta2._log, beta2.complement, t)
@@ -304,7 +303,7 @@ def adamax(rate: Rate, beta1: Number, beta2: Number, eps: Number, weight_decay: 
     """Adamax: `m ← β₁·m + (1 - β₁)·g`, `u ← max(β₂·u, |g| + ε)`, `x ← x - α / (1 - β₁^t)·m / u`."""
 
     def coefficients(count: Any, t: Any) -> Coefficients:
-        alpha = _now(rate, count) / beta1.unbiased(t)
+        alpha = _scalar(rate(count)) / beta1.unbiased(t)
         return (beta1.whole, beta1.complement, beta2.whole, alpha, eps.whole, weight_decay.whole), ()
 
     def element(g: Any, x: Any, slots: Slots, c: Sequence[Any]) -> tuple[Any, Slots]:
@@ -330,7 +329,7 @@ def adadelta(rate: Rate, rho: Number, eps: Number, weight_decay: Number, *, maxi
     """Adadelta: `v ← ρ·v + (1 - ρ)·g²`, `d = √(u + ε) / √(v + ε)·g`, `u ← ρ·u + (1 - ρ)·d²`, `x ← x - α·d`."""
 
     def coefficients(count: Any, t: Any) -> Coefficients:
-        return (_now(rate, count), rho.whole, rho.complement, eps.whole, weight_decay.whole), ()
+        return (_scalar(rate(count)), rho.whole, rho.complement, eps.whole, weight_decay.whole), ()
 
     def element(g: Any, x: Any, slots: Slots, c: Sequence[Any]) -> tuple[Any, Slots]:
         alpha, kept, new, eps, decay = c
@@ -362,7 +361,7 @@ def adagrad(
     """Adagrad: `s ← s + g²`, `x ← x - α / (1 + (t - 1)·η)·g / (√s + ε)`; s starts at a value of its own."""
 
     def coefficients(count: Any, t: Any) -> Coefficients:
-        alpha = _now(rate, count) / (1 + (t - 1) * lr_decay.whole)
+        alpha = _scalar(rate(count)) / (1 + (t - 1) * lr_decay.whole)
         return (alpha, eps.whole, weight_decay.whole), ()
 
     def element(g: Any, x: Any, slots: Slots, c: Sequence[Any]) -> tuple[Any, Slots]:
@@ -404,7 +403,7 @@ def rmsprop(
 
     def coefficients(count: Any, t: Any) -> Coefficients:
         numbers = alpha.whole, alpha.complement, eps.whole, weight_decay.whole, momentum.whole
-        return (_now(rate, count), *numbers), ()
+        return (_scalar(rate(count)), *numbers), ()
 
     def element(g: Any, x: Any, slots: Slots, c: Sequence[Any]) -> tuple[Any, Slots]:
         alpha, kept, new, eps, decay, mu = c
@@ -453,7 +452,7 @@ def rprop(
 
     def coefficients(count: Any, t: Any) -> Coefficients:
         numbers = eta_minus.whole, eta_plus.whole, step_min.whole, step_max.whole
-        return (*numbers, _now(rate, count), _scalar(count == 0)), ()
+        return (*numbers, _scalar(rate(count)), _scalar(count == 0)), ()
 
     def element(g: Any, x: Any, slots: Slots, c: Sequence[Any]) -> tuple[Any, Slots]:
         minus, plus, least, most, alpha, first = c
@@ -491,7 +490,7 @@ def asgd(
     """
 
     def coefficients(count: Any, t: Any, eta: Any, mu: Any) -> Coefficients:
-        first = _now(rate, count)
+        first = _scalar(rate(count))
         eta = jnp.where(count == 0, first, eta)  # as torch makes it at the first step
         after = first / (1 + lambd.whole * first * t) ** alpha.whole
         share = 1 / jnp.maximum(1, t - t0.whole)
@@ -505,7 +504,7 @@ def asgd(
         return x, (jnp.where(mu == 1, x, average + mu * (x - average)),)
 
     return _lifted(
-        AsgdSlots, {"ax": 0.0}, coefficients, element, maximize, eta=lambda: _now(rate, _zero()), mu=lambda: 1.0
+        AsgdSlots, {"ax": 0.0}, coefficients, element, maximize, eta=lambda: _scalar(rate(_zero())), mu=lambda: _scalar(1)
     )
 
 
@@ -540,34 +539,25 @@ def _lifted(
         def each(start: Callable[[], Any]) -> Any:
             return [start() for _ in params] if alone else start()
 
-        shared = {name: each(lambda start=start: _scalar(start())) for name, start in scalars.items()}
+        shared = {name: each(start) for name, start in scalars.items()}
         arrays = {name: [_filled(x, starts[name]) for x in params] if name in kept else None for name in starts}
         return kind(step=each(_zero), **shared, **arrays)
 
     def update(grads: Leaves, params: Leaves, slots: Slots) -> tuple[Leaves, Slots]:
         alone = isinstance(slots.step, list)
-        # One vector for all leaves: what follows from a count is computed once, however many there are.
-        step, *before = (jnp.stack(x) if alone else x for x in (getattr(slots, name) for name in ("step", *scalars)))
-        c, after = coefficients(step, _scalar(step + 1), *before)
-        if alone:  # else the compiler computes the vectors anew for each of their entries
-            c, after = lax.optimization_barrier((c, after))
+        shared = [getattr(slots, name) for name in ("step", *scalars)]
+        counts = list(zip(*shared, strict=True)) if alone else [tuple(shared)]
+        made = [coefficients(step, _scalar(step + 1), *numbers) for step, *numbers in counts]
         moved = []
         for i, (g, x) in enumerate(zip(grads, params, strict=True)):
             own = tuple(getattr(slots, name)[i] for name in kept)
-            moved.append(_moved(element, -g if maximize else g, x, own, [_entry(number, i) for number in c]))
-        shared = dict(zip(scalars, after, strict=True))
-        if alone:
-            shared = {name: [_entry(number, i) for i in range(len(params))] for name, number in shared.items()}
-        counted = [own + 1 for own in slots.step] if alone else step + 1
+            moved.append(_moved(element, -g if maximize else g, x, own, made[i if alone else 0][0]))
+        afters = [(step + 1, *after) for (step, *_), (_, after) in zip(counts, made, strict=True)]
+        after = [list(numbers) for numbers in zip(*afters, strict=True)] if alone else afters[0]
         arrays = {name: [own[k] for _, own in moved] for k, name in enumerate(kept)}
-        return [x for x, _ in moved], slots._replace(step=counted, **shared, **arrays)
+        return [x for x, _ in moved], slots._replace(**dict(zip(("step", *scalars), after, strict=True)), **arrays)
 
     return Rule(init, update)
-
-
-def _entry(number: Any, at: int) -> Any:
-    """What is of one leaf in a vector; a scalar is of all. shape=()"""
-    return lax.index_in_dim(number, at, keepdims=False) if jnp.ndim(number) else number
 
 
 def _moved(element: Callable[..., Any], g: Any, x: Any, own: Slots, c: Sequence[Any]) -> tuple[Any, Slots]:
@@ -587,7 +577,7 @@ def _filled(x: Any, start: Any) -> Any:
     """An array like a leaf; the parts of a complex one are filled alike."""
     if isinstance(start, float):
         return jnp.full_like(x, start)
-    number = start.whole if isinstance(start, Number) else _now(start, _zero())
+    number = start.whole if isinstance(start, Number) else _scalar(start(_zero()))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         number = lax.complex(number, number)
     return jnp.full_like(x, number)
@@ -600,15 +590,6 @@ def _zero() -> Any:
 def _scalar(number: Any) -> Any:
     """A number in the widest type of the program. shape=()"""
     return jnp.asarray(number, jnp.result_type(float))
-
-
-def _now(rate: Rate, count: Any) -> Any:
-    """The learning rate at each of some counts, which schedules take one at a time; of their shape."""
-
-    def one(at: Any) -> Any:
-        return _scalar(rate(at))
-
-    return jax.vmap(one)(count) if count.ndim else one(count)
 
 
 def _decayed(g: Any, x: Any, decay: Any) -> Any:

@@ -75,10 +75,18 @@ def from_numpy(array: tensors.Array) -> torch.Tensor:
 
 def write(parameter: torch.Tensor, array: tensors.Array) -> None:
     """Copies an array, of the parameter's element type as it travels, into the parameter's own memory."""
-    if parameter.dtype is torch.bfloat16:  # which travels as its bits
-        array = array.view(tensors.BF16)
     with torch.no_grad():
-        parameter.copy_(from_numpy(array))
+        parameter.copy_(from_numpy(_tagged(parameter, array)))
+
+
+def is_same(parameter: torch.Tensor, array: tensors.Array) -> bool:
+    """Whether a parameter has the values of an array of its element type."""
+    return torch.equal(parameter.detach().cpu(), from_numpy(_tagged(parameter, array)))
+
+
+def _tagged(parameter: torch.Tensor, array: tensors.Array) -> tensors.Array:
+    """bfloat16 travels as its bits; the same with a dtype that says so."""
+    return array.view(tensors.BF16) if parameter.dtype is torch.bfloat16 else array
 
 
 def widened(array: tensors.Array) -> tensors.Array:

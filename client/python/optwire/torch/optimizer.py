@@ -100,6 +100,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._amp == "server":
             self._step_supports_amp_scaling = True
         super().__init__(params, dict(self._recipe.defaults))
+        if session is not None:
+            self._find()
 
     # ---------------------------------------------------------------------------------------------------- stepping
 
@@ -179,13 +181,22 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return ranks.Outcome()
         if not self._allow_zero:
             _refuse_phantom(self.param_groups, grads)
-        was_open = self._remote.session is not None
-        session = self._open()
+        is_new = self._remote.session is None
         scale = getattr(self, "grad_scale", None)
         written = self._remote.push(self.param_groups, grads, grad_scale=1.0 if scale is None else float(scale))
-        if not was_open:  # an attached session may have given parameters that have no gradient now
+        session = self._open()
+        if is_new:  # and may have given parameters that have no gradient now
+            self._show_handles()
             written = tuple(range(len(self._remote.leaves)))
         return ranks.Outcome(session.name, session.last_ack, written)
+
+    def _find(self) -> None:
+        """Goes on with the session of the name that was given, if it exists: before the first gradients are computed."""
+        if self._distributed == "replicated":
+            ranks.from_rank_0(lambda: ranks.Outcome(written=self._remote.find(self.param_groups)), self._parameters())
+        else:
+            self._remote.find(self.param_groups)
+        self._show_handles()
 
     def _pull(self) -> tuple[int, ...]:
         self._open()

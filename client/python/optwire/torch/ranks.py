@@ -121,6 +121,13 @@ def no_allreduce_hook(state: object, bucket: distributed.GradBucket) -> torch.fu
     return future
 
 
+if distributed.is_available():  # DDP compares the annotations, and takes no text for them
+    no_allreduce_hook.__annotations__ |= {
+        "bucket": distributed.GradBucket,
+        "return": torch.futures.Future[torch.Tensor],
+    }
+
+
 def _broadcast_text(text: str, device: torch.device) -> str:
     """Rank 0's text, on every rank."""
     data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -77,6 +77,7 @@ class Remote:
         self._fixed: list[dict[str, Any]] = []
         self._fingerprints: dict[str, tuple[int, int]] = {}
         self._masters: dict[str, tensors.Array] = {}
+        self._is_surprised = False  # whether the last reading of parameters changed any
         self._finalizer: weakref.finalize[..., Any] | None = None
 
     # ------------------------------------------------------------------------------------------------- beginnings
@@ -89,6 +90,23 @@ class Remote:
             self._finalizer = weakref.finalize(self, self._client.close)
         return self._client
 
+    def find(self, groups: recipes.Groups) -> tuple[int, ...]:
+        """Attaches to the session of our name where there is one, which gives the model its parameters.
+
+        Returns:
+          Positions of the parameters that were written; empty where there is no such session.
+        """
+        assert self.name is not None
+        self._check_names()
+        if self._workers and not self._from_rank_0(self._exists):
+            return ()
+        try:
+            session = self.client.attach(self.name, worker=ranks.rank() if self._workers else None)
+        except errors.SessionNotFoundError:
+            return ()
+        self._attach(session, groups)
+        return self.pull()
+
     def open(self, groups: recipes.Groups) -> _session.Session:
         """The session; made where there is none yet, or attached to, which gives the model its parameters."""
         if self.session is None:
@@ -97,8 +115,8 @@ class Remote:
                 self._open_as_worker(groups)
             else:
                 self._attach_or_create(groups)
-                if not self._fingerprints and self.loaded is None:
-                    self.pull()
+            if not self._fingerprints and self.loaded is None:
+                self.pull()
         assert self.session is not None
         if self.loaded is not None:
             self._restore(self.loaded, groups)
@@ -140,15 +158,27 @@ class Remote:
         self._born(groups)
 
     def _open_as_worker(self, groups: recipes.Groups) -> None:
-        def found() -> ranks.Outcome:
+        def found() -> str:
             self._attach_or_create(groups, aggregation=f"sync({ranks.world_size()})")
             assert self.session is not None
             self.session.close()
-            return ranks.Outcome(session=self.session.name)
+            self._fingerprints = {}
+            return self.session.name
 
-        self.name = ranks.from_rank_0(found, [leaf.parameter for leaf in self.leaves]).session
+        self.name = self._from_rank_0(found)
         self._attach(self.client.attach(self.name, worker=ranks.rank()), groups)
-        self.pull()
+
+    def _from_rank_0(self, action: Callable[[], str]) -> str:
+        parameters = [leaf.parameter for leaf in self.leaves]
+        return ranks.from_rank_0(lambda: ranks.Outcome(session=action()), parameters).session
+
+    def _exists(self) -> str:
+        assert self.name is not None
+        try:
+            self.client.attach(self.name).close()
+        except errors.SessionNotFoundError:
+            return ""
+        return self.name
 
     def _attach(self, session: _session.Session, groups: recipes.Groups) -> None:
         info = session.info()
@@ -184,8 +214,19 @@ class Remote:
 
         Returns:
           Positions of the parameters that were written.
+
+        Raises:
+          StaleStepError: the session was attached to only now, and had other parameters than the model.
         """
+        is_new, self._is_surprised = self.session is None, False
         session = self.open(groups)
+        if is_new and self._is_surprised:
+            raise errors.StaleStepError(
+                f"{session} is at step {session.step_count} with other parameters than the gradients were computed on; "
+                "the model has them now, compute gradients again",
+                subject=session.name,
+                step=session.step_count,
+            )
         self.check_fixed(groups)
         edits = recipes.edited(self._recipe.values(groups), self._acknowledged)
         changes = self._recipe.changes(edits, self._kinds())
@@ -215,7 +256,10 @@ class Remote:
     def pull(self) -> tuple[int, ...]:
         """Reads the newest parameters into the model; what was written here is lost."""
         assert self.session is not None and self._tree is not None
-        return self._write(trees.match(self._tree, self.session.params(), "params"))
+        newest = trees.match(self._tree, self.session.params(), "params")
+        by_name = dict(zip((leaf.name for leaf in self._tree.leaves), newest, strict=True))
+        self._is_surprised = not all(arrays.is_same(leaf.parameter, by_name[leaf.name]) for leaf in self.leaves)
+        return self._write(newest)
 
     def slots(self) -> dict[str, dict[str, Any]]:
         """Slots by leaf as torch keeps them: of the session, or those that it is to have once there is one."""
