@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from optwire.torch import RemoteOptimizer
 
-STEPS, RATE, CONTEXT = 40, 3e-3, 16
+STEPS, RATE, CONTEXT = 40, 1e-3, 16
 TARGET = os.environ.get("OPTWIRE_TARGET", "localhost:50051")
 
 

@@ -355,6 +355,17 @@ def _of_partition() -> Sample:
     return Sample(spec, lambda: of_optax(optax.partition(transforms, GROUPS)))
 
 
+def _of_per_leaf() -> Sample:
+    return Sample(opt.per_leaf(remote.adam(0.01)), lambda: of_optax(optax.adam(0.01)))
+
+
+def _of_grouped() -> Sample:
+    """By position what ``_of_partition`` does by pattern: leaves in order are those of GROUPS."""
+    spec = opt.grouped([0, 2, 1, 2], remote.adam(0.01), remote.lion(0.02), remote.sgd(0.1))
+    transforms = {"conv": optax.adam(0.01), "dense": optax.lion(0.02), "rest": optax.sgd(0.1)}
+    return Sample(spec, lambda: of_optax(optax.partition(transforms, GROUPS)))
+
+
 def _of_clip_grads() -> Sample:
     def oracle() -> Oracle:
         init, update, params = seed.sgd(0.1)
@@ -469,6 +480,8 @@ _OURS: Final[dict[str, Callable[[], Sample]]] = {
     **{name: functools.partial(_of_seed, name) for name in _SEED},
     "chain": _of_chain,
     "partition": _of_partition,
+    "per_leaf": _of_per_leaf,
+    "grouped": _of_grouped,
     "clip_grads": _of_clip_grads,
     "clip_by_leaf_norm": _of_clip_by_leaf_norm,
     "accumulate": _of_accumulate,

@@ -63,7 +63,7 @@ def _main() -> None:
 
 def _lines(client: optwire.Client) -> Iterator[str]:
     yield _INTRODUCTION
-    served = [entry for entry in build.CATALOGUE.values() if not entry.refusal]
+    served = [entry for entry in build.CATALOGUE.values() if not entry.refusal and entry not in catalogue.TORCH]
     for kind, title in _TITLES.items():
         yield f"## {title}\n"
         own = sorted((entry for entry in served if entry.kind == kind), key=lambda entry: entry.name)
@@ -76,6 +76,12 @@ def _lines(client: optwire.Client) -> Iterator[str]:
             yield "|---|---|---|---|---|---|---|---|"
             yield from (_measured(client, entry) for entry in own)
         yield ""
+    yield "## Torch's own\n"
+    yield "Held to torch itself, in `tests/server/test_torch_rules.py`; see [torch.md](torch.md). Granularity: element.\n"
+    yield "| Entry | What it is |"
+    yield "|---|---|"
+    yield from (f"| `{signature(entry)}` | {entry.summary} |" for entry in catalogue.TORCH)
+    yield ""
     yield "## Known and refused\n"
     yield "| Entry | Why |"
     yield "|---|---|"

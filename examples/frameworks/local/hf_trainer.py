@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-STEPS, RATE, CONTEXT = 40, 3e-3, 16
+STEPS, RATE, CONTEXT = 40, 1e-3, 16
 
 
 def data() -> list[dict[str, torch.Tensor]]:

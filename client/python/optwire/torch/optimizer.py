@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
 
 from optwire import _client, _options, _session
-from optwire.torch import arrays, checkpoints, ranks, recipes, remote, translation
-from optwire_proto import errors, sessions, specs, tensors
+from optwire.torch import checkpoints, gradients, leaves, ranks, recipes, remote, ways
+from optwire_proto import errors, sessions, specs
 
 _FORMS: Final = ("handle", "full")
 _AMP: Final = ("client", "server")
-_MISSING: Final = ("skip", "error")
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -70,8 +69,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         amp: str = "client",
         missing_grad: str = "skip",
         state: str = "handle",
-        transport: str = remote.TRANSPORT,
-        timeout: float = remote.TIMEOUT_S,
+        transport: str = ways.TRANSPORT,
+        timeout: float = ways.TIMEOUT_S,
         allow_zero: bool = False,
         **arguments: Any,
     ) -> None:
@@ -83,7 +82,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._distributed = ranks.check(distributed)
         self._form = _one_of("state", state, _FORMS)
         self._amp = _one_of("amp", amp, _AMP)
-        self._missing_grad = _one_of("missing_grad", missing_grad, _MISSING)
+        self._missing_grad = _one_of("missing_grad", missing_grad, gradients.MISSING)
         self._allow_zero = allow_zero
         self._is_detached = False
         self._last: ranks.Outcome = ranks.Outcome()
@@ -92,7 +91,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             sessions.check_name(session)
         self._remote = remote.Remote(
             self._recipe,
-            remote.way(target, client, transport=transport, timeout_s=timeout),
+            ways.way(target, client, transport=transport, timeout_s=timeout),
             client=client,
             name=session,
             workers=self._distributed == "workers",
@@ -176,11 +175,11 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._distributed == "replicated" and ranks.rank() > 0
 
     def _push(self) -> ranks.Outcome:
-        grads = self._gradients()
+        grads = gradients.gathered(self._remote.leaves, self._missing_grad)
         if not grads and self._distributed != "workers":
             return ranks.Outcome()
         if not self._allow_zero:
-            _refuse_phantom(self.param_groups, grads)
+            gradients.refuse_phantom(self.param_groups, grads)
         is_new = self._remote.session is None
         scale = getattr(self, "grad_scale", None)
         written = self._remote.push(self.param_groups, grads, grad_scale=1.0 if scale is None else float(scale))
@@ -191,7 +190,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return ranks.Outcome(session.name, session.last_ack, written)
 
     def _find(self) -> None:
-        """Goes on with the session of the name that was given, if it exists: before the first gradients are computed."""
+        """Goes on with the session of the name that was given, if it exists: before gradients are computed."""
         if self._distributed == "replicated":
             ranks.from_rank_0(lambda: ranks.Outcome(written=self._remote.find(self.param_groups)), self._parameters())
         else:
@@ -201,17 +200,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _pull(self) -> tuple[int, ...]:
         self._open()
         return self._remote.pull()
-
-    def _gradients(self) -> dict[str, tensors.Array]:
-        grads = {}
-        for leaf in self._remote.leaves:
-            if leaf.parameter.grad is not None:
-                grads[leaf.name] = arrays.to_numpy(leaf.parameter.grad, leaf.name)
-            elif self._missing_grad == "error":
-                raise errors.InvalidArgumentError(
-                    f"parameter {leaf.name!r} has no gradient, and missing_grad is 'error'", subject=leaf.name
-                )
-        return grads
 
     def _open(self) -> _session.Session:
         is_new = self._remote.session is None
@@ -246,7 +234,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _name_leaves(self) -> None:
         known = {id(leaf.parameter): leaf.name for leaf in self._remote.leaves}
-        self._remote.leaves = remote.leaves(self.param_groups, known)
+        self._remote.leaves = leaves.named(self.param_groups, known)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [leaf.parameter for leaf in self._remote.leaves]
@@ -401,17 +389,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 "session of its own, or attach() to go on with the one it was copied from",
                 subject=self._remote.name or "",
             )
-
-
-def _refuse_phantom(groups: recipes.Groups, grads: Mapping[str, tensors.Array]) -> None:
-    """Tools that have optimizers initialize their state step with zeros; here that would be a step of the session."""
-    is_still = all(float(group[translation.RATE]) == 0 for group in groups)
-    if is_still and not any(arrays.widened(grad).any() for grad in grads.values()):
-        raise errors.InvalidArgumentError(
-            "step: every learning rate and every gradient is 0, which changes no parameter but counts as a step and "
-            "decays moments; give allow_zero=True to RemoteOptimizer if it is meant",
-            subject="allow_zero",
-        )
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> str:

@@ -5,49 +5,16 @@ Knows tensors and recipes; hooks, closures and forms of a checkpoint are the opt
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-import optwire
-from optwire import _client, _options, _session
-from optwire.torch import arrays, checkpoints, fit, ranks, recipes, translation
+from optwire import _client, _session
+from optwire.torch import arrays, checkpoints, fit, leaves, ranks, recipes, translation, ways
 from optwire_proto import errors, tensors, trees
-
-# As in `optwire.connect`.
-TRANSPORT: Final = "auto"
-TIMEOUT_S: Final = 30.0
-
-
-class Leaf(NamedTuple):
-    """A parameter and what it is called on the server."""
-
-    name: str
-    parameter: torch.Tensor
-    kind: recipes.Kind
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How the server is reached: what is left of a connection when it is pickled.
-
-    Attributes:
-      target: a gRPC target.
-      transport: as in ``optwire.connect``.
-      timeout_s: of each call.
-    """
-
-    target: str
-    transport: str = TRANSPORT
-    timeout_s: float = TIMEOUT_S
-
-    def connect(self) -> _client.Client:
-        """A new client."""
-        return optwire.connect(self.target, timeout=self.timeout_s, transport=self.transport)
 
 
 class Remote:
@@ -62,11 +29,11 @@ class Remote:
     """
 
     def __init__(
-        self, recipe: recipes.Recipe, way: Way, *, client: _client.Client | None, name: str | None, workers: bool
+        self, recipe: recipes.Recipe, way: ways.Way, *, client: _client.Client | None, name: str | None, workers: bool
     ) -> None:
         self.way = way
         self.name = name
-        self.leaves: list[Leaf] = []
+        self.leaves: list[leaves.Leaf] = []
         self.session: _session.Session | None = None
         self.loaded: Mapping[str, Mapping[str, Any]] | None = None
         self._recipe = recipe
@@ -320,7 +287,7 @@ class Remote:
         self._remember([leaf for _, leaf in written])
         return tuple(at for at, _ in written)
 
-    def _remember(self, leaves: Sequence[Leaf]) -> None:
+    def _remember(self, leaves: Sequence[leaves.Leaf]) -> None:
         self._fingerprints |= {leaf.name: arrays.fingerprint(leaf.parameter) for leaf in leaves}
 
     def _learn(self, groups: recipes.Groups) -> None:
@@ -357,45 +324,6 @@ class Remote:
     def _kinds(self) -> list[recipes.Kind]:
         """Of the leaves in the order in which a new session has them: by name."""
         return [leaf.kind for leaf in sorted(self.leaves, key=lambda leaf: leaf.name)]
-
-
-def leaves(groups: recipes.Groups, known: Mapping[int, str]) -> list[Leaf]:
-    """Every parameter of the groups once, one that is given twice included.
-
-    Args:
-      groups: of an optimizer.
-      known: names of parameters that have one, by id.
-
-    Raises:
-      TreeError: a parameter that cannot be served.
-    """
-    found: dict[int, Leaf] = {}
-    for index, group in enumerate(groups):
-        names = group.get("param_names") or [f"g{index}.p{at}" for at in range(len(group["params"]))]
-        for name, parameter in zip(names, group["params"], strict=True):
-            kind = recipes.Kind(index, recipes.is_16_bit(parameter))
-            leaf = Leaf(known.get(id(parameter), name), parameter, kind)
-            arrays.leaf(leaf.name, parameter)
-            found.setdefault(id(parameter), leaf)
-    return list(found.values())
-
-
-def way(target: str | None, client: _client.Client | None, *, transport: str, timeout_s: float) -> Way:
-    """How the server is reached, by the one of two arguments that was given.
-
-    Raises:
-      TypeError: both or none of them, or arguments of a connection for a client that has one.
-      InvalidArgumentError: a value that ``optwire.connect`` cannot take.
-    """
-    if (target is None) == (client is None):
-        raise TypeError("RemoteOptimizer: exactly one of target= and client= says where the server is")
-    if client is None:
-        options = _options.Options(target=str(target), timeout_s=timeout_s, transport=_options.transport(transport))
-    elif (transport, timeout_s) != (TRANSPORT, TIMEOUT_S):
-        raise TypeError("RemoteOptimizer: transport= and timeout= belong to the client that was given")
-    else:
-        options = client._options
-    return Way(target=options.target, transport=str(options.transport), timeout_s=options.timeout_s)
 
 
 def _assign(group: dict[str, Any], rate: float) -> None:

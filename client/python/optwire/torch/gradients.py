@@ -1,0 +1,45 @@
+"""Gradients of a step: which there are, and which make no step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from optwire.torch import arrays, leaves, recipes, translation
+from optwire_proto import errors, tensors
+
+# What None in the place of a gradient may mean.
+MISSING: Final = ("skip", "error")
+
+
+def gathered(of: Sequence[leaves.Leaf], missing: str) -> dict[str, tensors.Array]:
+    """The gradients that there are, by leaf; not copied where they lie as they travel.
+
+    Args:
+      of: all leaves.
+      missing: one of ``MISSING``.
+
+    Raises:
+      InvalidArgumentError: one is missing, and that is an error.
+      UnsupportedError: one is sparse.
+    """
+    found = {}
+    for leaf in of:
+        if leaf.parameter.grad is not None:
+            found[leaf.name] = arrays.to_numpy(leaf.parameter.grad, leaf.name)
+        elif missing == "error":
+            raise errors.InvalidArgumentError(
+                f"parameter {leaf.name!r} has no gradient, and missing_grad is 'error'", subject=leaf.name
+            )
+    return found
+
+
+def refuse_phantom(groups: recipes.Groups, grads: Mapping[str, tensors.Array]) -> None:
+    """Tools that have optimizers initialize their state step with zeros; here that would be a step of the session."""
+    is_still = all(float(group[translation.RATE]) == 0 for group in groups)
+    if is_still and not any(arrays.widened(grad).any() for grad in grads.values()):
+        raise errors.InvalidArgumentError(
+            "step: every learning rate and every gradient is 0, which changes no parameter but counts as a step and "
+            "decays moments; give allow_zero=True to RemoteOptimizer if it is meant",
+            subject="allow_zero",
+        )
