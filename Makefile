@@ -65,7 +65,7 @@ setup: .venv/.dev .venv-proto/.ready ## install all a developer needs, and the p
 	@if [ -z "$${CI:-}" ] && git rev-parse --git-dir >/dev/null 2>&1; then .venv/bin/pre-commit install; fi
 
 # torch.optim is an oracle of some tests and a client of an example; they skip themselves where it is not installed.
-TORCH ?= torch>=2.4
+TORCH ?= torch>=2.6
 .PHONY: torch
 torch: .venv/.demo ## install PyTorch for the tests and examples that use it (TORCH=torch==2.13.0 picks a build)
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) install '$(TORCH)'

@@ -24,6 +24,7 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(folder: pathlib.Path, until: int = STEPS) -> nn.Module:
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=ACCUMULATE)
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))

@@ -32,6 +32,7 @@ def train_step(model: eqx.nn.MLP, opt_state: Any, tx: Any, x: jax.Array) -> tupl
 
 
 def train(folder: pathlib.Path, until: int = STEPS) -> eqx.nn.MLP:
+    folder.mkdir(parents=True, exist_ok=True)
     model = eqx.nn.MLP(8, 1, 32, 2, key=jax.random.key(0))
     checkpoint = folder / "checkpoint.eqx"
     spec = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))

@@ -41,6 +41,7 @@ def train_step(model: Network, optimizer: nnx.Optimizer, x: jax.Array) -> jax.Ar
 
 
 def train(folder: pathlib.Path, until: int = STEPS) -> nnx.Module:
+    folder.mkdir(parents=True, exist_ok=True)
     model = Network(nnx.Rngs(0))
     checkpoint = (folder / "checkpoint").absolute()
     spec = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))

@@ -23,6 +23,7 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(folder: pathlib.Path, until: int = STEPS) -> nn.Module:
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
     optimizer = RemoteOptimizer(model.named_parameters(), "adamw", lr=RATE, weight_decay=0.1, target=TARGET)

@@ -17,7 +17,7 @@ import optax
 from tests.e2e import catalogue_drift, catalogue_samples
 
 import optwire
-from optwire_proto import entries
+from optwire_proto import catalogue, entries
 from optwire_proto.entries import Entry, Parameter
 from optwire_server import testing
 from optwire_server.engine import build
@@ -77,7 +77,7 @@ def _lines(client: optwire.Client) -> Iterator[str]:
             yield from (_measured(client, entry) for entry in own)
         yield ""
     yield "## Torch's own\n"
-    yield "Held to torch itself, in `tests/server/test_torch_rules.py`; see [torch.md](torch.md). Granularity: element.\n"
+    yield "Held to torch itself, by `tests/server/test_torch_rules.py`; see [torch.md](torch.md).\n"
     yield "| Entry | What it is |"
     yield "|---|---|"
     yield from (f"| `{signature(entry)}` | {entry.summary} |" for entry in catalogue.TORCH)

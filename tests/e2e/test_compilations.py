@@ -17,7 +17,7 @@ import pytest
 import optwire
 from optwire import optax as remote
 from optwire import optimizers as opt
-from optwire_proto import checks, trees
+from optwire_proto import checks, errors, specs, trees
 from optwire_server.engine import build, cache, program
 
 # Reported by JAX once for each module that XLA compiles, on whichever thread.
@@ -148,4 +148,54 @@ def test_a_schedule_replaced_by_a_number_and_back_compiles_once_each(client: opt
                 session.set_hyperparams(learning_rate=rate)
                 session.step(params())
         assert heard.count == 0, "the programs of both are there"
+    client.delete_session(session.name)
+
+
+TORCH = {
+    "torch_adamw": opt.per_leaf(opt.torch_adamw(0.1)),
+    "torch_sgd": opt.torch_sgd(0.1, momentum=0.9),
+    "in groups": opt.grouped([0, 1], opt.per_leaf(opt.torch_nadam()), opt.master_weights(opt.torch_adamw())),
+}
+
+
+@pytest.mark.parametrize("spec", TORCH.values(), ids=TORCH)
+def test_numbers_of_torchs_that_change_at_every_step_compile_nothing(client: optwire.Client, spec: opt.Spec) -> None:
+    """What OneCycleLR does to momenta and betas, and to every other number."""
+    with client.create_session(params(), spec) as session:
+        session.step(params())
+        numbers = {path: value for path, value in specs.places(spec) if type(value) is float}
+        with counted() as heard:
+            for k in range(1, 20):
+                session.set_hyperparams({path: value * (1 - k / 100) for path, value in numbers.items()})
+                session.step(params())
+        assert heard.count == 0
+    client.delete_session(session.name)
+
+
+def test_a_momentum_becomes_0_without_compiling_and_cannot_come_from_nowhere(client: optwire.Client) -> None:
+    with client.create_session(params(), opt.torch_sgd(0.1, momentum=0.9)) as session:
+        session.step(params())
+        with counted() as heard:
+            for momentum in (0.0, 0.5, 0.0):
+                session.set_hyperparams(momentum=momentum)
+                session.step(params())
+        assert heard.count == 0
+    client.delete_session(session.name)
+    session = client.create_session(params(), opt.torch_sgd(0.1))
+    with pytest.raises(errors.SpecError, match="momentum: this change needs another state"):
+        session.set_hyperparams(momentum=0.9)
+    session.close()
+    client.delete_session(session.name)
+
+
+def test_a_name_in_two_groups_lists_both_and_a_whole_path_changes_one(client: optwire.Client) -> None:
+    spec = opt.grouped([0, 1], opt.torch_sgd(0.5), opt.per_leaf(opt.torch_sgd(0.5)))
+    whole = "grouped.optimizers[1].per_leaf.optimizer.torch_sgd.learning_rate"
+    with client.create_session(params(), spec) as session:
+        with pytest.raises(errors.InvalidArgumentError, match=r"grouped\.optimizers\[0\].*grouped\.optimizers\[1\]"):
+            session.set_hyperparams(learning_rate=0.25)
+        session.set_hyperparams({whole: 0.25})
+        moved = session.step(params())
+        assert moved["dense"]["bias"][0] == 0.5
+        assert moved["dense"]["kernel"][0, 0] == 0.75
     client.delete_session(session.name)

@@ -165,9 +165,18 @@ def lightning_module(make: Any) -> Any:
 
 
 def fit(module: Any, folder: pathlib.Path, **options: Any) -> Any:
+    trainer = trainer_of(folder, **options)
+    trainer.fit(module, batches())
+    return trainer
+
+
+def batches() -> Any:
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data(0)), batch_size=4)
+
+
+def trainer_of(folder: pathlib.Path, **options: Any) -> Any:
     lightning = pytest.importorskip("lightning")
-    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data(0)), batch_size=4)
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
         logger=False,
@@ -176,8 +185,6 @@ def fit(module: Any, folder: pathlib.Path, **options: Any) -> Any:
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, batches)
-    return trainer
 
 
 def test_finetuning_thaws_layers_into_a_session_under_way(target: str, tmp_path: pathlib.Path) -> None:
@@ -213,6 +220,40 @@ def test_lightning_clips_unless_the_server_unscales(target: str, tmp_path: pathl
     assert_close(ours, theirs)
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         trained(remote("server"), precision="bf16-mixed")
+
+    def clipping(parameters: Any) -> Any:
+        spec = "chain(clip_by_global_norm(0.1), sgd(0.1))"
+        return RemoteOptimizer(parameters, spec, target=target, amp="server")
+
+    module = lightning_module(lambda module: clipping(module.named_parameters()))
+    assert_close(fit(module, tmp_path, max_epochs=1).model, theirs)
+
+
+@pytest.mark.parametrize("form", ["full", "handle"])
+def test_the_finder_of_learning_rates_goes_back_with_a_full_state_only(
+    form: str, target: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+
+    def found(make: Any) -> Any:
+        module = lightning_module(lambda module: make(module))
+        module.lr = 1e-3
+        trainer = trainer_of(tmp_path, max_epochs=1)
+        finder = lightning.pytorch.tuner.Tuner(trainer).lr_find(module, batches(), num_training=16)
+        trainer.fit(module, batches())
+        return finder.results, module
+
+    def remote(module: Any) -> Any:
+        return RemoteOptimizer(module.named_parameters(), "adamw", lr=module.lr, target=target, state=form)
+
+    if form == "handle":
+        with pytest.raises(errors.OutOfStepError, match="state='full'"):
+            found(remote)
+        return
+    ours, theirs = found(remote), found(lambda module: torch.optim.AdamW(module.parameters(), lr=module.lr))
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)
+    assert_close(ours[1], theirs[1])
 
 
 # ---------------------------------------------------------------------------------------------------------- torch

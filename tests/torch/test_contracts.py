@@ -20,6 +20,7 @@ from optwire_server import testing
 
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
 
+from tests.e2e import proxy as proxies  # noqa: E402
 from tests.torch import training  # noqa: E402
 
 from optwire.torch import RemoteOptimizer  # noqa: E402
@@ -159,6 +160,33 @@ def test_3_an_edit_whose_push_failed_is_repeated_and_applies_once(
         {"per_leaf.optimizer.torch_sgd.learning_rate": 0.2}
     ]
     client.delete_session("edit-once")
+
+
+def test_3_an_edit_whose_answer_was_lost_is_not_taken_back_unnoticed(
+    server: testing.Serving, client: optwire.Client
+) -> None:
+    """The push with the edit was applied, and its answer lost; then the edit is taken back."""
+    model = training.network()
+    with proxies.before(server.target) as proxy:
+        optimizer = RemoteOptimizer(
+            model.named_parameters(), "sgd", lr=0.1, target=proxy.target, session="lost", timeout=1.0
+        )
+        training.backward(model)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.5
+        proxy.fail(proxies.DOWN, bytes=0, act="hold")
+        with pytest.raises(optwire.DeadlineError):
+            optimizer.step()
+        proxy.heal()
+        assert client.attach("lost").info().step == 2
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.pull()
+        training.backward(model)
+        optimizer.step()
+        assert optimizer.last_reply.step == 3
+        assert optimizer.last_reply.learning_rate == pytest.approx(0.1)
+        optimizer.close()
+    client.delete_session("lost")
 
 
 # ------------------------------------------------------------------------------------------------ 4. step is wrapped
@@ -504,6 +532,50 @@ def test_a_checkpoint_loaded_after_construction_is_what_training_starts_from(rem
     training.backward(model)
     optimizer.step()
     assert (optimizer.session.params()["0.weight"] == 2.0).all()
+
+
+def test_written_parameters_do_not_overwrite_what_another_client_pushed(remote: Make, client: optwire.Client) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.1, session="written")
+    training.backward(model)
+    optimizer.step()
+    with client.attach("written") as other:
+        newest = other.step(other.params())
+    with torch.no_grad():
+        model[0].weight.clamp_(-0.1, 0.1)
+    with pytest.raises(optwire.StaleStepError, match="params/0.weight was written to on step 1"):
+        optimizer.step()
+    optimizer.pull()
+    assert (newest["0.weight"] == model[0].weight.detach().numpy()).all()
+
+
+def test_parameters_that_a_framework_puts_in_their_places_are_trained(remote: Make) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.1)
+    training.backward(model)
+    optimizer.step()
+    twin = copy.deepcopy(model)
+    optimizer.param_groups[0]["params"] = list(twin.parameters())
+    training.backward(twin)
+    before = training.values(twin)
+    optimizer.step()
+    assert not training.equal(before, training.values(twin))
+    optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.zeros(3)))
+    optimizer.param_groups[0]["param_names"].append("more")
+    with pytest.raises(optwire.TreeMismatchError, match="5 parameters.*add_param_group"):
+        optimizer.step()
+
+
+def test_a_flag_of_a_group_is_checked_with_the_defaults(remote: Make) -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = remote([{"params": [p], "nesterov": True}], "sgd", lr=0.1, momentum=0.9)
+    q = torch.nn.Parameter(torch.zeros(3))
+    local = torch.optim.SGD([{"params": [q], "nesterov": True}], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+        local.step()
+    torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

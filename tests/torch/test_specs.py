@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,29 @@ def test_a_schedule_of_the_spec_shows_in_the_groups_and_has_one_owner(remote: Ma
     assert optimizer.session.info().step == 3
     optimizer.param_groups[0]["lr"] = optimizer.last_reply.learning_rate
     optimizer.step()
+
+
+def test_a_rate_that_a_schedule_showed_is_no_edit_after_a_copy_a_handle_or_a_new_group(remote: Make) -> None:
+    model = training.network()
+    params = list(model.named_parameters())
+    spec = optax.adamw(optax.linear_schedule(0.1, 0.0, 10))
+    optimizer = remote(params[:2], spec, session="shown")
+    steps(model, optimizer, range(2))
+    twin = copy.deepcopy(optimizer)
+    twin.attach()
+    again = remote(params[:2], spec, session="shown")
+    again.load_state_dict(optimizer.state_dict())
+    for other in (twin, again):
+        other.pull()
+        for p in other.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        other.step()
+    assert again.last_reply.step == 4
+    assert again.param_groups[0]["lr"] == pytest.approx(0.07)
+    optimizer.pull()
+    optimizer.add_param_group({"params": params[2:]})
+    steps(model, optimizer, range(2))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
 
 
 def test_a_scheduler_of_torch_on_a_schedule_of_the_spec_is_refused(remote: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -140,7 +141,9 @@ class Session:
                 base_step=base,
             )
             push = self._push_unary if self._goes_unary(self._tree.payload_bytes) else self._push_on_stream
-            deadline = self._deadline(2 * self._tree.payload_bytes)
+            # The server may have to compile what a push asks for beside a plain update, the first time.
+            compiles = dataclasses.replace(options, extras=()) != sessions.PLAIN
+            deadline = self._deadline(2 * self._tree.payload_bytes, len(self._tree.leaves) if compiles else 0)
             ack, answer = _deadlines.retried(
                 lambda _: push(deadline, key, options, payload), deadline, f"push on step {base} of {self}", _UNKNOWN
             )
@@ -334,8 +337,8 @@ class Session:
             except errors.SessionNotFoundError as exc:  # the server was asked by id; users know the name
                 raise errors.SessionNotFoundError(f"{self}: {exc}", subject=self._name) from exc
 
-    def _deadline(self, payload_bytes: int = 0) -> _deadlines.Deadline:
-        return _deadlines.Deadline(self._options.timeout_s, payload_bytes)
+    def _deadline(self, payload_bytes: int = 0, leaves: int = 0) -> _deadlines.Deadline:
+        return _deadlines.Deadline(self._options.timeout_s, payload_bytes, leaves)
 
     def _goes_unary(self, length: int) -> bool:
         transport = self._options.transport

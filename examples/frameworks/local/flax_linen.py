@@ -33,6 +33,7 @@ def train_step(state: TrainState, x: jax.Array) -> tuple[TrainState, jax.Array]:
 
 
 def train(folder: pathlib.Path, until: int = STEPS) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
     model = Network()
     params = model.init(jax.random.key(0), jnp.zeros((1, 8)))
     checkpoint = folder / "checkpoint.msgpack"

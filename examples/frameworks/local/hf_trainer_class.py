@@ -22,6 +22,7 @@ def data() -> list[dict[str, torch.Tensor]]:
 
 
 def train(folder: pathlib.Path, until: int = STEPS) -> torch.nn.Module:
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=128, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2)
     config.bos_token_id = config.eos_token_id = None

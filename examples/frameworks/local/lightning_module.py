@@ -38,6 +38,7 @@ def batches() -> data.DataLoader[Any]:
 
 
 def train(folder: pathlib.Path, until: int = STEPS) -> nn.Module:
+    folder.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(0, verbose=False)
     model = Regression()
     trainer = lightning.Trainer(

@@ -19,7 +19,7 @@ from optwire_proto import catalogue, errors, patterns, specs, tensors, trees
 from optwire_proto.entries import Entry, Parameter
 from optwire_proto.specs import Spec
 from optwire_server import optimizers
-from optwire_server.engine import imported, rates, rule, signatures
+from optwire_server.engine import imported, leafwise, rates, rule, signatures
 from optwire_server.engine.rule import Rule
 from optwire_server.optimizers import torch_rules
 
@@ -154,7 +154,7 @@ class _Builder:
         if spec.name in ("torch_sgd", "torch_rmsprop"):
             flags["keeps_momentum"] = spec["momentum"] != 0
         make = getattr(torch_rules, spec.name.removeprefix("torch_"))
-        return rule.of_torch(make(rate, **numbers, **flags), alone=alone)
+        return leafwise.of_torch(make(rate, **numbers, **flags), alone=alone)
 
     def _chain(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
         *firsts, last = spec["members"]
@@ -195,7 +195,7 @@ class _Builder:
         if inner.name in _TORCH:
             return self._torch(inner, f"{inside}.optimizer.{inner.name}", alone=True)
         counted = specs.any_inside(spec, lambda found: found.name in _SEED_OPTIMIZERS)
-        return rule.per_leaf([self._inner(spec, inside, [leaf]) for leaf in leaves], counted=counted)
+        return leafwise.per_leaf([self._inner(spec, inside, [leaf]) for leaf in leaves], counted=counted)
 
     def _inner(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
         return self.rule(spec["optimizer"], f"{inside}.optimizer", leaves)

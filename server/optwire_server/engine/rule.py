@@ -6,7 +6,6 @@ Whatever a spec describes ends up as one of these, so that wrappers need not kno
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,6 @@ import numpy as np
 import optax
 import optax.contrib
 from jax import lax
-
-from optwire_server.optimizers import torch_rules
 
 Leaves = list[Any]
 State = Any
@@ -126,21 +123,6 @@ def of_transformation(transformation: Any, *, schedule_free: bool = False) -> Ru
     return Rule(init, update, lambda state: state.params, reads)
 
 
-def of_torch(made: torch_rules.Rule, *, alone: bool = False) -> Rule:
-    """The rule of one of torch's optimizers. State: Kept.
-
-    Args:
-      made: the optimizer.
-      alone: whether every leaf counts by itself, so that a push may leave gradients out, as in ``per_leaf``.
-    """
-
-    def update(grads: Leaves, state: State, call: Call) -> State:
-        new = Kept(*made.update(grads, state.params, state.slots))
-        return new if call.present is None else _only(call.present, new, state)
-
-    return Rule(lambda params: Kept(params, made.init(params, alone)), update, lambda state: state.params, {})
-
-
 def after(transformation: Any, rule: Rule) -> Rule:
     """A rule whose gradients pass a transformation first. State: (the transformation's, the rule's)."""
 
@@ -191,61 +173,6 @@ def split(rules: Sequence[Rule], members: Sequence[Sequence[int]]) -> Rule:
     names = sorted({name for rule in rules for name in rule.views})
     views = {name: lambda state, name=name: joined(state, name) for name in names}
     return Rule(init, update, joined, views)
-
-
-class PerLeaf(NamedTuple):
-    """The state of a rule that keeps each leaf by itself.
-
-    Attributes:
-      leaves: a state for each leaf.
-      counts: how many updates each leaf has had; None: the leaves' rule does not look at it. shape=(), int32, each
-    """
-
-    leaves: list[State]
-    counts: list[Any] | None
-
-
-def per_leaf(rules: Sequence[Rule], *, counted: bool) -> Rule:
-    """A rule of its own for each leaf, so that a push may leave gradients out: what is absent stays, bit for bit.
-
-    Args:
-      rules: one for each leaf.
-      counted: whether the rules look at ``Call.index``, which is then the count of the leaf's own updates.
-    """
-
-    def init(params: Leaves) -> State:
-        counts = [jnp.zeros((), jnp.int32) for _ in rules] if counted else None
-        return PerLeaf([rule.init([leaf]) for rule, leaf in zip(rules, params, strict=True)], counts)
-
-    def update(grads: Leaves, state: State, call: Call) -> State:
-        def one(at: int, own: State) -> State:
-            index = call.index if state.counts is None else state.counts[at]
-            alone = dataclasses.replace(call, index=index, present=None, added=None)
-            return rules[at].update([grads[at]], own, alone)
-
-        new = PerLeaf(
-            [one(at, own) for at, own in enumerate(state.leaves)],
-            None if state.counts is None else [count + 1 for count in state.counts],
-        )
-        return new if call.present is None else _only(call.present, new, state)
-
-    def joined(state: State, which: str = "") -> Leaves:
-        pairs = zip(rules, state.leaves, strict=True)
-        return [leaf for rule, own in pairs for leaf in rule.views.get(which, rule.params)(own)]
-
-    names = sorted({name for rule in rules for name in rule.views})
-    views = {name: lambda state, name=name: joined(state, name) for name in names}
-    return Rule(init, update, joined, views)
-
-
-def _only(present: Any, new: State, old: State) -> State:
-    """The new state where a gradient is present, elsewhere the old one. Lists in it have one entry a leaf."""
-
-    def chosen(after: Leaves, before: Leaves) -> Leaves:
-        pairs = enumerate(zip(after, before, strict=True))
-        return [jax.tree.map(functools.partial(jnp.where, present[at]), *pair) for at, pair in pairs]
-
-    return jax.tree.map(chosen, new, old, is_leaf=lambda node: type(node) is list)
 
 
 def accumulate(rule: Rule, k: int) -> Rule:

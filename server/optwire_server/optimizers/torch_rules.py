@@ -554,12 +554,12 @@ def _lifted(
         shared = [getattr(slots, name) for name in ("step", *scalars)]
         counts = list(zip(*shared, strict=True)) if alone else [tuple(shared)]
         made = [coefficients(step, _scalar(step + 1), *numbers) for step, *numbers in counts]
-        # Behind a barrier scalars are computed once, and in the same way whatever else is compiled with them.
-        cs = [lax.optimization_barrier(c) for c, _ in made]
         moved = []
         for i, (g, x) in enumerate(zip(grads, params, strict=True)):
             own = tuple(getattr(slots, name)[i] for name in kept)
-            moved.append(_moved(element, -g if maximize else g, x, own, cs[i if alone else 0]))
+            # Behind a barrier of its own a leaf is computed in the same way whatever else is compiled with it.
+            c = lax.optimization_barrier(made[i if alone else 0][0])
+            moved.append(_moved(element, -g if maximize else g, x, own, c))
         afters = [(step + 1, *after) for (step, *_), (_, after) in zip(counts, made, strict=True)]
         after = [list(numbers) for numbers in zip(*afters, strict=True)] if alone else afters[0]
         arrays = {name: [own[k] for _, own in moved] for k, name in enumerate(kept)}

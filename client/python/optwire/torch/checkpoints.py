@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Final
 
 import numpy as np
@@ -88,12 +88,12 @@ def check(handle: Handle, session: str | None, at_step: int) -> None:
         )
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merged(old: Mapping[str, Any], new: Mapping[str, Any], *, leaving_out: Set[str]) -> dict[str, Any]:
     """Values of a loaded group that replace those of ours; how torch is to compute is none of them."""
     values = {
         name: copy.deepcopy(value)
         for name, value in new.items()
-        if name != "params" and name not in translation.IMPLEMENTATION
+        if name not in ("params", *translation.IMPLEMENTATION, *leaving_out)
     }
     if "param_names" in old:  # ours stay the names of our parameters, whatever order the others were in
         values.pop("param_names", None)

@@ -36,7 +36,8 @@ def gathered(of: Sequence[leaves.Leaf], missing: str) -> dict[str, tensors.Array
 
 def refuse_phantom(groups: recipes.Groups, grads: Mapping[str, tensors.Array]) -> None:
     """Tools that have optimizers initialize their state step with zeros; here that would be a step of the session."""
-    is_still = all(float(group[translation.RATE]) == 0 for group in groups)
+    rates = [group[translation.RATE] for group in groups]
+    is_still = all(rate == (0.0,) for rate in (recipes.floats(rate, "lr", 1) for rate in rates))
     if is_still and not any(arrays.widened(grad).any() for grad in grads.values()):
         raise errors.InvalidArgumentError(
             "step: every learning rate and every gradient is 0, which changes no parameter but counts as a step and "

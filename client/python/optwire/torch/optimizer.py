@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 import torch
 
 from optwire import _client, _options, _session
-from optwire.torch import checkpoints, gradients, leaves, ranks, recipes, remote, ways
+from optwire.torch import checkpoints, gradients, leaves, ranks, recipes, remote, translation, ways
 from optwire_proto import errors, sessions, specs
 
 _FORMS: Final = ("handle", "full")
@@ -87,8 +87,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._is_detached = False
         self._last: ranks.Outcome = ranks.Outcome()
         self._recipe = recipes.recipe(optimizer, arguments)
-        if session is not None:
-            sessions.check_name(session)
         self._remote = remote.Remote(
             self._recipe,
             ways.way(target, client, transport=transport, timeout_s=timeout),
@@ -122,12 +120,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
           UnsupportedError: a sparse gradient.
           StaleStepError: another client pushed since; call ``pull``, and compute gradients again.
         """
+        self._check_attached()
+        self._distributed = ranks.check(self._distributed)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_attached()
-        self._distributed = ranks.check(self._distributed)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
             return loss
@@ -175,6 +173,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._distributed == "replicated" and ranks.rank() > 0
 
     def _push(self) -> ranks.Outcome:
+        if [id(parameter) for group in self.param_groups for parameter in group["params"]] != self._ids:
+            self._name_leaves()  # some frameworks put others in their places
         grads = gradients.gathered(self._remote.leaves, self._missing_grad)
         if not grads and self._distributed != "workers":
             return ranks.Outcome()
@@ -235,6 +235,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _name_leaves(self) -> None:
         known = {id(leaf.parameter): leaf.name for leaf in self._remote.leaves}
         self._remote.leaves = leaves.named(self.param_groups, known)
+        self._ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
 
     def _parameters(self) -> list[torch.Tensor]:
         return [leaf.parameter for leaf in self._remote.leaves]
@@ -252,7 +253,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if self._form == "full":
             return self.full_state_dict()
         self._show_handles()
-        return dict(super().state_dict())
+        return super().state_dict()
 
     @torch._disable_dynamo
     def full_state_dict(self) -> dict[str, Any]:
@@ -265,7 +266,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         handles, slots = self.state, self._remote.slots()
         try:
             self.state = {leaf.parameter: slots[leaf.name] for leaf in self._remote.leaves if slots.get(leaf.name)}
-            return dict(super().state_dict())
+            return super().state_dict()
         finally:
             self.state = handles
 
@@ -289,7 +290,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
         own_names = [group.get("param_names") for group in self.param_groups]
         entries = checkpoints.by_name(state_dict, list(self._leaf_names()), own_names)
         pairs = list(zip(self.param_groups, state_dict["param_groups"], strict=True))
-        merged = [checkpoints.merged(ours, loaded) for ours, loaded in pairs]
+        owned = {translation.RATE} if self._recipe.is_scheduled else set()
+        merged = [checkpoints.merged(ours, loaded, leaving_out=owned) for ours, loaded in pairs]
         changed = [{**ours, **new} for ours, new in zip(self.param_groups, merged, strict=True)]
         self._remote.check_fixed(changed)
         handle = checkpoints.handle(state_dict["state"])

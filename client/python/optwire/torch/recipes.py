@@ -40,6 +40,10 @@ class Recipe(Protocol):
     def defaults(self) -> dict[str, Any]:
         """Of all groups, in torch's names."""
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the server decides the learning rate step by step."""
+
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raises where a group says what cannot be meant."""
 
@@ -81,9 +85,13 @@ class Named:
     def name(self) -> str:
         return self.definition.name
 
+    @property
+    def is_scheduled(self) -> bool:
+        return False
+
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         translation.refuse_implementation(group, where)
-        self.definition.check(group)
+        self.definition.check(self.defaults | dict(group))
 
     def spec(self, groups: Groups, kinds: Sequence[Kind]) -> specs.Spec:
         members = [
@@ -164,6 +172,10 @@ class Given:
         """NaN stands for what is not known before the first step: the value of a schedule."""
         value = self._rates[0][1] if self._rates else math.nan
         return {translation.RATE: float(value) if isinstance(value, int | float) else math.nan}
+
+    @property
+    def is_scheduled(self) -> bool:
+        return math.isnan(self.defaults[translation.RATE])
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         for name, value in group.items():

@@ -14,7 +14,7 @@ import torch
 
 from optwire import _client, _session
 from optwire.torch import arrays, checkpoints, fit, leaves, ranks, recipes, translation, ways
-from optwire_proto import errors, tensors, trees
+from optwire_proto import errors, sessions, tensors, trees
 
 
 class Remote:
@@ -32,7 +32,7 @@ class Remote:
         self, recipe: recipes.Recipe, way: ways.Way, *, client: _client.Client | None, name: str | None, workers: bool
     ) -> None:
         self.way = way
-        self.name = name
+        self.name = None if name is None else sessions.check_name(name)
         self.leaves: list[leaves.Leaf] = []
         self.session: _session.Session | None = None
         self.loaded: Mapping[str, Mapping[str, Any]] | None = None
@@ -99,6 +99,8 @@ class Remote:
             self._params(), self._recipe.spec(groups, self._kinds()), extends=self.session
         )
         self._born(groups)
+        if self._recipe.is_scheduled:
+            self._acknowledged = self._recipe.values(groups)
 
     def close(self) -> None:
         """Releases the handle, and the client if it is ours."""
@@ -194,12 +196,22 @@ class Remote:
                 subject=session.name,
                 step=session.step_count,
             )
+        assert self._tree is not None
+        if len(self.leaves) != len(self._tree.leaves):
+            raise errors.TreeMismatchError(
+                f"param_groups have {len(self.leaves)} parameters, {session} has {len(self._tree.leaves)}; parameters "
+                "are added by add_param_group, and never taken away",
+                subject=session.name,
+                expected=str(len(self._tree.leaves)),
+                got=str(len(self.leaves)),
+            )
         self.check_fixed(groups)
         edits = recipes.edited(self._recipe.values(groups), self._acknowledged)
         changes = self._recipe.changes(edits, self._kinds())
-        assert self._tree is not None
         self._upload_changes()
         nest = trees.unflatten(self._tree, [grads.get(leaf.name) for leaf in self._tree.leaves])
+        # Should the push fail, it is not known whether the server has them: until it says so, they are edits.
+        self._acknowledged = {key: value for key, value in self._acknowledged.items() if key not in edits}
         answer = trees.match(self._tree, session.step(nest, grad_scale=grad_scale, hyperparams=changes), "params")
         self._acknowledged |= edits
         written = self._write(answer, only=grads.keys())
@@ -253,15 +265,18 @@ class Remote:
         slots = checkpoints.replacements(held, entries, own)
         step = checkpoints.step(entries)
         masters = checkpoints.masters(held, entries)
-        if slots or step is not None:
-            self.session.load_state(slots or {name: held.arrays[name] for name in [*held.arrays][:1]}, step=step)
+        if not slots and step is not None:  # an optimizer without slots: the step is set along with any array
+            slots = dict([*held.arrays.items()][:1])
+        if slots:
+            self.session.load_state(slots, step=step)
         self._masters = masters
 
     def _upload_changes(self, only: set[str] | None = None) -> None:
         """Parameters that were written to since the server's were, to the server."""
+        masters, self._masters = self._masters, {}
         changed: dict[str, tensors.Array] = {}
         for leaf in self.leaves if only is None else [leaf for leaf in self.leaves if leaf.name in only]:
-            master = self._masters.get(leaf.name)
+            master = masters.get(leaf.name)
             if master is not None and torch.equal(torch.from_numpy(master).to(leaf.parameter), leaf.parameter):
                 changed[f"params/{leaf.name}"] = master
             elif self._fingerprints.get(leaf.name) != arrays.fingerprint(leaf.parameter):
@@ -274,8 +289,15 @@ class Remote:
                 "pull() brings the server's parameters back"
             )
         assert self.session is not None
+        step = self.session.info().step
+        if step != self.session.step_count:
+            raise errors.StaleStepError(
+                f"{next(iter(changed))} was written to on step {self.session.step_count}, {self.session} is at step "
+                f"{step}, as another client pushed: call pull, and compute gradients again",
+                subject=self.session.name,
+                step=step,
+            )
         self.session.load_state(changed, step=None)
-        self._masters = {}
         self._remember(self.leaves)
 
     def _write(self, params: Sequence[tensors.Array], only: Any = None) -> tuple[int, ...]:
@@ -297,9 +319,8 @@ class Remote:
         knobs = {at: dict(group.knobs) for group in described.groups for at in group.leaves}
         kinds = {leaf.name: leaf.kind for leaf in self.leaves}
         ordered = [kinds[leaf.name] for leaf in self._tree.leaves]
-        self._acknowledged = self._recipe.initial(groups) | self._recipe.served(
-            [knobs[at] for at in range(len(ordered))], ordered
-        )
+        known = self._recipe.values(groups) if self._recipe.is_scheduled else self._recipe.initial(groups)
+        self._acknowledged = known | self._recipe.served([knobs[at] for at in range(len(ordered))], ordered)
 
     def _refresh(self, groups: recipes.Groups, rate: float) -> None:
         """Has ``lr`` of the groups say what the server used, where that is not what we know."""
@@ -308,6 +329,7 @@ class Remote:
             return
         if isinstance(self._recipe, recipes.Named):
             self._learn(groups)
+            self._acknowledged[first] = (rate,)
         else:
             self._acknowledged = dict.fromkeys(self._acknowledged, (rate,))
         self._show(groups)
