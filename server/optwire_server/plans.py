@@ -102,13 +102,14 @@ def changed(
         )
     same = base.values if base.from_step == from_step and from_step > 0 else {}
     made: list[Plan] = []
-    spec = base.spec
+    spec, compiled = base.spec, base.program
     for step, own in ((from_step, _merged(same, values)), *((plan.from_step, plan.values) for plan in later)):
         _check_there(spec, own, step)
         spec = checks.check(specs.replaced(spec, dict(own)), known=build.CATALOGUE)
         checks.check_length(spec)
-        # What has lost a number that a slot is for keeps the slot, and its program.
-        compiled = program_of(learning_rates.with_slots(spec, plans[0].program.spec))
+        if not learning_rates.are_operands(own, compiled.spec):
+            # What has lost a number that a slot is for keeps the slot, and its program.
+            compiled = program_of(learning_rates.with_slots(spec, plans[0].program.spec))
         if not compiled.same_state(plans[0].program):
             names = ", ".join(own)
             raise errors.SpecError(

@@ -127,8 +127,8 @@ def _operands(plan: plans.Plan, apply: effects.Apply, leaves: int) -> program.Op
     extras = {program.OPTAX_EXTRAS[name]: value for name, value in apply.options.extras}
     present = None
     if apply.options.absent:
-        present = np.ones(leaves, bool)
-        present[list(apply.options.absent)] = False
+        gone = frozenset(apply.options.absent)
+        present = tuple(index not in gone for index in range(leaves))
     return program.Operands(plan.rates, apply.index, scale if scale != 1.0 else None, extras, present)
 
 

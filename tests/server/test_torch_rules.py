@@ -143,7 +143,7 @@ class Run:
     def push(self, grads: Sequence[np.ndarray], present: Sequence[bool] | None = None) -> list[np.ndarray]:
         variant = program.Variant(absent=present is not None)
         self.program.prepare(variant)
-        mask = None if present is None else np.array(present, bool)
+        mask = None if present is None else tuple(present)
         operands = program.Operands(self.rates, self.pushes, present=mask)
         self.state, *_ = self.program.update(variant, operands, list(grads), self.state)
         self.pushes += 1

@@ -416,6 +416,8 @@ def test_9_a_deep_copy_is_detached_until_it_is_told_otherwise(remote: Make) -> N
     clone.attach("a-copy")
     clone.step()
     assert (clone.session.name, clone.last_reply.step) == ("a-copy", 1)
+    with pytest.raises(optwire.DetachedError):
+        copy.copy(optimizer).step()
     assert optimizer.session.info().step == 1
 
 
@@ -471,6 +473,16 @@ def test_11_a_closure_runs_once_with_gradients_and_its_value_comes_back(remote: 
     assert value.item() == pytest.approx(training.loss(training.network()).item())
     assert [p.data_ptr() for p in model.parameters()] == places, "written in place"
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+
+
+def test_11_autograd_notices_that_parameters_were_written(remote: Make) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.1)
+    early = training.loss(model)
+    training.backward(model, 1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        early.backward()
 
 
 # -------------------------------------------------------------------------------------------------------------- 12. AMP

@@ -15,8 +15,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
 pytest.importorskip("expecttest", reason="torch's lists of arguments want it")
 
-from optwire.torch.translation import DEFINITIONS, IMPLEMENTATION  # noqa: E402
 from tests.torch import training  # noqa: E402
+
+from optwire.torch.translation import DEFINITIONS, IMPLEMENTATION  # noqa: E402
 
 Make = Callable[..., Any]
 

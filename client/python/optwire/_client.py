@@ -20,7 +20,7 @@ def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> C
       target: a gRPC target: "host:port" or "unix:/path".
       timeout: deadline of every call, retries included, in seconds. A call that carries parameters or gradients gets
         one second more for every 4 MiB, in each direction; creating a session, or pushing with options such as
-        telemetry, one for every 20 leaves, as the server may have to compile the update first.
+        telemetry, one for every 10 leaves, as the server may have to compile the update first.
       transport: how pushes travel. "stream": in chunks on one long-lived stream a session. "unary": in one message
         each way, at most 2 MiB. "auto": unary up to 64 KiB, otherwise the stream.
 

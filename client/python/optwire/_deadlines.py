@@ -21,7 +21,7 @@ class Deadline:
     Args:
       timeout_s: seconds, as the user gave them.
       payload_bytes: bytes to carry, both directions together; a second more for each 4 MiB.
-      leaves: leaves of a tree whose update may have to be compiled first; a second more for each 20.
+      leaves: leaves of a tree whose update may have to be compiled first; a second more for each 10.
     """
 
     def __init__(self, timeout_s: float, payload_bytes: int = 0, leaves: int = 0) -> None:

@@ -18,7 +18,7 @@ AUTO_UNARY_BYTES_MAX = 64 * limits.KIB
 # 32 Mbit/s keeps up.
 BYTES_PER_SECOND_MIN = 4 * limits.MIB
 # And by a second for this many leaves where a session is created: the server may have to compile the update.
-LEAVES_PER_SECOND_MIN = 20
+LEAVES_PER_SECOND_MIN = 10
 # How long the thread that watches deadlines outlives the last of them, in seconds.
 WATCHDOG_IDLE_S = 1.0
 # Pauses between tries: the first is at most this, each next one twice that, up to the longest.

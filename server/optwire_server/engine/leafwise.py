@@ -74,7 +74,7 @@ def of_torch(made: torch_rules.Rule, *, alone: bool = False) -> rule.Rule:
     return rule.Rule(lambda params: rule.Kept(params, made.init(params, alone)), update, lambda state: state.params, {})
 
 
-def _only(present: Any, new: rule.State, old: rule.State) -> rule.State:
+def _only(present: Sequence[Any], new: rule.State, old: rule.State) -> rule.State:
     """The new state where a gradient is present, elsewhere the old one. Lists in it have one entry a leaf."""
 
     def chosen(after: rule.Leaves, before: rule.Leaves) -> rule.Leaves:

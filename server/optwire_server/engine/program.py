@@ -54,14 +54,15 @@ class Operands(NamedTuple):
       push: index of the push, from 0.
       grad_scale: what gradients are divided by; None where they are not.
       extras: what the push brought along, by optax's names.
-      present: which leaves have a gradient; None: all. shape=(leaves,), bool
+      present: whether each leaf has a gradient; None: all have. An operand a leaf: picking from one array makes XLA
+        compile for ten times as long.
     """
 
     rates: tuple[float, ...]
     push: int
     grad_scale: float | None = None
     extras: Mapping[str, float] = {}
-    present: np.ndarray | None = None
+    present: tuple[bool, ...] | None = None
 
 
 class Program:
@@ -256,7 +257,7 @@ class Program:
             push=0,
             grad_scale=1.0 if variant.scaled else None,
             extras={OPTAX_EXTRAS[name]: 0.0 for name in self.extras},
-            present=np.ones(len(self._leaves), bool) if variant.absent else None,
+            present=(True,) * len(self._leaves) if variant.absent else None,
         )
 
     def _traced(self, variant: Variant) -> Callable[..., Updated]:

@@ -6,6 +6,7 @@ A constant schedule in the place of a rate is a number in other words. A number 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from optwire_proto import catalogue, specs
@@ -60,6 +61,15 @@ def with_slots(spec: Spec, of: Spec) -> Spec:
     values = {path: before[path] for path, value in specs.places(spec) if value == 0 and path in before}
     same: Spec = specs.replaced(spec, values)
     return same
+
+
+def are_operands(values: Mapping[str, Any], spec: Spec) -> bool:
+    """Whether these values, by path, are other operands of the program that was compiled for a checked spec."""
+    before = rates(spec)
+    return all(
+        path in before and not isinstance(value, Spec) and (before[path] != 0 or not _has_slot(path))
+        for path, value in values.items()
+    )
 
 
 def _is_number(path: str) -> bool:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
 from jax import lax
@@ -29,7 +28,7 @@ class Call:
       closing: whether this push closes a step; static. Others are only gathered, where the rule accumulates.
       extras: what the push brought along, by optax's names, such as ``value``. shape=(), float32
       notes: scalars of this update for the one who asked, by name.
-      present: which leaves have a gradient; None: all. shape=(leaves,), bool
+      present: whether each leaf has a gradient; None: all have. shape=(), bool, each
       rounded: whether updates are rounded before they are added, so that whoever adds them elsewhere gets the same.
       added: what was added to the parameters, one array a leaf, where the rule knows. Set by the update.
     """
@@ -38,7 +37,7 @@ class Call:
     closing: bool = True
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    present: Any = None
+    present: Sequence[Any] | None = None
     rounded: bool = False
     added: Leaves | None = None
 
@@ -158,7 +157,7 @@ def split(rules: Sequence[Rule], members: Sequence[Sequence[int]]) -> Rule:
 
     def update(grads: Leaves, state: State, call: Call) -> State:
         def own(at: Sequence[int]) -> Call:
-            present = None if call.present is None else call.present[np.array(at, int)]
+            present = None if call.present is None else [call.present[i] for i in at]
             return dataclasses.replace(call, present=present, added=None)
 
         parts = zip(rules, members, state, strict=True)

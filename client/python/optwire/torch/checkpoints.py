@@ -88,16 +88,17 @@ def check(handle: Handle, session: str | None, at_step: int) -> None:
         )
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any], *, leaving_out: Set[str]) -> dict[str, Any]:
-    """Values of a loaded group that replace those of ours; how torch is to compute is none of them."""
-    values = {
-        name: copy.deepcopy(value)
-        for name, value in new.items()
-        if name not in ("params", *translation.IMPLEMENTATION, *leaving_out)
-    }
-    if "param_names" in old:  # ours stay the names of our parameters, whatever order the others were in
-        values.pop("param_names", None)
-    return {name: tuple(v) if isinstance(old.get(name), tuple) else v for name, v in values.items()}
+def merged(
+    groups: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]], *, leaving_out: Set[str]
+) -> list[dict[str, Any]]:
+    """Values of each loaded group that replace those of ours; how torch is to compute is none of them."""
+    found = []
+    for old, new in zip(groups, loaded, strict=True):
+        # Our names stay those of our parameters, whatever order the others were in.
+        without = {"params", *translation.IMPLEMENTATION, *leaving_out, *({"param_names"} & old.keys())}
+        values = {name: copy.deepcopy(value) for name, value in new.items() if name not in without}
+        found.append({name: tuple(v) if isinstance(old.get(name), tuple) else v for name, v in values.items()})
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- torch's layout

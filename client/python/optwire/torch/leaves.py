@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,3 +37,9 @@ def named(groups: recipes.Groups, known: Mapping[int, str]) -> list[Leaf]:
             arrays.leaf(leaf.name, parameter)
             found.setdefault(id(parameter), leaf)
     return list(found.values())
+
+
+def by_group(leaves: Sequence[Leaf], groups: recipes.Groups) -> list[list[str]]:
+    """Names of each group's parameters, one that is given twice twice."""
+    names = {id(leaf.parameter): leaf.name for leaf in leaves}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in groups]

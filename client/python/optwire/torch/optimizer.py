@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -115,7 +115,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
           What the closure returned.
 
         Raises:
-          DetachedError: a deep copy that was not attached.
+          DetachedError: a copy that was not attached.
           HyperparameterOwnedError: ``lr`` was edited that a schedule of the spec decides.
           UnsupportedError: a sparse gradient.
           StaleStepError: another client pushed since; call ``pull``, and compute gradients again.
@@ -142,7 +142,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Reads the newest parameters into the model, for example after a ``StaleStepError``.
 
         Raises:
-          DetachedError: a deep copy that was not attached.
+          DetachedError: a copy that was not attached.
         """
         self._check_attached()
         if self._distributed == "replicated":
@@ -155,7 +155,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """The session on the server, made now where there is none; its ``info`` and ``describe`` say more.
 
         Raises:
-          DetachedError: a deep copy that was not attached, or a rank that has no session of its own.
+          DetachedError: a copy that was not attached, or a rank that has no session of its own.
         """
         self._check_attached()
         if self._follows:
@@ -240,11 +240,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _parameters(self) -> list[torch.Tensor]:
         return [leaf.parameter for leaf in self._remote.leaves]
 
-    def _leaf_names(self) -> Iterator[list[str]]:
-        names = {id(leaf.parameter): leaf.name for leaf in self._remote.leaves}
-        for group in self.param_groups:
-            yield [names[id(parameter)] for parameter in group["params"]]
-
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     @torch._disable_dynamo
@@ -288,10 +283,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if changed is not None:
                 state_dict = changed
         own_names = [group.get("param_names") for group in self.param_groups]
-        entries = checkpoints.by_name(state_dict, list(self._leaf_names()), own_names)
-        pairs = list(zip(self.param_groups, state_dict["param_groups"], strict=True))
+        names = leaves.by_group(self._remote.leaves, self.param_groups)
+        entries = checkpoints.by_name(state_dict, names, own_names)
         owned = {translation.RATE} if self._recipe.is_scheduled else set()
-        merged = [checkpoints.merged(ours, loaded, leaving_out=owned) for ours, loaded in pairs]
+        merged = checkpoints.merged(self.param_groups, state_dict["param_groups"], leaving_out=owned)
         changed = [{**ours, **new} for ours, new in zip(self.param_groups, merged, strict=True)]
         self._remote.check_fixed(changed)
         handle = checkpoints.handle(state_dict["state"])
@@ -328,7 +323,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     # -------------------------------------------------------------------------------------------- copies and endings
 
     def attach(self, session: str | None = None) -> None:
-        """Gives a deep copy a session of its own: one of that name, or, without a name, the one it was copied from.
+        """Gives a copy a session of its own: one of that name, or, without a name, the one it was copied from.
 
         The session is made, or its parameters are read, at the next ``step``.
         """
@@ -372,11 +367,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._name_leaves()
         self._remote.leaves = [leaf._replace(name=own) for leaf, own in zip(self._remote.leaves, names, strict=True)]
 
+    def __copy__(self) -> Self:
+        return self._detached(self.__getstate__())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._detached(copy.deepcopy(self.__getstate__(), memo))
+
+    def _detached(self, state: dict[str, Any]) -> Self:
         twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._is_detached = True
+        twin.__setstate__(state | {"_is_detached": True})
         return twin
 
     def __repr__(self) -> str:
@@ -387,7 +386,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def _check_attached(self) -> None:
         if self._is_detached:
             raise errors.DetachedError(
-                "this optimizer is a deep copy, and two owners of one session push twice; call attach('NAME') for a "
+                "this optimizer is a copy, and two owners of one session push twice; call attach('NAME') for a "
                 "session of its own, or attach() to go on with the one it was copied from",
                 subject=self._remote.name or "",
             )
