@@ -66,9 +66,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_fifty_steps_with_the_defaults_of_torch(remote: Callable[..., Any], name: str) -> None:
-    # Torch's ASGD rounds `x * (1 - 1e-6)` by itself at every step, the server with what follows: an ulp a step.
-    bound = 5e-6 if name == "asgd" else training.RELATIVE
-    assert training.follow(*pair(remote, name), range(50)) <= bound
+    assert training.follow(*pair(remote, name), range(50)) <= training.RELATIVE
 
 
 @pytest.mark.parametrize("arguments", [{"amsgrad": True}, {"maximize": True, "betas": (0.8, 0.99), "eps": 1e-6}])
@@ -76,8 +74,8 @@ def test_flags_and_pairs_mean_what_they_mean_in_torch(remote: Callable[..., Any]
     assert training.follow(*pair(remote, "adamw", **arguments), range(20)) <= training.RELATIVE
 
 
-# In 32 bits fifty steps of some schedules go a long way and come back: what is left is the rounding of the way.
-BOUNDS = {torch.float64: training.RELATIVE, torch.float32: 3 * training.RELATIVE}
+# Torch's square roots of 32 bits are off by an ulp in a fifth of all cases, and a momentum of 0.95 adds them up.
+LOOSER = {("rmsprop", "OneCycleLR", torch.float32): 3e-6}
 
 
 @pytest.mark.parametrize("scheduler", TEN)
@@ -85,7 +83,8 @@ BOUNDS = {torch.float64: training.RELATIVE, torch.float32: 3 * training.RELATIVE
 def test_ten_schedulers_for_fifty_steps(remote: Callable[..., Any], name: str, scheduler: str) -> None:
     if name == "adagrad" and scheduler in ("OneCycleLR", "CyclicLR"):
         pytest.skip("torch's Adagrad has neither momentum nor betas to cycle")
-    for dtype, bound in BOUNDS.items():
+    for dtype in (torch.float64, torch.float32):
+        bound = LOOSER.get((name, scheduler, dtype), training.RELATIVE)
         local, a, ours, b = pair(remote, name, dtype=dtype, **FOUR[name])
         clocks = [TEN[scheduler](optimizer) for optimizer in (local, ours)]
 
