@@ -246,8 +246,12 @@ def match_present(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensor
     if values is None or not absent:
         return list(match(spec, tree, what))
     if len(absent) == len(spec.leaves):
+        name = spec.leaves[0].name
         raise errors.TreeMismatchError(
-            f"{what}: None in the place of every array, expected at least one array", expected="arrays", got="None"
+            f"{what}[{name!r}]: None, and so is every other array; expected at least one",
+            subject=name,
+            expected="an array",
+            got="None",
         )
     for index in absent:  # memory that is never touched
         values[index] = tensors.empty(spec.leaves[index].shape, spec.leaves[index].dtype)

@@ -25,7 +25,7 @@ def test_the_package_exports_exactly_these_names():
             "DivergentRetryError",
             "FuturePushError",
             "FutureStepError",
-    "HyperparameterOwnedError",
+            "HyperparameterOwnedError",
             "IncarnationError",
             "InternalError",
             "InvalidArgumentError",

@@ -81,6 +81,18 @@ SPELLED = {
         "sgd(table(array([0.1, 0.2], 'f64')))",
         spec("sgd", step_size=spec("table", values=array([0.1, 0.2], None, "d", tensor_pb.DATA_TYPE_F64))),
     ),
+    "groups by position, leaf by leaf": Spelled(
+        optimizers.grouped([0, 1], optimizers.per_leaf(optimizers.torch_adamw(0.1)), optimizers.torch_sgd(0.1)),
+        "grouped([0, 1], per_leaf(torch_adamw(0.1)), torch_sgd(0.1))",
+        spec(
+            "grouped",
+            of=array([0, 1], None, "i", tensor_pb.DATA_TYPE_I32),
+            optimizers=[
+                spec("per_leaf", optimizer=spec("torch_adamw", learning_rate=0.1)),
+                spec("torch_sgd", learning_rate=0.1),
+            ],
+        ),
+    ),
     "a chain": Spelled(
         optimizers.chain(optimizers.clip_grads(1.0), optimizers.clip_by_leaf_norm(0.5), optimizers.adam(0.1)),
         "chain(clip_grads(1.0), clip_by_leaf_norm(0.5), adam(0.1))",

@@ -572,7 +572,43 @@ TEXTS = [
     ),
 ]
 
-ALL = [*NAMES, *ARGUMENTS, *NUMBERS, *KINDS, *PLACES, *TABLES, *DEPTHS, *TEXTS]
+
+def grouped(of: list[float], *members: Any, **more: Any) -> pb.Spec:
+    return spec(
+        "grouped", of=array(of, **{"kind": "i", "data_type": tensor_pb.DATA_TYPE_I32} | more), optimizers=members
+    )
+
+
+LEAF_BY_LEAF = [
+    bad("fewer groups than leaves", grouped([0], SGD), "grouped.of", "expected"),
+    bad("more groups than leaves", grouped([0] * 9, SGD), "grouped.of", "expected"),
+    bad("a group that is not there", grouped([0, 1], SGD), "grouped.of[1]", "expected"),
+    bad("a group below none", grouped([0, -1], SGD), "grouped.of[1]", "expected"),
+    bad("a group that nobody is in", grouped([0, 0], SGD, SGD), "grouped.optimizers[1]", "expected"),
+    bad("groups of no optimizer", grouped([0, 0]), "grouped.optimizers", "expected"),
+    bad(
+        "groups that are no whole numbers",
+        grouped([0, 0], SGD, kind="f", data_type=tensor_pb.DATA_TYPE_F32),
+        "grouped.of",
+        "expected",
+    ),
+    bad("groups as text", spec("grouped", of="0, 1", optimizers=[SGD]), "grouped.of", "expected"),
+    bad("groups in groups", grouped([0, 0], grouped([0, 0], SGD)), "grouped.optimizers[0]", "grouped inside grouped"),
+    bad("a group of a transformation alone", grouped([0, 0], CLIP), "grouped", "expected"),
+    bad(
+        "accumulation leaf by leaf",
+        spec("per_leaf", optimizer=spec("accumulate", optimizer=SGD, k=2)),
+        "per_leaf.optimizer",
+        "accumulate inside per_leaf",
+    ),
+    bad("a beta of 1", spec("torch_adamw", beta1=1.0), "torch_adamw.beta1", "expected"),
+    bad("a negative decay", spec("torch_sgd", **RATE, weight_decay=-0.1), "torch_sgd.weight_decay", "expected"),
+    bad("an eta_minus of 1", spec("torch_rprop", eta_minus=1.0), "torch_rprop.eta_minus", "expected"),
+    bad("a dampening that is text", spec("torch_sgd", **RATE, dampening="0.1"), "torch_sgd.dampening", "expected"),
+    bad("torch's own name of the rate", spec("torch_adamw", lr=0.1), "torch_adamw.lr", "did you mean 'learning_rate'?"),
+    bad("Nesterov without momentum", spec("torch_sgd", **RATE, nesterov=True), "torch_sgd.momentum", "expected"),
+]
+ALL = [*LEAF_BY_LEAF, *NAMES, *ARGUMENTS, *NUMBERS, *KINDS, *PLACES, *TABLES, *DEPTHS, *TEXTS]
 
 # ------------------------------------------------------------------------------------- sessions that are there already
 

@@ -221,7 +221,7 @@ def test_a_global_clip_sees_the_leaves_that_are_there(client: optwire.Client) ->
 
 def test_nothing_there_is_no_push(client: optwire.Client) -> None:
     session = client.create_session(PARAMS, opt.per_leaf(opt.sgd(0.1)))
-    with pytest.raises(optwire.TreeMismatchError, match="None in the place of every array"):
+    with pytest.raises(optwire.TreeMismatchError, match="None, and so is every other array"):
         session.step(present(0))
     with pytest.raises(optwire.TreeMismatchError, match="no arrays"):
         session.step({"w": None})
