@@ -14,6 +14,8 @@ SHELL := bash
 PYTHON ?= python3
 # Further arguments for pytest: make test ARGS='-m "not slow" tests/proto'
 ARGS ?=
+# Processes that run tests side by side, each with a server of its own.
+JOBS ?= 2
 IMAGE ?= optwire
 # What the server's image computes on: cpu, cuda12 or cuda13.
 VARIANT ?= cpu
@@ -133,7 +135,7 @@ check: static test ## the gate: everything a change must pass
 
 .PHONY: test
 test: .venv/.dev ## run the tests (ARGS='-m "not slow"' leaves the slow ones out)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: static
 static: lint types imports proto-check catalogue-check ## the gate without the tests

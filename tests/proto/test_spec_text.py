@@ -535,7 +535,7 @@ HALF = limits.SPEC_TEXT_FORM_BYTES_MAX - 100
 )
 def test_the_longest_texts_take_no_longer_than_their_length(text: str):
     took, _ = seconds(text)
-    assert took < 5  # about 0.1; what is quadratic takes minutes
+    assert took < 20  # about 0.1 on a machine that is not busy; what is quadratic takes minutes
 
 
 # ------------------------------------------------------------------------------------------- whatever comes along
