@@ -235,6 +235,25 @@ class PushKey:
     base_step: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadKey:
+    """The idempotency key of a load, what it applies to, and where the session goes on.
+
+    Attributes:
+      session_id: 32 hexadecimal digits.
+      incarnation: the one that the client knows.
+      load_key: 32 hexadecimal digits made by the client; a retry repeats them.
+      base_step: number of updates that the session must have applied; None: any.
+      step: number of updates that it counts afterwards; None: as many as before.
+    """
+
+    session_id: str
+    incarnation: int
+    load_key: str
+    base_step: int | None = None
+    step: int | None = None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Digest:
     """What a payload's bytes were; ``digests`` says how it is taken.
@@ -267,6 +286,7 @@ class Ack:
       learning_rate: what the applied update used.
       payload_bytes: length of the parameters that follow.
       metrics: figures of the update by name, where the push asked for telemetry; docs/specs.md lists them.
+      changes: how often hyperparameters of the session were changed, in all.
     """
 
     step: int
@@ -278,6 +298,7 @@ class Ack:
     learning_rate: float
     payload_bytes: int
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    changes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,7 @@ class LiveSession:
             learning_rate=reply.learning_rate,
             payload_bytes=payload_bytes,
             metrics=dict(reply.metrics),
+            changes=self.machine.changed,
         )
 
 
@@ -182,7 +183,5 @@ class Load:
 
     session: LiveSession
     tree: trees.TreeSpec
-    incarnation: int
-    load_key: str
-    step: int | None
+    key: sessions.LoadKey
     landing: landing.Landing

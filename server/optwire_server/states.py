@@ -63,26 +63,24 @@ class States:
             yield self._engine.run(look)
 
     @contextlib.contextmanager
-    def loading(
-        self, id_: str, tree: trees.TreeSpec, *, incarnation: int, load_key: str, step: int | None = None
-    ) -> Iterator[Load]:
+    def loading(self, key: sessions.LoadKey, tree: trees.TreeSpec) -> Iterator[Load]:
         """Admits arrays that are to replace those of a state, and lends the landing for them.
 
         Raises:
           SessionNotFoundError, SessionFailedError: there is nothing to load into.
           IncarnationError: history was rewritten since the client looked.
+          OutOfStepError: the session is at another step than the key says.
           TreeError, TreeMismatchError: an array that the state does not have so.
           InvalidArgumentError: a step that no session reaches.
           UnavailableError: the server is draining.
           LimitError: too many bytes in flight.
         """
         self._refuse_when_draining()
-        sessions.check_id(load_key, "load_key")
-        live = self._find(id_=id_)
-        machine.admit_load(live.machine, events.Loaded(incarnation, load_key, step))
+        live = self._find(id_=key.session_id)
+        machine.admit_load(live.machine, _event(key))
         _check(tree, _leaves(live))
         with contextlib.closing(self._landings.land(tree)) as lent:
-            yield Load(live, tree, incarnation, load_key, step, lent)
+            yield Load(live, tree, key, lent)
 
     def load(self, load: Load, digest: sessions.Digest) -> sessions.SessionInfo:
         """Replaces the arrays once they are in, and begins a new incarnation; a retry finds that done."""
@@ -92,7 +90,7 @@ class States:
         skipped = named.pop(slots.SKIPPED, None)
         positions = {leaf.name: position for position, leaf in enumerate(_leaves(live))}
         replaced = {positions[name]: array for name, array in named.items()}
-        event = events.Loaded(load.incarnation, load.load_key, load.step, None if skipped is None else int(skipped))
+        event = _event(load.key, None if skipped is None else int(skipped))
         with live.preparing:  # changes of hyperparameters are made for the steps as they are
             info = self._engine.run(lambda: self._put(live, event, replaced))
         _log.info("session %s: %d arrays loaded, step %d", live.machine.name, len(replaced), info.step)
@@ -113,6 +111,10 @@ class States:
             live.added = None
         live.machine = after
         return live.info()
+
+
+def _event(key: sessions.LoadKey, skipped: int | None = None) -> events.Loaded:
+    return events.Loaded(key.incarnation, key.load_key, key.step, skipped, key.base_step)
 
 
 def _tree(live: LiveSession) -> trees.TreeSpec:

@@ -93,7 +93,8 @@ def test_every_error_of_the_protocol_is_exported():
         (optwire.Session.state, "(self) -> _state.State"),
         (
             optwire.Session.load_state,
-            "(self, state: _state.State | Mapping[str, Any], *, step: int | None = None) -> None",
+            "(self, state: _state.State | Mapping[str, Any], *, step: int | None = None, base_step: int | None = None) "
+            "-> None",
         ),
         (
             optwire.Session.set_hyperparams,

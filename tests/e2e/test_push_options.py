@@ -49,6 +49,8 @@ def test_a_change_in_the_push_is_a_change_before_the_push(client: optwire.Client
         assert inside.last_ack is not None
         assert inside.last_ack.learning_rate == pytest.approx(rate)
     assert inside.info().changes == before.info().changes
+    assert inside.last_ack is not None
+    assert inside.last_ack.changes == 4
 
 
 def test_a_push_that_is_refused_changes_no_hyperparameter(client: optwire.Client) -> None:

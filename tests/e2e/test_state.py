@@ -652,3 +652,19 @@ def test_an_extension_needs_no_place_of_its_own_among_the_sessions():
             client.create_session(PARAMS, "sgd(0.1)")
         client.delete_session(grown.name)
         client.create_session(PARAMS, "sgd(0.1)")
+
+
+def test_a_load_for_another_step_changes_nothing(client: optwire.Client) -> None:
+    params = {"w": np.ones(3, np.float32)}
+    session = client.create_session(params, opt.momentum(0.5, 0.9))
+    other = client.attach(session.name)
+    session.load_state({"params/w": np.zeros(3, np.float32)}, base_step=0)
+    other.params()
+    after = other.step(params)
+    with pytest.raises(optwire.StaleStepError, match="gradients of step 0, but the session is at 1"):
+        session.load_state({"params/w": np.ones(3, np.float32)}, base_step=0)
+    with pytest.raises(optwire.FutureStepError):
+        session.load_state({"params/w": np.ones(3, np.float32)}, base_step=2)
+    np.testing.assert_array_equal(session.params()["w"], after["w"])
+    session.load_state({"params/w": np.ones(3, np.float32)}, base_step=1, step=7)
+    assert session.step_count == 7

@@ -261,7 +261,9 @@ def test_a_load_says_its_step_or_none(step: int | None):
     flat = trees.TreeSpec(TREE.leaves)
     ids = {"session_id": "a" * 32, "load_key": "b" * 32}
     begin = pb.LoadStateBegin(**ids, incarnation=3, tree=convert.tree_to_proto(flat), step=step)
-    assert convert.load_from_proto(sent(begin)) == ("a" * 32, flat, 3, "b" * 32, step)
+    key = sessions.LoadKey(session_id="a" * 32, incarnation=3, load_key="b" * 32, step=step)
+    assert convert.load_from_proto(sent(begin)) == (key, flat)
+    assert convert.load_to_proto(key, flat) == begin
 
 
 def test_an_end_without_a_digest_is_refused():

@@ -174,20 +174,12 @@ class Channel:
     def load_state(
         self,
         deadline: _deadlines.Deadline,
-        *,
-        id: str,
-        incarnation: int,
+        key: sessions.LoadKey,
         tree: trees.TreeSpec,
-        step: int | None,
-        load_key: str,
         arrays: _payload.Outgoing,
     ) -> sessions.SessionInfo:
         """The session in its new incarnation, without its tree."""
-        begin = pb.LoadStateRequest(
-            begin=pb.LoadStateBegin(
-                session_id=id, incarnation=incarnation, tree=convert.tree_to_proto(tree), step=step, load_key=load_key
-            )
-        )
+        begin = pb.LoadStateRequest(begin=convert.load_to_proto(key, tree))
         with self.translated():
             call = self._stub.LoadState.future(_frames(begin, arrays), timeout=deadline.remaining_s)
             with _cancelled_unless_done(call):

@@ -194,7 +194,9 @@ class Session:
             )
         return _state.State(info.step, dict(zip(names, arrays, strict=True)))
 
-    def load_state(self, state: _state.State | Mapping[str, Any], *, step: int | None = None) -> None:
+    def load_state(
+        self, state: _state.State | Mapping[str, Any], *, step: int | None = None, base_step: int | None = None
+    ) -> None:
         """Replaces arrays of the session's state, all of them at once or none; those not named stay as they are.
 
         A new incarnation of the session begins, at which this handle goes on; what other handles push is refused with
@@ -208,8 +210,10 @@ class Session:
         Args:
           state: what ``state`` returned, or arrays by name, in the shapes and element types that ``state`` gives them.
           step: number of updates that the session counts afterwards; None: that of a ``State``, else as many as before.
+          base_step: number of updates that the session must have applied; None: any.
 
         Raises:
+          StaleStepError, FutureStepError: the session is at another step than ``base_step``; nothing was changed.
           TreeMismatchError: the state has no array of this name, shape and element type; nothing was changed.
           TreeError: something cannot be sent, or there is nothing.
           IncarnationError: the session's history was rewritten since; call ``params`` or attach again.
@@ -219,19 +223,16 @@ class Session:
             step = state.step
         if step is not None:
             step = _step_number(step, "step")
+        if base_step is not None:
+            base_step = _step_number(base_step)
         payload, load_key = _payload.Outgoing(flat.arrays), uuid.uuid4().hex
         with self._using():
             deadline = self._deadline(payload.length)
+            key = sessions.LoadKey(
+                session_id=self._id, incarnation=self._incarnation, load_key=load_key, base_step=base_step, step=step
+            )
             info = _deadlines.retried(
-                lambda _: self._channel.load_state(
-                    deadline,
-                    id=self._id,
-                    incarnation=self._incarnation,
-                    tree=flat.spec,
-                    step=step,
-                    load_key=load_key,
-                    arrays=payload,
-                ),
+                lambda _: self._channel.load_state(deadline, key, flat.spec, payload),
                 deadline,
                 f"load_state of {self}",
                 "the state may or may not have been loaded",

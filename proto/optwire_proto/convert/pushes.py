@@ -119,6 +119,7 @@ def ack_to_proto(ack: sessions.Ack) -> pb.PushAck:
         learning_rate=ack.learning_rate,
         payload_bytes=ack.payload_bytes,
         metrics=ack.metrics,
+        changes=ack.changes,
     )
 
 
@@ -133,6 +134,7 @@ def ack_from_proto(message: pb.PushAck) -> sessions.Ack:
         learning_rate=message.learning_rate,
         payload_bytes=message.payload_bytes,
         metrics=dict(message.metrics),
+        changes=message.changes,
     )
 
 

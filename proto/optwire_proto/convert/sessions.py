@@ -184,17 +184,32 @@ def extension_from_proto(message: pb.CreateSessionBegin) -> sessions.Extension |
     return sessions.Extension(id_, message.extends.incarnation, message.extends.step)
 
 
-def load_from_proto(message: pb.LoadStateBegin) -> tuple[str, trees.TreeSpec, int, str, int | None]:
-    """(session id, the arrays, incarnation, load key, step or None).
+def load_to_proto(key: sessions.LoadKey, tree: trees.TreeSpec) -> pb.LoadStateBegin:
+    return pb.LoadStateBegin(
+        session_id=key.session_id,
+        incarnation=key.incarnation,
+        tree=tree_to_proto(tree),
+        step=key.step,
+        load_key=key.load_key,
+        base_step=key.base_step,
+    )
+
+
+def load_from_proto(message: pb.LoadStateBegin) -> tuple[sessions.LoadKey, trees.TreeSpec]:
+    """The key, and the arrays by name.
 
     Raises:
       InvalidArgumentError: an id that is none.
       TreeError: as ``TreeSpec`` and its parts do.
     """
-    sessions.check_id(message.session_id, "session id")
-    sessions.check_id(message.load_key, "load_key")
-    step = message.step if message.HasField("step") else None
-    return message.session_id, tree_from_proto(message.tree), message.incarnation, message.load_key, step
+    key = sessions.LoadKey(
+        session_id=sessions.check_id(message.session_id, "session id"),
+        incarnation=message.incarnation,
+        load_key=sessions.check_id(message.load_key, "load_key"),
+        base_step=message.base_step if message.HasField("base_step") else None,
+        step=message.step if message.HasField("step") else None,
+    )
+    return key, tree_from_proto(message.tree)
 
 
 def check_read(message: pb.ReadParamsRequest) -> None:

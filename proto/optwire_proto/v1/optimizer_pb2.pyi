@@ -1395,6 +1395,7 @@ class LoadStateBegin(google.protobuf.message.Message):
     TREE_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     LOAD_KEY_FIELD_NUMBER: builtins.int
+    BASE_STEP_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """32 hexadecimal digits."""
     incarnation: builtins.int
@@ -1403,6 +1404,8 @@ class LoadStateBegin(google.protobuf.message.Message):
     """Number of updates that the session counts afterwards; not set: as many as before."""
     load_key: builtins.str
     """32 hexadecimal digits made by the client; a retry with the same key does not load twice."""
+    base_step: builtins.int
+    """Number of updates that the session must have applied, or nothing is loaded; not set: any."""
     @property
     def tree(self) -> optwire_proto.v1.tensor_pb2.TreeSpec:
         """The arrays that are replaced, by the names that ReadState gives them; those left out stay."""
@@ -1415,9 +1418,13 @@ class LoadStateBegin(google.protobuf.message.Message):
         tree: optwire_proto.v1.tensor_pb2.TreeSpec | None = ...,
         step: builtins.int | None = ...,
         load_key: builtins.str = ...,
+        base_step: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_step", b"_step", "step", b"step", "tree", b"tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_step", b"_step", "incarnation", b"incarnation", "load_key", b"load_key", "session_id", b"session_id", "step", b"step", "tree", b"tree"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_base_step", b"_base_step", "_step", b"_step", "base_step", b"base_step", "step", b"step", "tree", b"tree"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_base_step", b"_base_step", "_step", b"_step", "base_step", b"base_step", "incarnation", b"incarnation", "load_key", b"load_key", "session_id", b"session_id", "step", b"step", "tree", b"tree"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_base_step", b"_base_step"]) -> typing.Literal["base_step"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
 
 global___LoadStateBegin = LoadStateBegin
@@ -1582,6 +1589,7 @@ class PushAck(google.protobuf.message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
     STATE_DIGEST_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Number of updates applied; the parameters that follow are of this step."""
     applied_step: builtins.int
@@ -1602,6 +1610,8 @@ class PushAck(google.protobuf.message.Message):
     """Length of the parameters that follow, in bytes."""
     state_digest: builtins.bytes
     """Reserved for durability: digest of the whole state after this step, 16 bytes."""
+    changes: builtins.int
+    """How often hyperparameters of the session were changed, in all."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Figures of the update, where the push asked for telemetry; docs/specs.md lists them. A push that was skipped for
@@ -1621,8 +1631,9 @@ class PushAck(google.protobuf.message.Message):
         payload_bytes: builtins.int = ...,
         state_digest: builtins.bytes = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        changes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "duplicate", b"duplicate", "durable_step", b"durable_step", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "metrics", b"metrics", "payload_bytes", b"payload_bytes", "seq", b"seq", "state_digest", b"state_digest", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "changes", b"changes", "duplicate", b"duplicate", "durable_step", b"durable_step", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "metrics", b"metrics", "payload_bytes", b"payload_bytes", "seq", b"seq", "state_digest", b"state_digest", "step", b"step"]) -> None: ...
 
 global___PushAck = PushAck
 

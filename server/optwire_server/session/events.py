@@ -64,12 +64,14 @@ class Loaded:
       load_key: 32 hexadecimal digits; a retry repeats them.
       step: number of updates that the session counts afterwards; None: as many as before.
       skipped: how many of those left the parameters alone; None: as many as before.
+      base_step: number of updates that the session must have applied; None: any.
     """
 
     incarnation: int
     load_key: str
     step: int | None = None
     skipped: int | None = None
+    base_step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

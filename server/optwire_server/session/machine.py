@@ -73,6 +73,7 @@ class Session:
       phase: where the session is in its life.
       skipped: how many of those left the parameters alone, since gradients were not finite.
       changes: of hyperparameters, in the order in which they were made; the newest of them.
+      changed: how many there were in all.
       workers: each worker's last applied push, the longest quiet first.
       aggregation: how pushes become steps.
       gathered: the pushes that wait for the others of their step, by worker.
@@ -88,6 +89,7 @@ class Session:
     phase: Phase = Phase.OPEN
     skipped: int = 0
     changes: tuple[sessions.Change, ...] = ()
+    changed: int = 0
     workers: Mapping[str, Applied] = dataclasses.field(default_factory=dict)
     aggregation: sessions.Aggregation = sessions.SINGLE
     gathered: Mapping[str, events.Pushed] = dataclasses.field(default_factory=dict)
@@ -158,6 +160,8 @@ def admit_load(session: Session, event: events.Loaded) -> None:
     if event.load_key == session.load_key:
         return
     check_incarnation(session, event.incarnation)
+    if event.base_step is not None:
+        _must_be_at(session, event.base_step)
     step = session.step if event.step is None else event.step
     for what, value, most in (
         ("step", step, limits.STEP_MAX),
@@ -289,6 +293,7 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
         step=step,
         skipped=session.skipped + event.skipped,
         changes=_with(session.changes, event.change) if event.change else session.changes,
+        changed=session.changed + (event.change is not None),
         workers=workers,
         gathered={},
         pending=None,
@@ -332,7 +337,8 @@ def _changed(session: Session, change: sessions.Change) -> Outcome:
             got=str(change.from_step),
             step=session.step,
         )
-    return dataclasses.replace(session, changes=_with(session.changes, change)), ()
+    changes = _with(session.changes, change)
+    return dataclasses.replace(session, changes=changes, changed=session.changed + 1), ()
 
 
 def _with(changes: tuple[sessions.Change, ...], change: sessions.Change) -> tuple[sessions.Change, ...]:

@@ -165,12 +165,9 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         self, request_iterator: Iterator[pb.LoadStateRequest], context: grpc.ServicerContext
     ) -> pb.LoadStateResponse:
         with self._streams.open(context.cancel) as stream:
-            id_, tree, incarnation, key, step = convert.load_from_proto(frames.first(request_iterator))
+            key, tree = convert.load_from_proto(frames.first(request_iterator))
             states = self._registry.states
-            with (
-                stream.busy(),
-                states.loading(id_, tree, incarnation=incarnation, load_key=key, step=step) as load,
-            ):
+            with stream.busy(), states.loading(key, tree) as load:
                 info = states.load(load, frames.land(request_iterator, load.landing, stream))
         return pb.LoadStateResponse(session=_without_tree(info))
 
