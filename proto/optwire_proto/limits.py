@@ -57,6 +57,8 @@ PATTERN_CHARS_MAX = 256
 PATTERN_WORK_MAX = 100_000_000
 # Changes of hyperparameters kept with a session; older ones are folded into its spec.
 HYPERPARAM_CHANGES_MAX = 1024
+# Names of one change: eight for each of 2,048 groups.
+HYPERPARAM_NAMES_MAX = 16_384
 # Steps to come at which hyperparameters change: each holds a compiled program, and is gone over at every change.
 HYPERPARAM_STEPS_MAX = 256
 # And told of, where each is long.

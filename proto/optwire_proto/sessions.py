@@ -374,7 +374,8 @@ def check_id(value: object, what: str) -> str:
     """
     if not isinstance(value, str) or not _ID.fullmatch(value):
         got = repr(value[:80] if isinstance(value, str) else value)[:82]
+        expected = "32 lower-case hexadecimal digits"
         raise errors.InvalidArgumentError(
-            f"{what} {got}: expected 32 lower-case hexadecimal digits", subject=what, got=got
+            f"{what} {got}: expected {expected}", subject=what, expected=expected, got=got
         )
     return value

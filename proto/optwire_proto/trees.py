@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -35,7 +36,10 @@ class LeafSpec:
         _check_name(self.name)
         if self.dtype not in tensors.DTYPE_NAMES:
             raise errors.TreeError(
-                f"leaf {self.name!r}: unknown element type {self.dtype!r}", subject=self.name, got=self.dtype
+                f"leaf {self.name!r}: unknown element type {self.dtype!r}",
+                subject=self.name,
+                expected=f"one of {', '.join(tensors.DTYPE_NAMES)}",
+                got=self.dtype,
             )
         if len(self.shape) > limits.RANK_MAX or not all(0 <= size <= limits.DIM_MAX for size in self.shape):
             raise errors.TreeError(
@@ -334,6 +338,11 @@ def _as_array(value: Any, path: tuple[nests.Key, ...], what: str) -> tensors.Arr
     )
 
 
+# Patterns, as a tree has tens of thousands of names.
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_NO_COMPONENT: Final = re.compile(r"(?:\A|/)\.{0,2}(?:/|\Z)")
+
+
 def _check_name(name: str) -> None:
     problem = ""
     try:
@@ -342,9 +351,9 @@ def _check_name(name: str) -> None:
         problem, size = "not valid Unicode", 0
     if size > limits.NAME_BYTES_MAX:
         problem = f"{size} bytes, expected at most {limits.NAME_BYTES_MAX}"
-    elif any(ord(char) < 0x20 or ord(char) == 0x7F for char in name):
+    elif _CONTROL.search(name):
         problem = "control characters"
-    elif name and any(part in ("", ".", "..") for part in name.split("/")):
+    elif name and _NO_COMPONENT.search(name):
         problem = "a component that is empty, '.' or '..'"
     if problem:
         shown = name if len(name) <= 80 else name[:80] + "…"

@@ -25,7 +25,7 @@ def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> N
             case effects.Reply():
                 try:
                     waiting.outcome.set_result(reply(engine, live, waiting.options, answer.outcome))
-                except errors.OptwireError as exc:  # this call's own; the others have theirs
+                except Exception as exc:  # noqa: BLE001  this call's own; the others have theirs
                     waiting.outcome.set_exception(exc)
             case effects.Fail():
                 waiting.outcome.set_exception(answer.outcome.error)
@@ -38,11 +38,15 @@ def _arrays(engine: engines.Engine, live: LiveSession, content: sessions.ReplyCo
     if content is sessions.ReplyContent.PARAMS:
         return engine.params(live.held)
     if live.added is None or live.added[0] != step:
+        pushes = live.machine.workers.values()
+        was_kept = any(push.step == step and push.options.reply is sessions.ReplyContent.UPDATES for push in pushes)
+        what, expected = "is not kept any more", "a retry before the next push"
+        if not was_kept:
+            what, expected = "was not kept, as no push asked for it then", "what the push asked for"
         raise errors.StaleStepError(
-            f"session {live.machine.name!r}: what step {step} added to the parameters is not kept any more; read "
-            "the parameters",
+            f"session {live.machine.name!r}: what step {step} added to the parameters {what}; read the parameters",
             subject="reply",
-            expected="a retry before the next push",
+            expected=expected,
             got=f"a retry at step {live.machine.step}",
             step=live.machine.step,
         )

@@ -10,6 +10,9 @@ from typing import Any
 
 from optwire_proto import limits
 
+_THREADS_MIN = 128
+_SHORT_CALLS = 32  # threads for what is no stream
+
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -26,7 +29,8 @@ class ServerConfig:
       sessions_max: most sessions; one more is refused.
       leaves_max: most leaves of a session's tree; the time to compile an update grows faster than their number.
       streams_max: most streams open at once; each holds a thread while it is open.
-      threads: size of the pool that serves requests; what exceeds ``streams_max`` is left to short calls.
+      threads: size of the pool that serves requests; what exceeds ``streams_max`` is left to short calls. 0: 32 of
+        them, and 128 threads at least.
       landing_bytes_max: most bytes of payloads in flight, of all sessions together; more is refused for now.
       landing_keep_bytes: landing buffers up to this total are kept for the next push instead of being freed.
       state_bytes_max: most bytes of parameters and slots, of all sessions together; a session more is refused.
@@ -41,7 +45,7 @@ class ServerConfig:
     sessions_max: int = 1024
     leaves_max: int = 2048
     streams_max: int = 96
-    threads: int = 128
+    threads: int = 0
     landing_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
     landing_keep_bytes: int = 256 * limits.MIB
     state_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 2)
@@ -50,6 +54,8 @@ class ServerConfig:
     drain_s: float = 5.0
 
     def __post_init__(self) -> None:
+        if self.threads == 0:
+            object.__setattr__(self, "threads", max(_THREADS_MIN, self.streams_max + _SHORT_CALLS))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
@@ -98,7 +104,7 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
     for name, kind, text in (
         ("sessions-max", int, "most sessions (default 1024)"),
         ("leaves-max", int, "most leaves of a session's tree (default 2048)"),
-        ("streams-max", int, "most streams open at once (default 96)"),
+        ("streams-max", int, "most streams open at once, one a worker (default 96)"),
         ("landing-bytes-max", int, "most bytes of payloads in flight (default: a quarter of the memory)"),
         ("state-bytes-max", int, "most bytes of parameters and slots (default: half of the memory)"),
         ("drain-s", float, "seconds that pushes under way get to finish after SIGTERM (default 5)"),

@@ -16,7 +16,7 @@ from optwire_server import extensions
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing
+from optwire_server.engine import landing, program
 from optwire_server.live import Creation, LiveSession
 from optwire_server.session import machine
 from optwire_server.table import Table
@@ -52,7 +52,8 @@ class Creations:
         self._table = table
         self._refuse_when_draining = refuse_when_draining
         self._end = end
-        self._creating: list[int] = []  # bytes of state of each session that is being created
+        # Bytes of state, and of payloads that may wait, of each session that is being created.
+        self._creating: list[tuple[int, int]] = []
 
     @contextlib.contextmanager
     def creating(
@@ -83,13 +84,16 @@ class Creations:
             raise over("leaves_max", len(tree.leaves), self._config.leaves_max)
         old = self._extended(name, create_key, tree, extends)
         name = old.machine.name if old else name
+        workers = extensions.aggregation(aggregation, old)
         with self._table.lock:
             first_try = self._existing(name, create_key, tree, checked, seed, old, aggregation) is None
             if first_try:
                 self._check_room(tree.payload_bytes, old)
-                self._check_waiting_room(extensions.aggregation(aggregation, old), tree, old)
+                self._check_waiting_room(workers, tree, old)
         compiled = self._engine.compile(checked, tree)
-        room = self._reserved(compiled.state_bytes, old) if first_try else contextlib.nullcontext()
+        if old is not None:
+            extensions.check_closed(old, compiled)
+        room = self._reserved(compiled, tree, workers, old) if first_try else contextlib.nullcontext()
         with room, contextlib.closing(self._landings.land(tree)) as lent:
             yield Creation(
                 name=name,
@@ -196,20 +200,25 @@ class Creations:
         return None
 
     @contextlib.contextmanager
-    def _reserved(self, state_bytes: int, old: LiveSession | None) -> Iterator[None]:
+    def _reserved(
+        self, compiled: program.Program, tree: trees.TreeSpec, workers: sessions.Aggregation, old: LiveSession | None
+    ) -> Iterator[None]:
         """Keeps room for a session while it is being created."""
+        wanted = compiled.state_bytes, _waiting_bytes(workers, tree)
         with self._table.lock:
-            self._check_room(state_bytes, old)
-            self._creating.append(state_bytes)
+            self._check_room(compiled.state_bytes, old)
+            self._check_waiting_room(workers, tree, old)
+            self._creating.append(wanted)
         try:
             yield
         finally:
             with self._table.lock:
-                self._creating.remove(state_bytes)
+                self._creating.remove(wanted)
 
     def _check_room(self, state_bytes: int, old: LiveSession | None) -> None:
         """Raises LimitError; a session that takes the place of an ``old`` one is held beside it for a moment."""
-        held = sum(live.held.state_bytes for live in self._table.by_id.values()) + sum(self._creating)
+        held = sum(live.held.state_bytes for live in self._table.by_id.values())
+        held += sum(state_bytes for state_bytes, _ in self._creating)
         for what, count, most in (
             ("sessions_max", len(self._table.by_id) + len(self._creating) + (old is None), self._config.sessions_max),
             ("state_bytes_max", held + state_bytes, self._config.state_bytes_max),
@@ -221,15 +230,34 @@ class Creations:
     def _check_waiting_room(
         self, aggregation: sessions.Aggregation, tree: trees.TreeSpec, old: LiveSession | None
     ) -> None:
-        """Raises LimitError where workers could not all wait for each other: their steps would never be complete."""
+        """Raises LimitError where workers could not all wait for each other: their steps would never be complete.
+
+        Payloads that wait for a worker which never comes take at most half of the landing bytes from everybody else.
+        """
         if aggregation.mode is sessions.Mode.SINGLE:
             return
         if aggregation.workers > self._config.streams_max:
             raise over("streams_max", aggregation.workers, self._config.streams_max)
-        every = [(live.machine.aggregation, live.tree) for live in self._table.by_id.values() if live is not old]
-        room = sum(one.workers * landing.buffer_bytes(of) for one, of in (*every, (aggregation, tree)) if one.workers)
-        if room > self._config.landing_bytes_max:
-            raise over("landing_bytes_max", room, self._config.landing_bytes_max)
+        others = (live for live in self._table.by_id.values() if live is not old)
+        room = _waiting_bytes(aggregation, tree) + sum(
+            _waiting_bytes(live.machine.aggregation, live.tree) for live in others
+        )
+        reserved = sum(waiting_bytes for _, waiting_bytes in self._creating)
+        if room + reserved > self._config.landing_bytes_max // 2:
+            most = self._config.landing_bytes_max // 2
+            raise errors.LimitError(
+                f"landing_bytes_max: {room + reserved} bytes of payloads could wait in all sync sessions, expected at "
+                f"most {most}, half of it",
+                subject="landing_bytes_max",
+                expected=f"at most {most} bytes of payloads that wait",
+                got=str(room + reserved),
+                retry_after_s=0.1 if reserved else 0.0,
+            )
+
+
+def _waiting_bytes(aggregation: sessions.Aggregation, tree: trees.TreeSpec) -> int:
+    """Bytes of landing buffers that pushes of a session may hold while they wait for each other."""
+    return aggregation.workers * landing.buffer_bytes(tree) if aggregation.mode is sessions.Mode.SYNC else 0
 
 
 def over(what: str, count: int, most: int, *, retry_after_s: float = 0.0) -> errors.LimitError:

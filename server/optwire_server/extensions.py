@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from optwire_proto import errors, sessions, trees
 from optwire_server import states
 from optwire_server.engine import engine as engines
+from optwire_server.engine import program
 from optwire_server.live import LiveSession
 from optwire_server.session import machine
 
@@ -41,6 +42,33 @@ def check(old: LiveSession, extends: sessions.Extension, name: str, tree: trees.
         states.check_form("params", new[leaf.name], leaf)
 
 
+def check_closed(old: LiveSession, compiled: program.Program) -> None:
+    """Raises InvalidArgumentError where pushes wait in sums for a step to close, in the old session or the new one.
+
+    New leaves have no part in such sums, and another number of pushes to a step gives them another meaning.
+    """
+    step, skipped = old.machine.step, old.machine.skipped
+    mine = _skipped(old, compiled)
+    for whose, gathered, every in (
+        ("the session's optimizer", old.plan.gathered(step, skipped), old.plan.program.every),
+        ("the new optimizer", (step - mine * compiled.forfeits) % compiled.every, compiled.every),
+    ):
+        if gathered:
+            raise errors.InvalidArgumentError(
+                f"session {old.machine.name!r}: is to be extended at step {step}, where {whose} is {gathered} of "
+                f"{every} pushes into an update; extend it where accumulate.k pushes have closed one",
+                subject="accumulate.k",
+                expected=f"{every} of {every} pushes",
+                got=f"{gathered} of {every} pushes",
+                step=step,
+            )
+
+
+def _skipped(old: LiveSession, compiled: program.Program) -> int:
+    """The skipped pushes that a new session counts on with; no more than its step allows."""
+    return min(old.machine.skipped, old.machine.step // compiled.forfeits)
+
+
 def aggregation(asked: sessions.Aggregation | None, old: LiveSession | None) -> sessions.Aggregation:
     """How pushes become steps in a new session: as it was asked for, or as in the session that it extends."""
     return asked or (old.machine.aggregation if old else sessions.SINGLE)
@@ -70,5 +98,5 @@ def take_over(
         new.machine,
         incarnation=old.machine.incarnation + 1,
         step=old.machine.step,
-        skipped=old.machine.skipped,
+        skipped=_skipped(old, new.plan.program),
     )

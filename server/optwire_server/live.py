@@ -22,9 +22,10 @@ class LiveSession:
     """A session, its arrays, and what its steps use.
 
     ``plans`` is replaced on the device's thread, as ``machine`` and ``held`` are; ``preparing`` is held by whoever
-    compiles for the session meanwhile: the next plans, or another variant of their programs. ``added`` is a step and
-    what it added to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are
-    the pushes that wait for those of other workers.
+    compiles for the session meanwhile: the next plans, or another variant of their programs. ``variants`` and ``views``
+    are what the program of a new plan should have; what one has, it says itself. ``added`` is a step and what it added
+    to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are the pushes that
+    wait for those of other workers.
     """
 
     machine: machine.Session
@@ -55,7 +56,7 @@ class LiveSession:
 
     def prepare(self, variant: program.Variant) -> None:
         """Compiles a variant for all plans, unless it is; on the calling thread."""
-        if variant in self.variants:
+        if variant in self.variants and all(plan.program.has(variant) for plan in self.plans):
             return
         with self.preparing:
             for plan in self.plans:
@@ -64,7 +65,7 @@ class LiveSession:
 
     def prepare_view(self, which: str) -> None:
         """Compiles the reading of a view for all plans, unless it is; InvalidArgumentError where there is none."""
-        if which in self.views:
+        if which in self.views and all(plan.program.has_view(which) for plan in self.plans):
             return
         with self.preparing:
             for plan in self.plans:

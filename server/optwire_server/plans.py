@@ -9,8 +9,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from optwire_proto import catalogue, checks, errors, limits, sessions, specs, trees
 from optwire_server.engine import build, knobs, program
@@ -44,6 +45,11 @@ class Plan:
         """SHA-256 of the canonical text."""
         return specs.digest(self.spec)
 
+    @functools.cached_property
+    def names(self) -> Names:
+        """What may change while it is in effect."""
+        return Names(self.spec)
+
     @property
     def scheduled(self) -> bool:
         """Whether a schedule gives the first learning rate."""
@@ -52,6 +58,10 @@ class Plan:
     def counted(self, index: int, skipped: int) -> int:
         """How many of the pushes before that of an index count towards updates."""
         return index - skipped * self.program.forfeits
+
+    def gathered(self, index: int, skipped: int) -> int:
+        """How many of the pushes before that of an index wait in sums for a step to close; 0 right after one."""
+        return self.counted(index, skipped) % self.program.every
 
     def learning_rate(self, index: int, skipped: int) -> float:
         """The first learning rate for the push of an index; ``skipped`` pushes changed nothing. NaN: there is none."""
@@ -86,10 +96,10 @@ def changed(
     Raises:
       InvalidArgumentError: a name that means nothing, or several values.
       SpecError: a value that the argument cannot take, or that would need other slots.
-      LimitError: changes for too many steps are waiting.
+      LimitError: too many names, or changes for too many steps are waiting.
     """
     base = at(plans, from_step)
-    values = _resolved(base.spec, hyperparams)
+    values = _resolved(base.names, hyperparams)
     earlier = [plan for plan in plans if plan.from_step < from_step]
     later = [plan for plan in plans if plan.from_step > from_step]
     if len(earlier) + 1 + len(later) > limits.HYPERPARAM_STEPS_MAX + 1:  # and the one that is in effect
@@ -153,31 +163,62 @@ def _check_effect(before: program.Program, after: program.Program, values: Mappi
         )
 
 
-def _resolved(spec: specs.Spec, hyperparams: Mapping[str, specs.Value]) -> dict[str, specs.Value]:
+def _resolved(names: Names, hyperparams: Mapping[str, specs.Value]) -> dict[str, specs.Value]:
     """New values by whole path; raises InvalidArgumentError where two of them are of one thing."""
-    values: dict[str, specs.Value] = {}
-    for name, value in hyperparams.items():
-        path = resolve(spec, name)
-        for other in values:
-            if path == other or path.startswith(f"{other}.") or other.startswith(f"{path}."):
-                raise errors.InvalidArgumentError(
-                    f"hyperparams: {name[:80]!r} and another name give {other} two values",
-                    subject=name[:80],
-                    expected="one value for each argument",
-                    got=f"{other}, {path}"[:400],
-                )
-        values[path] = value
-    return values
+    if len(hyperparams) > limits.HYPERPARAM_NAMES_MAX:
+        raise errors.LimitError(
+            f"hyperparams: {len(hyperparams)} names in one change, expected at most {limits.HYPERPARAM_NAMES_MAX}",
+            subject="hyperparams",
+            expected=f"at most {limits.HYPERPARAM_NAMES_MAX} names",
+            got=str(len(hyperparams)),
+        )
+    paths: list[str] = []
+    for name in hyperparams:
+        try:
+            paths.append(names.path(name))
+        except errors.InvalidArgumentError:
+            _check_apart(hyperparams, paths)  # names are judged in their order
+            raise
+    _check_apart(hyperparams, paths)
+    return dict(zip(paths, hyperparams.values(), strict=True))
+
+
+def _check_apart(names: Iterable[str], paths: Sequence[str]) -> None:
+    """Raises InvalidArgumentError where two paths are of one thing: they are one, or one stands inside the other."""
+    if _apart(paths):
+        return
+    index = bisect.bisect(range(len(paths)), False, key=lambda last: not _apart(paths[: last + 1]))
+    name, path = next(itertools.islice(names, index, None))[:80], paths[index]
+    other = next(other for other in paths[:index] if not _apart((path, other)))
+    raise errors.InvalidArgumentError(
+        f"hyperparams: {name!r} and another name give {other} two values",
+        subject=name,
+        expected="one value for each argument",
+        got=f"{other}, {path}"[:400],
+    )
+
+
+def _apart(paths: Sequence[str]) -> bool:
+    return len(set(paths)) == len(paths) and not _inside(paths, paths)
+
+
+def _inside(paths: Iterable[str], outer: Iterable[str]) -> set[str]:
+    """Those of some paths that stand inside one of others."""
+    ends, outer = {f"{path}." for path in paths}, {f"{path}." for path in outer}
+    found: set[str] = set()
+    around = None
+    for path in sorted(ends | outer):  # what is inside of one comes right after it
+        if around is not None and path.startswith(around):
+            found.add(path)
+        elif path in outer:
+            around = path
+    return {path[:-1] for path in found & ends}
 
 
 def _merged(before: Mapping[str, specs.Value], values: Mapping[str, specs.Value]) -> dict[str, specs.Value]:
     """Changes of one step in one: what is new wins, and goes into a schedule that was set before."""
-    inside = {path for path in values if any(path.startswith(f"{outer}.") for outer in before)}
-    kept = {
-        path: specs.replaced(value, dict(values), path)
-        for path, value in before.items()
-        if not any(path.startswith(f"{outer}.") for outer in values)
-    }
+    inside, gone, new = _inside(values, before), _inside(before, values), dict(values)
+    kept = {path: specs.replaced(value, new, path) for path, value in before.items() if path not in gone}
     return {**kept, **{path: value for path, value in values.items() if path not in inside}}
 
 
@@ -194,33 +235,53 @@ def _check_there(spec: specs.Spec, values: Mapping[str, specs.Value], step: int)
             )
 
 
-def resolve(spec: specs.Spec, name: str) -> str:
-    """The whole path that a name means: it is one, or the end of exactly one.
+class Names:
+    """The arguments of a spec that may change, and how they are called.
 
-    ``learning_rate`` also means the seed's ``step_size``.
-
-    Raises:
-      InvalidArgumentError: no argument, or several.
+    A name means an argument whose path it is, or the end of exactly one path. ``learning_rate`` also means the seed's
+    ``step_size``.
     """
-    found = {path: value for path, value in specs.places(spec) if _changes(path, value)}
-    matching = [path for path in found if specs.ends_with(path, name)]
-    if specs.ends_with(name, "learning_rate"):
-        seeds = f"{name.removesuffix('learning_rate')}step_size"
-        matching += [path for path in found if specs.ends_with(path, seeds) and learning_rates.is_learning_rate(path)]
-    if name in found:
-        return name
-    outer = [path for path in matching if not any(other != path and path.startswith(f"{other}.") for other in matching)]
-    if len(outer) == 1:
-        return outer[0]
-    listed = ", ".join(outer or found) or "none"
-    problem = "means several" if outer else f"is none of this session's{catalogue.suggestion(name, _ends(found))}"
-    raise errors.InvalidArgumentError(
-        f"hyperparams: {name[:80]!r} {problem}: {listed[:600]}", subject=name[:80], expected=listed[:400], got=name[:80]
-    )
 
+    def __init__(self, spec: specs.Spec) -> None:
+        found = (path for path, value in specs.places(spec) if _changes(path, value))
+        self._found = {path: position for position, path in enumerate(found)}
+        # Back to front, so that paths with one end stand side by side; and with a dot where components end.
+        self._reversed = sorted((f"{path[::-1]}.", path) for path in self._found)
 
-def _ends(paths: Mapping[str, Any]) -> list[str]:
-    return [path.rpartition(".")[2] for path in paths]
+    def path(self, name: str) -> str:
+        """The whole path that a name means; raises InvalidArgumentError where it is none, or several."""
+        if name in self._found:
+            return name
+        matching = self._ending(name)
+        if specs.ends_with(name, "learning_rate"):
+            seeds = f"{name.removesuffix('learning_rate')}step_size"
+            matching += [path for path in self._ending(seeds) if learning_rates.is_learning_rate(path)]
+        inside = _inside(matching, matching)
+        outer = [path for path in matching if path not in inside]
+        if len(outer) == 1:
+            return outer[0]
+        listed = ", ".join(outer or self._found) or "none"
+        close = "" if outer else catalogue.suggestion(name, self._ends)
+        problem = "means several" if outer else f"is none of this session's{close}"
+        raise errors.InvalidArgumentError(
+            f"hyperparams: {name[:80]!r} {problem}: {listed[:600]}",
+            subject=name[:80],
+            expected=listed[:400],
+            got=name[:80],
+        )
+
+    def _ending(self, end: str) -> list[str]:
+        """Paths that end with ``end``, in their order in the spec."""
+        key = f"{end[::-1]}."
+        first = bisect.bisect_left(self._reversed, key, key=operator.itemgetter(0))
+        rest = (self._reversed[index] for index in range(first, len(self._reversed)))
+        found = itertools.takewhile(lambda pair: pair[0].startswith(key), rest)
+        return sorted((path for _, path in found), key=self._found.__getitem__)
+
+    @functools.cached_property
+    def _ends(self) -> list[str]:
+        """Last components, each once."""
+        return list(dict.fromkeys(path.rpartition(".")[2] for path in self._found))
 
 
 def _changes(path: str, value: specs.Value) -> bool:

@@ -127,7 +127,10 @@ class Registry:
             raise errors.UnavailableError(
                 f"session {live.machine.name!r}: its hyperparameters were changed by another while this push was coming"
             )
-        todo = self._advance(live, events.Pushed(push.key, digest, push.options))
+        todo: Sequence[effects.Effect]
+        after, todo = machine.advance(live.machine, events.Pushed(push.key, digest, push.options))
+        updates.check_ready(push, todo)
+        live.machine = after
         outcome: Reply | Waiting | None = None
         failure: errors.OptwireError | None = None
         while todo:
@@ -168,6 +171,11 @@ class Registry:
 
         def look() -> Read:
             machine.check_alive(live.machine)
+            if not live.plan.program.has_view(which):
+                raise errors.UnavailableError(
+                    f"session {live.machine.name!r}: its hyperparameters were changed meanwhile, and the reading of "
+                    f"{which!r} is not compiled yet"
+                )
             live.held.program = live.plan.program  # the one that has the view
             return Read(live.info(), live.worker_seq(worker), self._engine.params(live.held, which))
 
@@ -205,7 +213,8 @@ class Registry:
         live = self._table.find(id_=id_, name=name)
         with live.preparing:
             for _ in range(_CHANGE_TRIES):
-                now = planning.current(live.plans, live.machine.step)
+                before = live.plans
+                now = planning.current(before, live.machine.step)
                 at = live.machine.step if from_step is None else from_step
                 # Before anything is compiled for it; again once it is, as the session moves on meanwhile.
                 check_incarnation(live.machine, incarnation)
@@ -213,9 +222,14 @@ class Registry:
                 plans, values = planning.changed(now, hyperparams, at, self._compiler(live))
 
                 def put(
-                    at: int = at, plans: Plans = plans, values: tuple[Any, ...] = tuple(values.items())
+                    at: int = at,
+                    before: Plans = before,
+                    plans: Plans = plans,
+                    values: tuple[Any, ...] = tuple(values.items()),
                 ) -> int | None:
                     check_incarnation(live.machine, incarnation)
+                    if live.plans is not before:
+                        return None  # a push brought a change along, which must not be lost
                     step = live.machine.step if from_step is None else from_step  # pushes may have come between
                     fitting = planning.moved(plans, at, step)
                     if fitting is None:
@@ -254,12 +268,13 @@ class Registry:
         live = self._table.find(id_=id_, name=name)
 
         def end() -> sessions.SessionInfo:
-            info = live.info()
-            self._end(live)
-            return info
+            try:
+                return live.info()
+            finally:  # whatever describing it may raise
+                self._end(live)
+                self._table.drop(live)
 
         info = self._engine.run(end)
-        self._table.drop(live)
         _log.info("session %s deleted at step %d", live.machine.name, info.step)
         return info
 

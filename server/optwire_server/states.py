@@ -6,6 +6,7 @@ Works with what the registry holds. Knows neither protobuf nor update rules.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -17,7 +18,7 @@ from optwire_server import plans as planning
 from optwire_server.engine import engine as engines
 from optwire_server.engine import landing, slots
 from optwire_server.live import LiveSession, Load, StateRead
-from optwire_server.session import effects, events, machine
+from optwire_server.session import effects, events, loads, machine
 
 # How many pushes left the parameters alone: the machine's, where the optimizer skips what is not finite.
 _SKIPPED = trees.LeafSpec(slots.SKIPPED, (), "i64")
@@ -71,14 +72,19 @@ class States:
           IncarnationError: history was rewritten since the client looked.
           OutOfStepError: the session is at another step than the key says.
           TreeError, TreeMismatchError: an array that the state does not have so.
-          InvalidArgumentError: a step that no session reaches.
+          InvalidArgumentError: a step that no session reaches, or that sums of gradients which stay do not fit.
+          DivergentRetryError: the key was used for another load.
           UnavailableError: the server is draining.
-          LimitError: too many bytes in flight.
+          LimitError: too many bytes in flight, or more than may ever be.
         """
         self._refuse_when_draining()
         live = self._find(id_=key.session_id)
-        machine.admit_load(live.machine, _event(key))
+        event = _event(live, key, tree)
+        machine.admit_load(live.machine, event)
         _check(tree, _leaves(live))
+        if slots.SKIPPED not in event.names and not loads.is_retry(live.machine.loaded, event):
+            _check_sums(live, event)
+        self._landings.check_size(tree, "load it in parts: a mapping of some of its arrays at a time")
         with contextlib.closing(self._landings.land(tree)) as lent:
             yield Load(live, tree, key, lent)
 
@@ -90,7 +96,9 @@ class States:
         skipped = named.pop(slots.SKIPPED, None)
         positions = {leaf.name: position for position, leaf in enumerate(_leaves(live))}
         replaced = {positions[name]: array for name, array in named.items()}
-        event = _event(load.key, None if skipped is None else int(skipped))
+        event = dataclasses.replace(
+            _event(live, load.key, load.tree), skipped=None if skipped is None else int(skipped), digest=digest
+        )
         with live.preparing:  # changes of hyperparameters are made for the steps as they are
             info = self._engine.run(lambda: self._put(live, event, replaced))
         _log.info("session %s: %d arrays loaded, step %d", live.machine.name, len(replaced), info.step)
@@ -101,6 +109,8 @@ class States:
     ) -> sessions.SessionInfo:
         """On the device's thread: asks the machine, replaces the arrays, and only then believes the machine."""
         after, todo = machine.advance(live.machine, event)
+        if effects.Replace() in todo:
+            _check_sums(live, event)
         for effect in todo:
             if isinstance(effect, effects.Answer):
                 answers.tell(self._engine, live, effect)
@@ -113,8 +123,35 @@ class States:
         return live.info()
 
 
-def _event(key: sessions.LoadKey, skipped: int | None = None) -> events.Loaded:
-    return events.Loaded(key.incarnation, key.load_key, key.step, skipped, key.base_step)
+def _event(live: LiveSession, key: sessions.LoadKey, tree: trees.TreeSpec) -> events.Loaded:
+    """A load whose bytes are still to come."""
+    return events.Loaded(
+        incarnation=key.incarnation,
+        load_key=key.load_key,
+        step=key.step,
+        base_step=key.base_step,
+        names=tuple(leaf.name for leaf in tree.leaves),
+        forfeits=live.plan.program.forfeits,
+    )
+
+
+def _check_sums(live: LiveSession, event: events.Loaded) -> None:
+    """Raises InvalidArgumentError where sums of gradients stay that are not of as many pushes as the new step says."""
+    plan, now = live.plan, live.machine
+    step, skipped = loads.counts_after(now.step, now.skipped, event)
+    before, after = plan.gathered(now.step, now.skipped), plan.gathered(step, skipped)
+    loaded, own = frozenset(event.names), _leaves(live)
+    missing = [own[position].name for position in plan.program.sums if own[position].name not in loaded]
+    if before != after and missing:
+        every = plan.program.every
+        raise errors.InvalidArgumentError(
+            f"session {now.name!r}: step {step} is {after} of {every} pushes into an update, but the sums that stay "
+            f"are of {before}: {nests.brief(tuple(missing))}; load them, too, or choose a step that fits",
+            subject="step",
+            expected=f"a step {before} of {every} pushes into an update",
+            got=f"step {step}, {after} pushes into one",
+            step=now.step,
+        )
 
 
 def _tree(live: LiveSession) -> trees.TreeSpec:

@@ -24,13 +24,20 @@ def check_options(live: LiveSession, options: sessions.PushOptions) -> None:
     leaves = live.tree.leaves
     if not options.absent:
         return
-    if options.absent[-1] >= len(leaves) or len(options.absent) == len(leaves):
+    beyond = next((position for position in options.absent if position >= len(leaves)), None)
+    if beyond is not None:
         raise errors.InvalidArgumentError(
-            f"absent_leaves: {len(options.absent)} up to {options.absent[-1]}, expected positions below {len(leaves)}, "
-            "and not all of them",
+            f"absent_leaves: position {beyond}, expected positions below {len(leaves)}, the number of leaves",
             subject="absent_leaves",
-            expected=f"fewer than {len(leaves)} positions below {len(leaves)}",
-            got=f"{len(options.absent)} up to {options.absent[-1]}",
+            expected=f"positions below {len(leaves)}",
+            got=str(beyond),
+        )
+    if len(options.absent) == len(leaves):
+        raise errors.InvalidArgumentError(
+            f"absent_leaves: all {len(leaves)} leaves, expected a gradient for one of them at least",
+            subject="absent_leaves",
+            expected=f"fewer than {len(leaves)} positions",
+            got=f"{len(options.absent)} positions",
         )
     if not live.plan.program.skippable:
         name = leaves[options.absent[0]].name
@@ -73,6 +80,31 @@ def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
             )
 
 
+def check_ready(push: Push, todo: Sequence[effects.Effect]) -> None:
+    """Raises UnavailableError where an update that is to be done for a push is not compiled; on the device's thread.
+
+    Plans change while pushes are on their way; the push made again compiles what is missing.
+    """
+    live = push.session
+    for apply in todo:
+        if not isinstance(apply, effects.Apply):
+            continue
+        plan = _plan(push, apply)
+        if not plan.program.has(_variant(apply.options, closing=_closes(plan, live, apply))):
+            raise errors.UnavailableError(
+                f"session {live.machine.name!r}: its hyperparameters were changed while this push was coming, and the "
+                "update that it needs is not compiled yet"
+            )
+
+
+def _plan(push: Push, apply: effects.Apply) -> plans.Plan:
+    return plans.at(push.change.plans if push.change else push.session.plans, apply.index)
+
+
+def _closes(plan: plans.Plan, live: LiveSession, apply: effects.Apply) -> bool:
+    return plan.gathered(apply.index, live.machine.skipped) == plan.program.every - 1
+
+
 def _variant(options: sessions.PushOptions, *, closing: bool) -> program.Variant:
     return program.Variant(
         closing=closing,
@@ -89,13 +121,12 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> events.Even
     What the push changes of the hyperparameters stays changed if the update is applied.
     """
     live = push.session
-    plan = plans.at(push.change.plans if push.change else live.plans, apply.index)
+    plan = _plan(push, apply)
     live.added = None
     try:
         grads = _grads(push, apply)
         rate = plan.learning_rate(apply.index, live.machine.skipped)
-        every = plan.program.every
-        closing = plan.counted(apply.index, live.machine.skipped) % every == every - 1
+        closing = _closes(plan, live, apply)
         live.held.program = plan.program
         operands = _operands(plan, apply, len(live.tree.leaves))
         notes, added = engine.update(live.held, _variant(apply.options, closing=closing), operands, grads)

@@ -46,7 +46,8 @@ class WaitingRoom:
         """Keeps a payload, in the place of one that is kept for this worker; gives what its call is to wait for."""
         waiting = Waiting(lent, options)
         with self._lock:
-            self._let_go(worker)
+            if (replaced := self._let_go(worker)) is not None:
+                replaced.close()  # at once: its call waits on, and needs it no more
             self._kept[worker] = lent
             self._waiting.setdefault(worker, []).append(waiting)
         return waiting
@@ -71,8 +72,9 @@ class WaitingRoom:
                 return
         lent.close()
 
-    def _let_go(self, worker: str) -> None:
+    def _let_go(self, worker: str) -> landing.Landing | None:
         lent = self._kept.pop(worker, None)
         if lent is not None and lent in self._left:
             self._left.discard(lent)
             lent.close()
+        return lent

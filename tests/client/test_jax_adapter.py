@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.example_libraries import optimizers as seed
+from tests.e2e import wire
 
 import optwire
 import optwire.jax
@@ -231,6 +232,47 @@ def test_two_sessions_of_one_triple_take_turns(client):
         two = opt_update(i, (jnp.ones(2), None), two)
         assert np.array_equal(get_params(one), np.full(3, 0.5 - 0.5 * i))
         assert_same_bits(get_params(two), (jnp.full(2, -0.5 - 0.5 * i), None))
+
+
+def test_parameters_given_are_copied(client):
+    """Large enough that JAX would take an aligned array as it is."""
+    opt_init, _, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    given = np.zeros(1 << 16 | 16, np.float32)
+    given = given[-given.ctypes.data % 64 // 4 :][: 1 << 16]
+    state = opt_init({"w": given})
+    given += 5
+    assert not np.any(get_params(state)["w"])
+    array = jnp.ones(8)
+    state = opt_init(array)
+    jax.jit(lambda w: w + 1, donate_argnums=0)(array)
+    assert np.array_equal(get_params(state), np.ones(8))
+
+
+def test_parameters_that_were_donated_are_read_again(client):
+    opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+    add = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 7, params), donate_argnums=0)
+    state = opt_init({"w": jnp.ones(8), "none": None})
+    for i in range(2):
+        taken = get_params(state)
+        add(taken)
+        assert taken["w"].is_deleted()
+        assert_same_bits(get_params(state), {"w": jnp.full(8, 1 - i / 2), "none": None})
+        state = opt_update(i, {"w": jnp.ones(8), "none": None}, state)
+    get_params(state)
+
+
+def test_handles_do_not_add_up_and_sessions_live_on(server):
+    with optwire.connect(server.target) as client:
+        opt_init, opt_update, get_params = optwire.jax.optimizer(client, opt.sgd(0.5))
+        before = len(server.server.streams)
+        states = [opt_update(0, {"w": jnp.ones(3)}, opt_init({"w": jnp.ones(3)})) for _ in range(12)]
+        wire.until(lambda: len(server.server.streams) - before <= 4, "streams given back")
+        for state in states:
+            assert np.array_equal(get_params(opt_update(1, {"w": jnp.ones(3)}, state))["w"], np.zeros(3))
+        names = [info.name for info in client.list_sessions() if info.id in {state.session_id for state in states}]
+        assert len(names) == 12
+        for name in names:
+            client.delete_session(name)
 
 
 def test_double_precision_needs_x64(client):

@@ -464,6 +464,38 @@ def test_the_loop_goes_on_after_an_error(session):
     assert opt_state.step == session.info().step == 1
 
 
+def test_a_donating_step_that_failed_goes_on_with_what_the_session_has(client):
+    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
+    session = optwire.jax.create_session(client, params, opt.sgd(0.5))
+    tx, like = optwire.jax.transformation(session), jax.eval_shape(lambda: params)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = step(params, tx.init(params))
+    client.attach(session.name).step(grads)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="StaleStepError"):
+        jax.block_until_ready(step(params, opt_state))
+    assert params["w"].is_deleted()
+    params = optwire.jax.params(session, like)
+    params, opt_state = step(params, tx.init(params))
+    assert opt_state.step == 3
+    assert_same_bits(params, {"w": jnp.full(4, -1.5), "b": jnp.float32(-1.5)})
+    assert_same_bits(params, session.params())
+
+
+def test_map_pushes_each_element_on_one_state_and_the_error_says_so(session):
+    tx = optwire.jax.transformation(session)
+    opt_state = tx.init(initial_params())
+    grads = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), initial_params())
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"(?s)StaleStepError.*Under pmap and lax\.map.*lax\.pmean"):
+        jax.block_until_ready(jax.lax.map(lambda g: tx.update(g, opt_state)[0], grads))
+    assert session.info().step == 1
+
+
 def test_an_error_does_not_stick_to_what_runs_next(client):
     """JAX may return before a step has run: on inputs that are still computed, its error comes late."""
     params = {"w": jnp.full((700, 700), 0.5)}

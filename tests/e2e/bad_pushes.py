@@ -86,8 +86,8 @@ PUSHES = [
     *wrong_option("an absent leaf", "needs every gradient; put per_leaf(...) around", absent_leaves=[0]),
     *wrong_option("a leaf absent twice", "not ascending", absent_leaves=[0, 0]),
     *wrong_option("absent leaves out of order", "not ascending", absent_leaves=[1, 0]),
-    *wrong_option("every leaf absent", "2 up to 1, expected positions below 2", absent_leaves=[0, 1]),
-    *wrong_option("an absent leaf beyond the last", "expected positions below 2", absent_leaves=[2]),
+    *wrong_option("every leaf absent", "all 2 leaves, expected a gradient for one", absent_leaves=[0, 1]),
+    *wrong_option("an absent leaf beyond the last", "position 2, expected positions below 2", absent_leaves=[0, 2, 9]),
     *wrong_option("the greatest absent leaf", "expected positions below 2", absent_leaves=[2**32 - 1]),
     refused("a deleted session", "NOT_FOUND", "SESSION_NOT_FOUND", "is not held by this server", push_to_deleted),
     refused(

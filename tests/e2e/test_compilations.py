@@ -22,21 +22,24 @@ from optwire_server.engine import build, cache, program
 
 # Reported by JAX once for each module that XLA compiles, on whichever thread.
 EVENT = "/jax/core/compile/backend_compile_duration"
+# Once for each function that JAX traces.
+TRACED = "/jax/core/compile/jaxpr_trace_duration"
 
 
 class Compilations:
     """How many there have been since it was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, event: str) -> None:
         self.count = 0
+        self._event = event
 
     def hear(self, event: str, duration_s: float, **_: Any) -> None:
-        self.count += event == EVENT
+        self.count += event == self._event
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Compilations]:
-    heard = Compilations()
+def counted(event: str = EVENT) -> Iterator[Compilations]:
+    heard = Compilations(event)
     jax.monitoring.register_event_duration_secs_listener(heard.hear)
     try:
         yield heard
@@ -86,6 +89,27 @@ def test_a_thousand_learning_rates_compile_nothing(client: optwire.Client, spec:
         assert heard.count == 0
         assert session.step_count == 22
     client.delete_session(session.name)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_first_change_of_a_session_traces_nothing(client: optwire.Client, spec: opt.Spec) -> None:
+    """Of a shape that no other test has, so that the program is new: whatever it needs to know it knows by then."""
+    grads = params(29)
+    with client.create_session(grads, spec) as session:
+        with counted(TRACED) as heard:
+            other = client.create_session(params(31), spec)
+        assert heard.count > 0, "JAX tells of the tracing of an update"
+        session.step(grads)
+        with counted(TRACED) as heard:
+            session.step(grads, hyperparams={"learning_rate": 0.05})
+            session.set_hyperparams(learning_rate=0.025)
+            session.step(grads)
+        assert heard.count == 0
+        assert session.last_ack is not None
+        assert session.last_ack.learning_rate == 0.025
+    other.close()
+    for each in (session, other):
+        client.delete_session(each.name)
 
 
 def test_changed_rates_give_the_bits_of_an_optimizer_made_with_them(client: optwire.Client) -> None:

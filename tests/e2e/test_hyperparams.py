@@ -8,7 +8,9 @@ running." That nothing recompiles is counted in ``test_compilations``.
 from __future__ import annotations
 
 import itertools
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +25,7 @@ from tests.e2e import wire
 import optwire
 from optwire import optax as remote
 from optwire import optimizers as opt
-from optwire_proto import sessions
+from optwire_proto import limits, sessions, specs
 from optwire_server import testing
 
 Tree = dict[str, np.ndarray]
@@ -143,6 +145,39 @@ def test_groups_have_learning_rates_of_their_own(client: optwire.Client) -> None
     knobs = {group.group: dict(group.knobs) for group in session.describe().groups}
     assert knobs["head/**"]["partition.transforms['head/**'].optax.sgd.learning_rate"] == 0.5
     assert knobs["**"]["partition.transforms['**'].optax.sgd.learning_rate"] == 0.25
+
+
+def test_hundreds_of_groups_change_all_their_numbers_in_a_breath(client: optwire.Client) -> None:
+    """Twelve numbers a group: what goes over all of them for each of them takes half a minute."""
+    count = 240
+    leaves = {f"g{i:03}": np.ones(1, np.float32) for i in range(count)}
+    spec = opt.grouped(list(range(count)), *[opt.torch_sgd(0.1) for _ in range(count)])
+    session = client.create_session(leaves, spec)
+    paths = [path for path, value in specs.places(session.info().spec) if type(value) is float]
+    rates = [path for path in paths if path.endswith("learning_rate")]
+    assert len(rates) == count
+    begun_s = time.monotonic()
+    for k in range(10):
+        session.set_hyperparams(
+            {path if k % 2 else path.partition(".")[2]: 0.5 + i + k for i, path in enumerate(rates)}
+        )
+    with pytest.raises(optwire.InvalidArgumentError, match=f"{re.escape(repr(rates[3]))} and another name give"):
+        session.set_hyperparams({**dict.fromkeys([path.partition(".")[2] for path in rates], 1.0), rates[3]: 2.0})
+    with pytest.raises(optwire.InvalidArgumentError, match="'zz' is none of this session's"):
+        session.set_hyperparams({**dict.fromkeys(paths, 0.25), "zz": 1.0})
+    assert time.monotonic() - begun_s < 8, "measured: 1 s"
+    after = session.step(leaves)
+    np.testing.assert_allclose(list(after.values()), 1 - (9.5 + np.arange(count)[:, None]), 1e-6)
+
+
+def test_so_many_names_make_a_change_and_no_more(client: optwire.Client) -> None:
+    session = client.create_session(PARAMS, opt.sgd(0.1))
+    names = {f"n{i}": 1.0 for i in range(limits.HYPERPARAM_NAMES_MAX + 1)}
+    with pytest.raises(optwire.LimitError, match="16385 names in one change, expected at most 16384"):
+        session.set_hyperparams(names)
+    del names["n0"]
+    with pytest.raises(optwire.InvalidArgumentError, match="'n1' is none"):
+        session.set_hyperparams(names)
 
 
 def test_several_change_together_or_not_at_all(client: optwire.Client) -> None:

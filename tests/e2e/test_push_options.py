@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,6 +181,81 @@ def test_a_retry_hears_the_same_updates_until_another_push(client: optwire.Clien
     assert failure.detail.reason == "STALE_STEP"
     assert "what step 1 added to the parameters is not kept any more" in failure.message
     client.delete_session("updates-again")
+
+
+@pytest.fixture
+def slow_change(server: testing.Serving, peer: wire.Peer) -> Iterator[SlowChange]:
+    slow = SlowChange(server, peer)
+    yield slow
+    slow.finish()
+
+
+class SlowChange:
+    """A push that brings hyperparameters along and whose payload comes late."""
+
+    def __init__(self, server: testing.Serving, peer: wire.Peer) -> None:
+        self._server, self._peer = server, peer
+        self._gate = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._pushed: list[concurrent.futures.Future[Any]] = []
+
+    def begin(self, session: optwire.Session, **hyperparams: float) -> None:
+        values = [pb.Argument(name=name, value=pb.Value(number=value)) for name, value in hyperparams.items()]
+        key = wire.push(pb.Session(id=session.id, incarnation=1), 1, session.step_count, hyperparams=values)
+        first, *rest = wire.upload(key, wire.payload_of(grads(0)))
+
+        def frames() -> Iterator[Any]:
+            yield first
+            self._gate.wait(20)
+            yield from rest
+
+        lent = self._server.server.registry._landings
+        before = lent.lent_bytes
+        self._pushed.append(self._pool.submit(lambda: self._peer.stream(frames())))
+        wire.until(lambda: lent.lent_bytes > before, "the push is admitted")
+
+    def finish(self) -> None:
+        self._gate.set()
+        while self._pushed:
+            self._pushed.pop().result(20)
+
+
+def test_what_was_compiled_while_a_change_was_coming_is_compiled_for_what_it_leads_to(
+    client: optwire.Client, peer: wire.Peer, slow_change: SlowChange
+) -> None:
+    session = client.create_session(PARAMS, "ema_params(optax.adam(0.1), 0.9)")
+    slow_change.begin(session, b1=0.8)
+    session.params("ema")
+    begin = wire.push(pb.Session(id=session.id, incarnation=1), 1, 0, worker="b" * 32, telemetry=True)
+    assert wire.Failure.of(lambda: peer.step(begin, b"1234")) is not None  # it broke off, but was compiled for
+    slow_change.finish()
+    session.params()
+    assert session.step(grads(1), telemetry=True) is not None
+    assert session.last_ack is not None
+    assert "grad_norm" in session.last_ack.metrics
+    assert set(session.params("ema")) == set(PARAMS)
+
+
+def test_a_change_that_a_push_brings_along_is_not_lost_to_one_that_is_being_compiled(
+    server: testing.Serving, client: optwire.Client, slow_change: SlowChange
+) -> None:
+    session = client.create_session(PARAMS, "optax.adam(0.1)")
+    slow_change.begin(session, learning_rate=0.5)
+    engine = server.server.registry._engine
+    compile_ = engine.compile
+
+    def overtaken(*what: Any) -> Any:
+        slow_change.finish()
+        return compile_(*what)
+
+    engine.compile = overtaken
+    try:
+        session.set_hyperparams(b1=0.8)
+    finally:
+        del engine.compile
+    assert session.info().step == 1
+    adam = session.info().spec
+    assert (adam["learning_rate"], adam["b1"]) == (0.5, 0.8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -375,6 +375,45 @@ def test_more_skipped_pushes_than_pushes_are_refused(client: optwire.Client, ski
     assert (bits_of(session.state()), session.info().step) == (before, 0)
 
 
+def test_a_skipped_update_inside_an_accumulation_is_the_end_of_all_its_pushes(client: optwire.Client):
+    spec = "accumulate(on_nonfinite(sgd(exponential_decay(0.5, 1, 0.5)), 'skip'), 4)"
+    session = client.create_session(PARAMS, spec)
+    with pytest.raises(optwire.InvalidArgumentError, match="state/skipped 3, expected 0 to 2"):
+        session.load_state({"state/skipped": np.int64(3)}, step=8)
+    session.load_state({"state/skipped": np.int64(2)}, step=8)
+    assert session.info().learning_rate == 0.5
+
+
+def test_the_last_step_can_be_reached_and_left(client: optwire.Client):
+    session = client.create_session(PARAMS, "adam(exponential_decay(0.1, 10, 0.9))", name="last")
+    session.load_state({"params/scale": np.float32(1)}, step=2**31 - 2)
+    session.step(grads(0))
+    for _ in range(2):
+        with pytest.raises(optwire.LimitError, match="is at step 2147483647, the last there is"):
+            session.step(grads(0))
+    assert session.info().step == client.attach("last").step_count == 2**31 - 1
+    assert "last" in [info.name for info in client.list_sessions()]
+    session.load_state({"params/scale": np.float32(1)}, step=0)
+    session.step(grads(0))
+    client.delete_session("last")
+
+
+def test_sums_must_fit_the_step_that_is_loaded(client: optwire.Client):
+    session = client.create_session({"w": np.zeros(2, np.float32)}, "accumulate(sgd(1.0), 4)")
+    grad = {"w": np.ones(2, np.float32)}
+    for _ in range(3):
+        session.step(grad)
+    for step in (0, 1, 6):
+        with pytest.raises(optwire.InvalidArgumentError, match=r"the sums that stay are of 3: \(sums/w\)"):
+            session.load_state({"params/w": np.zeros(2, np.float32)}, step=step)
+    assert session.info().incarnation == 1
+    session.load_state({"params/w": np.full(2, 5, np.float32)}, step=7)
+    np.testing.assert_array_equal(session.step(grad)["w"], [4, 4])
+    session.load_state({"sums/w": np.full(2, 2, np.float32)}, step=2)
+    session.step(grad)
+    np.testing.assert_array_equal(session.step(grad)["w"], [3, 3])
+
+
 def test_a_state_of_another_optimizer_is_refused(client: optwire.Client, session: optwire.Session):
     other = client.create_session(PARAMS, "momentum(0.1, 0.9)")
     with pytest.raises(optwire.TreeMismatchError, match="mu/encoder/bias"):
@@ -432,6 +471,37 @@ def test_the_same_load_again_is_answered_and_loads_nothing(peer: wire.Peer, sess
     assert (first.incarnation, again.incarnation) == (2, 2)
     assert (first.step, again.step) == (3, 4)
     assert bits_of(session.state()) == expected
+
+
+def test_a_load_made_again_in_the_middle_of_an_accumulation_is_answered(peer: wire.Peer, client: optwire.Client):
+    session = client.create_session({"w": np.zeros(2, np.float32)}, "accumulate(sgd(1.0), 4)")
+    key, arrays = secrets.token_hex(16), {"params/w": np.ones(2, np.float32)}
+    load(peer, session.id, arrays, load_key=key, step=4)
+    session.params()
+    session.step({"w": np.ones(2, np.float32)})
+    assert load(peer, session.id, arrays, load_key=key, step=4).step == 5
+
+
+@pytest.mark.parametrize(
+    ("arrays", "step", "what"),
+    [
+        ({"params/scale": np.float32(6)}, 3, "bytes"),
+        ({"params/scale": np.float32(5)}, 4, "step"),
+        ({"params/encoder/bias": np.ones(3, np.float32)}, 3, "arrays"),
+    ],
+    ids=["bytes", "step", "arrays"],
+)
+def test_the_key_of_a_load_with_another_load_is_refused(
+    peer: wire.Peer, session: optwire.Session, arrays: Any, step: int, what: str
+):
+    key = secrets.token_hex(16)
+    load(peer, session.id, {"params/scale": np.float32(5)}, load_key=key, step=3)
+    before = bits_of(session.state())
+    failure = wire.Failure.of(lambda: load(peer, session.id, arrays, load_key=key, step=step))
+    assert failure is not None
+    assert failure.detail is not None
+    assert (failure.detail.reason, failure.detail.subject) == ("DIVERGENT_RETRY", what)
+    assert bits_of(session.state()) == before
 
 
 @pytest.mark.parametrize(
@@ -503,16 +573,22 @@ def test_a_draining_server_loads_nothing_more():
         assert session.info().incarnation == 1
 
 
-def test_states_on_their_way_count_as_bytes_in_flight():
+def test_a_state_larger_than_the_landing_buffers_is_read_alone_and_loaded_in_parts():
     params = {"w": np.ones(200_000, np.float32)}
     with testing.serve(landing_bytes_max=2**20) as serving, optwire.connect(serving.target, timeout=2.0) as client:
         session = client.create_session(params, "adam(0.1)")  # three times 800 kB of state
-        with pytest.raises(optwire.LimitError, match="landing"):
-            session.state()
-        session.load_state({"params/w": np.zeros(200_000, np.float32)})
-        with pytest.raises(optwire.LimitError, match="landing"):
-            session.load_state({"params/w": params["w"], "slot1/w": params["w"]})
-        assert not session.params()["w"].any()
+        session.step(params)
+        state = session.state()
+        with serving.server.registry.reading(name=session.name), pytest.raises(optwire.LimitError, match="landing"):
+            session.state()  # it would pass, were it alone
+        with serving.server.registry.states.reading(name=session.name), pytest.raises(optwire.LimitError):
+            session.step(params)
+        session.step(params)
+        with pytest.raises(optwire.LimitError, match="landing_bytes_max is 1048576; load it in parts"):
+            session.load_state(state)
+        for name, array in state.arrays.items():
+            session.load_state({name: array}, step=state.step)
+        assert bits_of(session.state()) == bits_of(state)
 
 
 # --------------------------------------------------------------------------------------------------- sessions that grow
@@ -602,6 +678,41 @@ def test_an_extension_that_does_not_fit_changes_nothing(client: optwire.Client, 
     )
     assert bits_of(session.state()) == before
     session.step(grads(1))
+
+
+@pytest.mark.parametrize(
+    ("k", "steps", "new_k", "said"),
+    [
+        (4, 3, 4, "the session's optimizer is 3 of 4 pushes into an update"),
+        (4, 2, 2, "the session's optimizer is 2 of 4 pushes into an update"),
+        (2, 2, 4, "the new optimizer is 2 of 4 pushes into an update"),
+        (4, 4, 2, None),
+        (4, 4, 1, None),
+        (3, 6, 2, None),
+    ],
+)
+def test_a_session_is_extended_where_a_step_has_closed(
+    client: optwire.Client, k: int, steps: int, new_k: int, said: str | None
+):
+    session = client.create_session({"w": np.zeros(2, np.float32)}, f"accumulate(sgd(1.0), {k})")
+    for _ in range(steps):
+        session.step({"w": np.ones(2, np.float32)})
+    spec = f"accumulate(sgd(1.0), {new_k})" if new_k > 1 else "sgd(1.0)"
+    more = {"v": np.zeros(1, np.float32), "w": np.zeros(2, np.float32)}
+    if said is not None:
+        refused(
+            client,
+            optwire.InvalidArgumentError,
+            said,
+            lambda: client.create_session(more, spec, extends=session),
+        )
+        return
+    before = session.params()["w"][0]
+    grown = client.create_session(more, spec, extends=session)
+    for _ in range(new_k):
+        params = grown.step({"v": np.full(1, 2, np.float32), "w": np.ones(2, np.float32)})
+    np.testing.assert_array_equal(params["w"], [before - 1] * 2)
+    np.testing.assert_array_equal(params["v"], [-2])
 
 
 def test_a_session_that_has_moved_on_is_not_extended(client: optwire.Client, session: optwire.Session):

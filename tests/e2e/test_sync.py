@@ -286,6 +286,37 @@ def test_a_replaced_push_whose_call_has_ended_gives_its_buffer_back(
     wire.until(lambda: landings.lent_bytes == before, "none is kept")
 
 
+def test_a_push_made_again_while_its_call_waits_holds_one_buffer(
+    serving: testing.Serving, client: optwire.Client, pool: ThreadPoolExecutor
+) -> None:
+    workers = Workers(client, filled(0.0), opt.sgd(1.0), 2)
+    landings = serving.server.registry._landings
+    before = landings.lent_bytes
+    room = serving.server.registry._table.find(name=workers.name).room
+    calls = []
+    for others in range(4):
+        calls.append(pool.submit(client.attach(workers.name, worker=1).step, filled(1.0)))
+        wire.until(lambda others=others: len(room._waiting.get(sessions.worker_id(1), ())) > others, "it waits")
+    assert 0 < landings.lent_bytes - before <= 384, "one payload is kept"
+    assert_same(workers.handles[0].step(filled(1.0)), filled(-1.0))
+    for call in calls:
+        assert_same(call.result(10), filled(-1.0))
+
+
+def test_a_call_that_waits_for_updates_gets_them_though_its_push_was_made_again(
+    serving: testing.Serving, client: optwire.Client, pool: ThreadPoolExecutor
+) -> None:
+    workers = Workers(client, filled(5.0), opt.sgd(1.0), 2)
+    first = pool.submit(client.attach(workers.name, worker=1).step, filled(1.0), reply="updates")
+    waits(serving, workers.name, 1)
+    room = serving.server.registry._table.find(name=workers.name).room
+    again = pool.submit(client.attach(workers.name, worker=1).step, filled(1.0))
+    wire.until(lambda: len(room._waiting[sessions.worker_id(1)]) == 2, "both wait")
+    assert_same(workers.handles[0].step(filled(1.0)), filled(4.0))
+    assert_same(first.result(10), filled(-1.0))
+    assert_same(again.result(10), filled(4.0))
+
+
 # ---------------------------------------------------------------------------------------------------- ends of a step
 
 
@@ -511,12 +542,40 @@ def test_more_workers_than_can_wait_are_refused(client: optwire.Client) -> None:
 
 
 def test_sessions_whose_payloads_cannot_all_wait_are_refused() -> None:
-    with testing.serve(landing_bytes_max=2500) as serving, optwire.connect(serving.target, timeout=5) as client:
+    with testing.serve(landing_bytes_max=5000) as serving, optwire.connect(serving.target, timeout=5) as client:
         client.create_session(filled(0.0), opt.sgd(1.0), name="first", aggregation="sync(4)")
-        with pytest.raises(optwire.LimitError, match="landing_bytes_max: 2[0-9]{3}, expected at most 2500"):
+        with pytest.raises(optwire.LimitError, match="landing_bytes_max: 2[0-9]{3} bytes.*at most 2500, half of it"):
             client.create_session(filled(0.0), opt.sgd(1.0), aggregation="sync(4)")
         client.delete_session("first")
         client.create_session(filled(0.0), opt.sgd(1.0), aggregation="sync(4)")
+
+
+def test_room_for_payloads_that_wait_is_kept_while_a_session_is_created() -> None:
+    tree = trees.flatten(filled(0.0)).spec
+    with testing.serve(landing_bytes_max=5000) as serving:
+        creations = serving.server.registry.creations
+        four = sessions.Aggregation(sessions.Mode.SYNC, 4)
+        with creations.creating("one", tree, opt.sgd(1.0), "a" * 32, aggregation=four):
+            with (
+                pytest.raises(optwire.LimitError, match="half of it") as refused,
+                creations.creating("two", tree, opt.sgd(1.0), "b" * 32, aggregation=four),
+            ):
+                pass
+            assert refused.value.retry_after_s > 0, "the other may fail"
+        with creations.creating("two", tree, opt.sgd(1.0), "b" * 32, aggregation=four):
+            pass
+
+
+def test_a_worker_that_never_comes_leaves_room_for_other_sessions(pool: ThreadPoolExecutor) -> None:
+    with testing.serve(landing_bytes_max=5000) as serving, optwire.connect(serving.target, timeout=5) as client:
+        workers = Workers(client, filled(0.0), opt.sgd(1.0), 4)
+        other = client.create_session(filled(0.0), opt.sgd(1.0))
+        with optwire.connect(serving.target, timeout=0.3) as hasty:
+            pushes = [pool.submit(hasty.attach(workers.name, worker=rank).step, filled(1.0)) for rank in range(3)]
+            for push in pushes:
+                assert isinstance(push.exception(10), optwire.DeadlineError)
+        assert len(gathered(serving, workers.name)) == 3
+        assert_same(other.step(filled(1.0)), filled(-1.0))
 
 
 @pytest.mark.parametrize("transport", ["unary", "stream"])

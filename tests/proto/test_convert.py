@@ -341,5 +341,8 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("wrong", [5, None, b"0" * 32, "0" * 31, "F" * 32], ids=repr)
 def test_an_id_that_cannot_be_is_refused(wrong: Any):
-    with pytest.raises(errors.InvalidArgumentError, match="worker .*: expected 32 lower-case hexadecimal digits"):
+    with pytest.raises(
+        errors.InvalidArgumentError, match="worker .*: expected 32 lower-case hexadecimal digits"
+    ) as caught:
         sessions.check_id(wrong, "worker")
+    assert caught.value.expected == "32 lower-case hexadecimal digits"

@@ -190,6 +190,30 @@ def test_a_payload_that_can_never_land_is_refused_without_advice_to_wait() -> No
     assert refused.value.retry_after_s == 0
 
 
+def test_what_needs_no_buffer_passes_alone_whatever_its_size() -> None:
+    pool = landing.Landings(bytes_max=20_000, keep_bytes=0)
+    with pool.counted(50_000):
+        for refused in (lambda: pool.land(TREE), lambda: pool.counted(1).__enter__()):
+            with pytest.raises(errors.LimitError, match="50000 of 20000 bytes") as caught:
+                refused()
+            assert caught.value.retry_after_s > 0
+    lent = pool.land(TREE)
+    with pytest.raises(errors.LimitError) as caught, pool.counted(50_000):
+        pass
+    assert caught.value.retry_after_s > 0
+    lent.close()
+    assert pool.lent_bytes == 0
+
+
+def test_names_of_arrays_are_kept_for_sessions_that_share_a_program(running: engine.Engine) -> None:
+    compiled = running.compile(running.check(optax.adam(0.1)), TREE)
+    names = [["a", "b"], ["b", "a"], ["c", "d"]]
+    found = [compiled.arrays(each) for each in names]
+    for each, arrays in zip(names, found, strict=True):
+        assert [leaf.name for leaf in arrays if leaf.name.startswith("params/")] == [f"params/{name}" for name in each]
+        assert compiled.arrays(list(each)) is arrays, "found, and not made again"
+
+
 @pytest.mark.parametrize("size", [1, 7, 4096, 10_000])
 def test_chunks_of_any_size_land_in_their_leaves(size: int) -> None:
     rng = np.random.default_rng(0)

@@ -291,6 +291,47 @@ def test_the_same_load_again_is_answered_and_loads_nothing():
     assert (after, todo) == (session, ())
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"digest": digest(2)}, "bytes"),
+        ({"names": ("params/b",)}, "arrays"),
+        ({"names": ("params/a", "params/b")}, "arrays"),
+        ({"step": 1}, "step"),
+        ({"step": None}, "step"),
+    ],
+    ids=str,
+)
+def test_the_key_of_a_load_with_another_load_is_refused(other: dict[str, Any], what: str):
+    load = events.Loaded(1, LOAD, step=0, names=("params/a",), digest=digest(1))
+    session, _ = machine.advance(applied(push()), load)
+    assert machine.advance(session, load) == (session, ())
+    machine.admit_load(session, dataclasses.replace(load, digest=None))  # its bytes are still to come
+    refuses(session, dataclasses.replace(load, **other), errors.DivergentRetryError, f"a load of other {what}")
+
+
+def test_where_a_skipped_update_is_the_end_of_several_pushes_no_more_are_skipped_than_that():
+    refuses(
+        opened(),
+        events.Loaded(1, LOAD, step=11, skipped=3, forfeits=4),
+        errors.InvalidArgumentError,
+        "skipped 3, expected 0 to 2",
+    )
+    before = dataclasses.replace(opened(), step=12, skipped=3)
+    session, _ = machine.advance(before, events.Loaded(1, LOAD, step=7, forfeits=4))
+    assert (session.step, session.skipped) == (7, 1)
+
+
+def test_there_is_no_step_after_the_last():
+    session = dataclasses.replace(opened(), step=limits.STEP_MAX - 1)
+    session, _ = machine.advance(session, push(base=limits.STEP_MAX - 1))
+    session, _ = machine.advance(session, events.Updated(RATE))
+    assert session.step == limits.STEP_MAX
+    refuses(session, push(seq=2, base=limits.STEP_MAX), errors.LimitError, "is at step 2147483647, the last there is")
+    assert machine.advance(session, push(base=limits.STEP_MAX - 1))[1][0].duplicate
+    assert machine.advance(session, events.Loaded(1, LOAD, step=0))[0].step == 0
+
+
 def test_a_load_that_knows_another_incarnation_is_refused():
     session, _ = machine.advance(opened(), events.Loaded(1, LOAD))
     for incarnation in (0, 1, 3):

@@ -97,6 +97,14 @@ def test_a_retry_while_gathered_may_ask_for_another_reply():
     assert todo == (effects.Apply(0, wish, ids(0, 1, 2)),)
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_wishes_of_all_calls_that_wait_for_a_push_are_heeded(order: int):
+    wishes = [sessions.PushOptions(reply=UPDATES), sessions.PushOptions(telemetry=True)]
+    session = holding(*(push(0, options=wish) for wish in (wishes[order], wishes[1 - order])), push(1))
+    _, todo = machine.advance(session, push(2))
+    assert todo == (effects.Apply(0, sessions.PushOptions(reply=UPDATES, telemetry=True), ids(0, 1, 2)),)
+
+
 @pytest.mark.parametrize(
     "other", [push(0, data=8), push(0, options=OTHER), push(0, seq=2)], ids=["bytes", "scale", "seq"]
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.e2e import wire
 
 import optwire
 from optwire import optimizers as opt
@@ -39,6 +40,35 @@ def test_a_defect_during_an_update_is_told_once_and_the_session_goes_on() -> Non
 
 def fail(*_: Any) -> float:
     raise MemoryError("no room for a number")
+
+
+def test_a_session_that_cannot_be_described_can_be_deleted() -> None:
+    with testing.serve() as serving, optwire.connect(serving.target) as client:
+        client.create_session(PARAMS, opt.adam(opt.exponential_decay(0.1, 10, 0.9)), name="blurred")
+        serving.server.registry._table.by_name["blurred"].plan.program.learning_rate = fail
+        with pytest.raises(optwire.InternalError):
+            client.delete_session("blurred")
+        assert client.list_sessions() == []
+        client.create_session(PARAMS, opt.sgd(0.1), name="blurred")
+
+
+def test_whatever_an_answer_raises_all_who_wait_are_told() -> None:
+    with (
+        testing.serve() as serving,
+        optwire.connect(serving.target, timeout=10) as client,
+        concurrent.futures.ThreadPoolExecutor(3) as pool,
+    ):
+        first = client.create_session(PARAMS, opt.sgd(0.1), name="told", aggregation="sync(3)")
+        workers = [first, *(client.attach("told", worker=rank) for rank in (1, 2))]
+        live = serving.server.registry._table.by_name["told"]
+        serving.server.registry._engine.params = fail  # type: ignore[method-assign]
+        pushes = []
+        for rank, worker in enumerate(workers):
+            pushes.append(pool.submit(worker.step, PARAMS))
+            wire.until(lambda rank=rank: len(live.machine.gathered) == rank + 1 or rank == 2, "gathered")
+        for push in pushes:
+            with pytest.raises(optwire.InternalError):
+                push.result(10)
 
 
 def test_a_creation_tried_again_on_a_full_server_finds_its_session() -> None:
@@ -142,6 +172,14 @@ def test_an_address_beyond_loopback_wants_to_be_called_insecure(address: str) ->
 def test_limits_must_be_positive(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}: 0, expected more than 0"):
         config.ServerConfig(**{field: 0})
+
+
+@pytest.mark.parametrize(("streams", "threads"), [(1, 128), (96, 128), (97, 129), (1100, 1132)])
+def test_there_are_threads_for_as_many_streams_as_are_asked_for(streams: int, threads: int) -> None:
+    flags = config.parser().parse_args(["serve", "--streams-max", str(streams)])
+    assert config.from_flags(flags).threads == threads
+    with pytest.raises(ValueError, match=f"threads: {streams}, expected more than streams_max"):
+        config.ServerConfig(threads=streams, streams_max=streams)
 
 
 def test_flags_are_the_configuration() -> None:

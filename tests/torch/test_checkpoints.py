@@ -196,3 +196,85 @@ def test_a_dict_that_does_not_fit_is_an_error_that_names_both(remote: Make) -> N
     renamed["param_groups"][0]["param_names"] = [f"x.{i}" for i in range(4)]
     with pytest.raises(ValueError, match=r"no parameter '0.weight', it has x.0"):
         named.load_state_dict(renamed)
+
+
+def test_masters_survive_writes_that_change_nothing(remote: Make) -> None:
+    """Clamping within bounds, weights swapped out and in again, a handle and then the model."""
+    model, twin = training.network(torch.bfloat16), training.network(torch.bfloat16)
+    ours, theirs = (remote(m.named_parameters(), "sgd", lr=1e-4) for m in (model, twin))
+    for step in range(6):
+        for m, optimizer in ((model, ours), (twin, theirs)):
+            training.backward(m, step)
+            optimizer.step()
+        with torch.no_grad():
+            for p in model.parameters():
+                kept = p.clone()
+                p.mul_(0.5)
+                p.copy_(kept).clamp_(-100, 100)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+    a, b = ours.session.state().arrays, theirs.session.state().arrays
+    assert all((a[name] == b[name]).all() for name in a)
+    assert ours.session.info().incarnation == 1
+
+
+@pytest.mark.parametrize("trouble", ["step", "dtype"])
+def test_a_handle_that_is_refused_changes_nothing(remote: Make, trouble: str) -> None:
+    model = training.network()
+    first = remote(model.named_parameters(), "adamw", lr=0.01)
+    steps(model, first, range(1))
+    handle = copy.deepcopy(first.state_dict())
+    other = training.network(torch.bfloat16 if trouble == "dtype" else torch.float32)
+    if trouble == "step":
+        steps(model, first, range(1, 2))
+    second = remote(other.named_parameters(), "adamw", lr=0.5)
+    before = training.values(other)
+    with pytest.raises(optwire.OutOfStepError if trouble == "step" else optwire.TreeMismatchError):
+        second.load_state_dict(handle)
+    assert training.equal(before, training.values(other))
+    assert second.param_groups[0]["lr"] == 0.5
+    steps(other, second, range(1))
+    assert second.session.name != first.session.name
+    assert second.last_reply.step == 1
+
+
+def test_a_full_state_under_way_is_of_the_model_that_is_here(remote: Make, client: optwire.Client) -> None:
+    """Another client pushed: what is loaded goes with our parameters, not with theirs."""
+    model, twin = training.network(), training.network()
+    local = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.1, momentum=0.9, session="under-way")
+    training.follow(local, twin, optimizer, model, range(2))
+    saved = copy.deepcopy(optimizer.full_state_dict())
+    with client.attach("under-way") as other:
+        other.step({name: array + 1 for name, array in other.params().items()})
+    optimizer.load_state_dict(saved)
+    assert training.follow(local, twin, optimizer, model, range(2, 4)) <= training.RELATIVE
+
+
+def test_a_copy_with_a_session_of_its_own_takes_the_slots_along(remote: Make, client: optwire.Client) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "adamw", lr=0.01)
+    steps(model, optimizer, range(3))
+    twin, clone = copy.deepcopy((model, optimizer))
+    lost, orphan = copy.deepcopy((model, optimizer))
+    clone.attach("a-copy-with-slots")
+    steps(twin, clone, range(3, 5))
+    steps(model, optimizer, range(3, 5))
+    assert training.equal(training.values(model), training.values(twin))
+    client.delete_session(optimizer.session.name)
+    orphan.attach("an-orphan")
+    with pytest.raises(optwire.SessionNotFoundError, match="of whose optimizer this is a copy, is gone"):
+        steps(lost, orphan, range(3, 4))
+    clone.close()
+
+
+def test_writes_that_were_not_sent_survive_a_pickle(remote: Make) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.0, allow_zero=True)
+    steps(model, optimizer, range(1))
+    with torch.no_grad():
+        model[0].bias.fill_(3.0)
+    twin, clone = copy.deepcopy((model, optimizer))
+    clone.attach()
+    steps(twin, clone, range(1))
+    assert (clone.session.params()["0.bias"] == 3.0).all()
+    clone.close()

@@ -189,6 +189,67 @@ def test_3_an_edit_whose_answer_was_lost_is_not_taken_back_unnoticed(
     client.delete_session("lost")
 
 
+def test_3_an_edit_whose_answer_was_lost_is_applied_once_by_the_retry(
+    server: testing.Serving, client: optwire.Client
+) -> None:
+    """The push with the edit was applied, and its answer lost; the same step again finds out."""
+    model, twin = training.network(), training.network()
+    local = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    with proxies.before(server.target) as proxy:
+        optimizer = RemoteOptimizer(
+            model.named_parameters(), "sgd", lr=0.1, momentum=0.9, target=proxy.target, session="twice", timeout=2.0
+        )
+        training.follow(local, twin, optimizer, model, range(1))
+        for each in (optimizer, local):
+            each.param_groups[0]["lr"] = 0.5
+        training.backward(twin, 1)
+        training.same_gradients(twin, model)
+        proxy.fail(proxies.DOWN, bytes=0, act="hold")
+        with pytest.raises(optwire.DeadlineError):
+            optimizer.step()
+        proxy.heal()
+        assert client.attach("twice").info().step == 2
+        optimizer.step()
+        local.step()
+        assert training.drift(twin, model) <= training.RELATIVE
+        info = optimizer.session.info()
+        assert (info.step, [(change.from_step, dict(change.values)) for change in info.changes]) == (
+            2,
+            [(1, {"per_leaf.optimizer.torch_sgd.learning_rate": 0.5})],
+        )
+        assert training.follow(local, twin, optimizer, model, range(2, 4)) <= training.RELATIVE
+        optimizer.close()
+    client.delete_session("twice")
+
+
+def test_3_whatever_another_client_sets_shows_and_an_edit_since_wins(remote: Make, client: optwire.Client) -> None:
+    model = training.network()
+    groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(model.named_parameters())]
+    optimizer = remote(groups, "adamw", session="any-number")
+    training.backward(model)
+    optimizer.step()
+    place = "grouped.optimizers[{}].per_leaf.optimizer.torch_adamw.{}"
+    with client.attach("any-number") as other:
+        other.set_hyperparams({place.format(2, "weight_decay"): 0.7, place.format(3, "beta1"): 0.5})
+        optimizer.param_groups[1]["lr"] = 0.01
+        optimizer.step()
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01, 0.7, 0.01]
+        assert [group["betas"][0] for group in optimizer.param_groups] == [0.9, 0.9, 0.9, 0.5]
+        assert optimizer.param_groups[1]["lr"] == 0.01
+        other.set_hyperparams({place.format(2, "weight_decay"): 0.3})
+        optimizer.param_groups[2]["weight_decay"] = 0.2
+        optimizer.step()
+        assert optimizer.param_groups[2]["weight_decay"] == 0.2
+        optimizer.step()
+        later = other.info().step + 1
+        other.set_hyperparams({place.format(0, "eps"): 1e-3}, from_step=later)
+        assert len(other.info().changes) == 5, "two of ours"
+        while other.info().step < later:
+            optimizer.step()
+        assert optimizer.param_groups[0]["eps"] == 1e-3
+        assert other.info().step == later, "the group says so before the step that uses it"
+
+
 # ------------------------------------------------------------------------------------------------ 4. step is wrapped
 
 
@@ -366,6 +427,29 @@ def test_9_an_unpickled_optimizer_attaches_by_itself(server: testing.Serving, cl
         client.delete_session(optimizer.session.name)
 
 
+def test_9_an_unpickled_optimizer_takes_over_what_was_changed_meanwhile(
+    server: testing.Serving, client: optwire.Client
+) -> None:
+    model = training.network()
+    with RemoteOptimizer(
+        model.named_parameters(), "adamw", lr=0.1, weight_decay=0.2, target=server.target, session="meanwhile"
+    ) as optimizer:
+        training.backward(model)
+        optimizer.step()
+        optimizer.param_groups[0]["eps"] = 1e-4
+        pickled = pickle.dumps((model, optimizer))
+    with client.attach("meanwhile") as other:
+        other.set_hyperparams(weight_decay=0.5)
+        again_model, again = pickle.loads(pickled)  # noqa: S301  our own
+        with again:
+            training.backward(again_model)
+            again.step()
+            assert again.param_groups[0]["weight_decay"] == 0.5
+        changed = [{path.rpartition(".")[2]: value for path, value in c.values} for c in other.info().changes]
+    assert changed == [{"weight_decay": 0.5}, {"eps": 1e-4}]
+    client.delete_session("meanwhile")
+
+
 def test_9_workers_of_a_data_loader_may_hold_the_optimizer(server: testing.Serving, tmp_path: Path) -> None:
     """Forked and spawned; in a process of its own, as this one has JAX in it, which is not to be forked."""
     script = tmp_path / "loop.py"
@@ -415,7 +499,7 @@ def test_9_a_deep_copy_is_detached_until_it_is_told_otherwise(remote: Make) -> N
         clone.step()
     clone.attach("a-copy")
     clone.step()
-    assert (clone.session.name, clone.last_reply.step) == ("a-copy", 1)
+    assert (clone.session.name, clone.last_reply.step) == ("a-copy", 2), "with the slots of its origin"
     with pytest.raises(optwire.DetachedError):
         copy.copy(optimizer).step()
     assert optimizer.session.info().step == 1
@@ -494,6 +578,29 @@ def test_12_the_scaler_divides_unless_the_server_is_asked_to(remote: Make) -> No
     assert remote(params, "sgd", amp="server")._step_supports_amp_scaling
 
 
+@pytest.mark.parametrize("amp", ["client", "server"])
+def test_12_a_scheduler_warns_after_a_skipped_first_step_as_with_torch(remote: Make, amp: str) -> None:
+    """That it came before the first step: where the scaler leaves the step out, and not where the optimizer does."""
+
+    def warned(optimizer: Any, model: Any) -> list[str]:
+        clock = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler.scale(training.loss(model)).backward()
+        model[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            clock.step()
+        return [str(warning.message) for warning in caught]
+
+    model, twin = training.network(), training.network()
+    ours = warned(remote(model.named_parameters(), "adamw", amp=amp), model)
+    theirs = warned(torch.optim.AdamW(twin.parameters(), fused=amp == "server"), twin)
+    assert ours == theirs
+    assert len(ours) == (1 if amp == "client" else 0)
+
+
 def test_12_scaled_f16_gradients_go_up_as_they_are(remote: Make) -> None:
     """Which torch's scaler refuses to unscale by itself."""
     model, plain = training.network(torch.float16), training.network(torch.float16)
@@ -513,6 +620,35 @@ def test_12_scaled_f16_gradients_go_up_as_they_are(remote: Make) -> None:
     scaler.update()
     assert optimizer.last_reply.step == 1
     assert scaler.get_scale() == 32.0
+
+
+def test_telemetry_asks_for_metrics(remote: Make) -> None:
+    model = training.network()
+    training.backward(model)
+    silent, telling = (remote(model.named_parameters(), "adamw", lr=0.1, telemetry=on) for on in (False, True))
+    silent.step()
+    assert not silent.last_reply.metrics
+    telling.step()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters())).item()
+    assert telling.last_reply.metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert telling.last_reply.metrics["learning_rate"] == pytest.approx(0.1)
+
+
+def test_a_spec_that_asks_for_the_loss_gets_what_the_closure_returned(remote: Make) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "chain(optax.sgd(0.1), reduce_on_plateau(patience=1, cooldown=0))")
+    assert optimizer.session.describe().extras == ("loss",)
+
+    def closure() -> Any:
+        training.backward(model)
+        return training.loss(model)
+
+    assert optimizer.step(closure).requires_grad
+    assert optimizer.step(lambda: closure().item()) > 0
+    assert optimizer.last_reply.step == 2
+    with pytest.raises(optwire.InvalidArgumentError, match="asks for the loss.*closure"):
+        optimizer.step()
+    assert optimizer.last_reply.step == 2
 
 
 # ------------------------------------------------------------------------------------------------------ and around them

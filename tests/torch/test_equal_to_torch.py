@@ -76,17 +76,21 @@ def test_flags_and_pairs_mean_what_they_mean_in_torch(remote: Callable[..., Any]
 
 # Torch's square roots of 32 bits are off by an ulp in a fifth of all cases, and a momentum of 0.95 adds them up.
 LOOSER = {("rmsprop", "OneCycleLR", torch.float32): 3e-6}
+# torch's Adagrad has neither momentum nor betas to cycle.
+OF_ADAGRAD: dict[str, Callable[[Any], Any]] = {
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.02, total_steps=60, cycle_momentum=False),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.001, 0.01, step_size_up=8, cycle_momentum=False),
+}
 
 
 @pytest.mark.parametrize("scheduler", TEN)
 @pytest.mark.parametrize("name", FOUR)
 def test_ten_schedulers_for_fifty_steps(remote: Callable[..., Any], name: str, scheduler: str) -> None:
-    if name == "adagrad" and scheduler in ("OneCycleLR", "CyclicLR"):
-        pytest.skip("torch's Adagrad has neither momentum nor betas to cycle")
+    make = OF_ADAGRAD.get(scheduler, TEN[scheduler]) if name == "adagrad" else TEN[scheduler]
     for dtype in (torch.float64, torch.float32):
         bound = LOOSER.get((name, scheduler, dtype), training.RELATIVE)
         local, a, ours, b = pair(remote, name, dtype=dtype, **FOUR[name])
-        clocks = [TEN[scheduler](optimizer) for optimizer in (local, ours)]
+        clocks = [make(optimizer) for optimizer in (local, ours)]
 
         def tick(_: int, clocks: Any = clocks, ours: Any = ours, local: Any = local) -> None:
             for clock in clocks:
@@ -126,15 +130,17 @@ def test_a_forced_overflow_skips_the_step(remote: Callable[..., Any], amp: str) 
     optimizers = torch.optim.AdamW(a.parameters(), lr=0.01), remote(b.named_parameters(), "adamw", lr=0.01, amp=amp)
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in optimizers]
     for step in range(12):
+        a.zero_grad()
+        scalers[0].scale(training.loss(a, step)).backward()
+        scalers[1].scale(torch.zeros(1))  # has it make its scale
+        training.same_gradients(a, b)  # before either divides them in place
         for model, optimizer, scaler in zip((a, b), optimizers, scalers, strict=True):
-            optimizer.zero_grad()
-            scaler.scale(training.loss(model, step)).backward()
             if step in (0, 5):
                 model[0].weight.grad[0, 0] = float("inf")
             scaler.step(optimizer)
             scaler.update()
         assert scalers[0].get_scale() == scalers[1].get_scale()
-        assert training.drift(a, b) <= 5 * training.RELATIVE  # each follows itself
+        assert training.drift(a, b) <= training.RELATIVE
     assert optimizers[1].last_reply.step == 10
     assert optimizers[1].session.info().step == 10
 

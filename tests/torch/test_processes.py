@@ -38,6 +38,8 @@ class Outcome:
 @pytest.fixture(scope="module")
 def outcome(server: testing.Serving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     directory = tmp_path_factory.mktemp("ranks")
+    with optwire.connect(server.target) as client:
+        before = {info.name for info in client.list_sessions()}
     script = str(Path(__file__).with_name("rank.py"))
     processes = [
         subprocess.Popen(
@@ -60,8 +62,9 @@ def outcome(server: testing.Serving, tmp_path_factory: pytest.TempPathFactory) -
         told.append({(case, what): value for case, what, value in lines})
     yield Outcome(directory, told)
     with optwire.connect(server.target) as client:
-        for name in ("replicated", "workers"):
-            client.delete_session(name)
+        for info in client.list_sessions():
+            if info.name not in before:
+                client.delete_session(info.name)
 
 
 def test_without_a_choice_it_is_an_error_that_lists_the_choices(outcome: Outcome) -> None:
@@ -91,6 +94,41 @@ def test_workers_push_their_own_gradients_and_the_server_averages(outcome: Outco
     assert outcome.said("workers", "step") == ["5", "5"]
     with client.attach("workers") as session:
         assert str(session.info().aggregation) == "sync(2)"
+
+
+@pytest.mark.parametrize("way", ["replicated", "workers"])
+def test_a_checkpoint_of_torch_is_resumed_from_before_and_after_there_is_a_session(outcome: Outcome, way: str) -> None:
+    case = f"resumed_{way}"
+    assert outcome.said(case, "step") == ["5", "5"]
+    assert outcome.said(case, "again") == ["4", "4"]
+    assert outcome.said(case, "same") == ["True", "True"]
+    assert outcome.said(case, "near") == ["True", "True"]
+
+
+@pytest.mark.parametrize("way", ["replicated", "workers"])
+def test_a_group_is_added_and_a_gradient_is_absent_on_all_ranks(outcome: Outcome, way: str) -> None:
+    """By hand: momentum 0.9 of gradients of one, at rates 0.1 and 0.5."""
+    case = f"grown_{way}"
+    assert outcome.said(case, "step") == ["3", "3"]
+    assert outcome.said(case, "0.weight") == [str([-round(0.1 * (1 + 1.9 + 2.71), 4)])] * RANKS
+    assert outcome.said(case, "0.bias") == [str([-round(0.1 * (1 + 1.9), 4)])] * RANKS
+    assert outcome.said(case, "2.weight") == [str([-round(0.5 * (1 + 1.9), 4)])] * RANKS
+
+
+def test_infinity_on_one_rank_is_no_step_of_any(outcome: Outcome) -> None:
+    assert outcome.said("scaled", "step") == ["3", "3"]
+    assert outcome.said("scaled", "scale") == ["16.0", "8.0"], "each scaler knows of its own rank only"
+    _are_alike(outcome.params("scaled"), outcome.params("unscaled")[0])
+
+
+def test_scalers_that_leave_out_steps_by_themselves_are_refused_to_workers(outcome: Outcome) -> None:
+    for message in outcome.said("refused", "error"):
+        assert "amp='server'" in message
+
+
+def test_ctrl_c_on_rank_0_is_heard_of_by_the_others(outcome: Outcome) -> None:
+    assert outcome.said("interrupted", "raised") == ["KeyboardInterrupt", "RuntimeError"]
+    assert "KeyboardInterrupt" in outcome.said("interrupted", "said")[1]
 
 
 def _are_alike(ranks: list[list[Any]], expected: list[Any]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import optwire
+import optwire.jax
 from optwire_server import testing
 
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
@@ -26,41 +28,110 @@ Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_torch_a_numpy_and_a_jax_client_read_the_same_bits(server: testing.Serving, client: optwire.Client) -> None:
-    model = training.network()
+def test_a_torch_a_numpy_and_a_jax_client_at_once_read_the_same_bits(
+    server: testing.Serving, client: optwire.Client
+) -> None:
+    """Each makes steps of its own, at once; whatever step several of them have read, they have read the same of it."""
+    model, pushes = training.network(), 4
     optimizer = RemoteOptimizer(model.named_parameters(), "adamw", lr=0.01, target=server.target, session="three")
     training.backward(model)
     optimizer.step()
-    read: dict[str, dict[str, np.ndarray]] = {}
+    read: dict[str, dict[int, dict[str, bytes]]] = {"torch": {}, "numpy": {}, "jax": {}}
+    begin = threading.Barrier(len(read))
+
+    def trained(who: str, push: Callable[[], Any], pull: Callable[[], Any], at: Callable[[], int]) -> None:
+        done = 0
+        while done < pushes:
+            try:
+                params = push()
+                done += 1
+            except optwire.StaleStepError:
+                params = pull()
+            read[who][at()] = {name: np.asarray(p).tobytes() for name, p in params.items()}
+        begin.wait()  # all have made their steps
+        read[who][at()] = {name: np.asarray(p).tobytes() for name, p in pull().items()}
+
+    def in_torch() -> None:
+        def values() -> dict[str, Any]:
+            return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+
+        def push() -> dict[str, Any]:
+            training.backward(model, optimizer.session.step_count)
+            optimizer.step()
+            return values()
+
+        def pull() -> dict[str, Any]:
+            optimizer.pull()
+            return values()
+
+        begin.wait()
+        trained("torch", push, pull, lambda: optimizer.session.step_count)
 
     def in_numpy() -> None:
         with optwire.connect(server.target) as own, own.attach("three") as session:
-            params = session.params()
-            read["numpy"] = session.step({name: np.ones_like(array) for name, array in params.items()})
+            ones = {name: np.ones_like(array) for name, array in session.params().items()}
+            begin.wait()
+            trained("numpy", lambda: session.step(ones), session.params, lambda: session.step_count)
 
     def in_jax() -> None:
         with optwire.connect(server.target) as own, own.attach("three") as session:
-            grads = jax.tree.map(jax.numpy.ones_like, session.params())
-            read["jax"] = {name: np.asarray(jax.numpy.asarray(p)) for name, p in session.step(grads).items()}
+            ones = jax.tree.map(jax.numpy.ones_like, session.params())
+            begin.wait()
+            trained(
+                "jax",
+                lambda: optwire.jax.step(session, ones),
+                lambda: optwire.jax.params(session, ones),
+                lambda: session.step_count,
+            )
 
-    for turn in (in_numpy, in_jax):
-        thread = threading.Thread(target=turn)
-        thread.start()
-        thread.join()
-    with pytest.raises(optwire.StaleStepError):
-        optimizer.step()
-    optimizer.pull()
-    training.backward(model)
-    optimizer.step()
-    assert optimizer.last_reply.step == 4
+    with futures.ThreadPoolExecutor(len(read)) as pool:
+        for ended in [pool.submit(each) for each in (in_torch, in_numpy, in_jax)]:
+            ended.result(timeout=120)
+    last = 1 + pushes * len(read)
     with client.attach("three") as other:
-        newest = other.params()
-    for name, p in model.named_parameters():
-        assert np.array_equal(newest[name], p.detach().numpy())
-        assert np.array_equal(newest[name], np.asarray(jax.numpy.asarray(newest[name])))
-    assert set(read) == {"numpy", "jax"}
+        assert other.info().step == last
+        newest = {name: array.tobytes() for name, array in other.params().items()}
+    for who, steps in read.items():
+        assert max(steps) == last, who
+        assert steps[last] == newest, who
+        for step in steps:
+            assert all(others.get(step, steps[step]) == steps[step] for others in read.values()), (who, step)
     optimizer.close()
     client.delete_session("three")
+
+
+def test_what_the_caller_left_out_is_what_the_session_has(remote: Make, client: optwire.Client) -> None:
+    model, twin = training.network(), training.network()
+    first = remote(model.named_parameters(), "adamw", lr=0.1, weight_decay=0.5, session="left-out")
+    training.backward(model)
+    first.step()
+    second = remote(twin.named_parameters(), "adamw", lr=0.2, session="left-out")
+    assert second.param_groups[0]["weight_decay"] == 0.5
+    assert second.param_groups[0]["betas"] == (0.9, 0.999)
+    training.backward(twin)
+    second.step()
+    with client.attach("left-out") as other:
+        changes = [dict(change.values) for change in other.info().changes]
+    assert changes == [{"per_leaf.optimizer.torch_adamw.learning_rate": 0.2}]
+
+
+def test_an_edit_of_what_was_left_out_goes_up(remote: Make, client: optwire.Client) -> None:
+    """The session comes to be after the optimizer was made: nothing has been taken over when the edit is made."""
+    models = [training.network(), training.network()]
+    late = remote(models[1].named_parameters(), "adamw", session="late")
+    first = remote(models[0].named_parameters(), "adamw", weight_decay=0.5, lr=0.1, session="late")
+    training.backward(models[0])
+    first.step()
+    late.param_groups[0]["weight_decay"] = 0.25
+    training.backward(models[1])
+    with pytest.raises(optwire.StaleStepError):
+        late.step()
+    training.backward(models[1])
+    late.step()
+    assert (late.param_groups[0]["lr"], late.param_groups[0]["weight_decay"]) == (0.1, 0.25)
+    with client.attach("late") as other:
+        changes = [dict(change.values) for change in other.info().changes]
+    assert changes == [{"per_leaf.optimizer.torch_adamw.weight_decay": 0.25}]
 
 
 def test_a_name_that_exists_is_attached_to_and_gives_its_parameters(remote: Make) -> None:

@@ -204,3 +204,69 @@ def test_a_bad_group_leaves_the_optimizer_as_it_was(remote: Make) -> None:
     assert len(optimizer.param_groups) == 1
     optimizer.step()
     assert optimizer.last_reply.step == 2
+
+
+def test_a_model_converted_before_the_first_step_has_masters_and_after_it_is_an_error(remote: Make) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=1e-4)
+    model.bfloat16()
+    training.backward(model)
+    optimizer.step()
+    assert optimizer.session.state().arrays["params/0.weight"].dtype == "float32"
+    model.float()
+    training.backward(model)
+    with pytest.raises(optwire.TreeMismatchError, match=r"parameter '0\.weight' is of torch\.float32 now"):
+        optimizer.step()
+
+
+def test_complex_parameters_beside_16_bits_and_in_groups(remote: Make) -> None:
+    params = [parameter(dtype=dtype) for dtype in (torch.complex64, torch.bfloat16, torch.float32)]
+    optimizer = remote([{"params": params[:2]}, {"params": params[2:], "lr": 2.0}], "sgd", lr=1.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [p[0].item() for p in params] == [-1, -1, -2]
+
+
+def test_parameters_without_shape_or_values_are_named(remote: Make) -> None:
+    with pytest.raises(optwire.TreeError, match="parameter 'weight' of a lazy module has no shape"):
+        remote(torch.nn.LazyLinear(3).named_parameters(), "sgd")
+    model = torch.nn.Linear(2, 2, device="meta")
+    optimizer = remote(model.named_parameters(), "sgd")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(optwire.TreeError, match="parameter 'weight' is on the meta device"):
+        optimizer.step()
+
+
+def test_a_number_beyond_all_floats_is_refused(remote: Make) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.1)
+    training.backward(model)
+    optimizer.param_groups[0]["lr"] = 10**400
+    with pytest.raises(optwire.InvalidArgumentError, match="expected a number"):
+        optimizer.step()
+
+
+def test_rprop_leaves_alone_what_has_no_number_for_a_gradient(remote: Make) -> None:
+    ours, theirs = parameter(), parameter()
+    optimizer, local = remote([ours], "rprop", lr=0.1), torch.optim.Rprop([theirs], lr=0.1)
+    for bad in (1.0, float("nan"), 1.0, 1.0):
+        for p in (ours, theirs):
+            p.grad = torch.tensor([1.0, bad, -bad])
+        optimizer.step()
+        local.step()
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_a_scaler_said_is_gone_after_a_step_that_raised(remote: Make) -> None:
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "sgd", lr=0.1, amp="server")
+    training.backward(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.zeros(1))
+    optimizer.param_groups[0]["lr"] = "fast"
+    with pytest.raises((ValueError, TypeError)):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")

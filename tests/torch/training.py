@@ -62,8 +62,9 @@ def follow(
 
 def drift(a: Any, b: Any) -> float:
     """The largest difference in a parameter over the largest magnitude in it."""
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max(float((p.detach() - q.detach()).abs().max() / p.detach().abs().max()) for p, q in pairs)
+    pairs = [(p.detach(), q.detach()) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    assert all(t.isfinite().all() for pair in pairs for t in pair), "a maximum is blind to NaN"
+    return max(float((p - q).abs().max() / p.abs().max()) for p, q in pairs)
 
 
 def values(model: Any) -> list[Any]:

@@ -156,11 +156,13 @@ def digest_from_proto(message: tensor_pb.PayloadDigest) -> sessions.Digest:
     served("digest", "sha256", message.sha256, (b"",))
     for part in ("rows_crc32", "columns_crc32"):
         if not message.HasField(part):
-            raise errors.PayloadError(f"digest without {part}", subject="digest", got="nothing")
+            raise errors.PayloadError(f"digest without {part}", subject="digest", expected=part, got="nothing")
     return sessions.Digest(message.length, message.rows_crc32, message.columns_crc32)
 
 
 def end_from_proto(message: pb.PayloadEnd) -> sessions.Digest:
     if not message.HasField("digest"):
-        raise errors.PayloadError("end of the payload without a digest", subject="digest", got="nothing")
+        raise errors.PayloadError(
+            "end of the payload without a digest", subject="digest", expected="a digest", got="nothing"
+        )
     return digest_from_proto(message.digest)

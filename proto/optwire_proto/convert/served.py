@@ -41,5 +41,8 @@ def served(where: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None
     """Raises UnsupportedError where ``value`` is none of ``allowed``."""
     if value not in allowed:
         raise errors.UnsupportedError(
-            f"{where}.{field}: {value} is not served by this version", subject=f"{where}.{field}", got=str(value)
+            f"{where}.{field}: {value} is not served by this version",
+            subject=f"{where}.{field}",
+            expected=f"one of {', '.join(map(repr, allowed))}"[:200],
+            got=str(value),
         )

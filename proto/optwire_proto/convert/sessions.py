@@ -156,7 +156,9 @@ def ref_from_proto(message: pb.SessionRef) -> tuple[str, str]:
     """(id, name), one of them empty; raises InvalidArgumentError where neither is given."""
     kind = message.WhichOneof("ref")
     if kind is None:
-        raise errors.InvalidArgumentError("session: neither id nor name given", subject="session", got="nothing")
+        raise errors.InvalidArgumentError(
+            "session: neither id nor name given", subject="session", expected="an id or a name", got="nothing"
+        )
     if kind == "id":
         return sessions.check_id(message.id, "session id"), ""
     return "", sessions.check_name(message.name)

@@ -111,17 +111,17 @@ def _text(value: object, where: str, bytes_max: int) -> str:
     try:
         if isinstance(value, str) and len(value.encode()) <= bytes_max:
             return value
-        problem = f"expected text of at most {bytes_max} bytes"
+        expected = f"text of at most {bytes_max} bytes"
     except UnicodeEncodeError:
-        problem = "expected text that is valid Unicode"
+        expected = "text that is valid Unicode"
     got = ascii(value)[:80]
-    raise errors.SpecError(f"{where}: {got}, {problem}", subject=where[:80], got=got)
+    raise errors.SpecError(f"{where}: {got}, expected {expected}", subject=where[:80], expected=expected, got=got)
 
 
 def value_from_proto(message: pb.Value, where: str, depth: int = 0) -> specs.Value:
     kind = message.WhichOneof("kind")
     if kind is None:
-        raise errors.SpecError(f"{where}: no value", subject=where, got="nothing")
+        raise errors.SpecError(f"{where}: no value", subject=where, expected="a value", got="nothing")
     if kind == "tensor":
         return _array_from_proto(message.tensor, where)
     if kind == "blob":

@@ -14,9 +14,10 @@ _FLOATING = ("f32", "f64", "bf16", "f16")
 
 def check(spec: specs.Spec, tree: trees.TreeSpec) -> None:
     """Raises TreeError where an optimizer is not defined for a leaf's element type, SpecError for masks and groups."""
-    optimizer = checks.core(spec).name
-    served = (*_FLOATING, "c64", "c128") if _takes_complex(spec) else _FLOATING
-    for leaf in tree.leaves:
+    for position, leaf in enumerate(tree.leaves):
+        own = _serving(spec, position)
+        optimizer = checks.core(own).name
+        served = (*_FLOATING, "c64", "c128") if _takes_complex(own) else _FLOATING
         if leaf.dtype not in served:
             where = f"params[{leaf.name!r}]" if leaf.name else "params"
             raise errors.TreeError(
@@ -32,6 +33,14 @@ def check(spec: specs.Spec, tree: trees.TreeSpec) -> None:
     _check_accumulation(spec)
     _check_policy(spec)
     _check_lookahead(spec)
+
+
+def _serving(spec: specs.Spec, position: int) -> specs.Spec:
+    """The optimizer that a leaf gets, where leaves have several by position; otherwise that of all."""
+    if spec.name != "grouped" or position >= len(spec["of"].numbers):
+        return spec
+    found: specs.Spec = spec["optimizers"][spec["of"].numbers[position]]
+    return found
 
 
 def _takes_complex(spec: specs.Spec) -> bool:

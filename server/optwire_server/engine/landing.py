@@ -50,26 +50,38 @@ class Landings:
             buffer = self._take(size)
         return Landing(self, tree, np.empty(size, np.uint8) if buffer is None else buffer)
 
+    def check_size(self, tree: trees.TreeSpec, advice: str) -> None:
+        """Raises LimitError, with advice, where a payload of ``tree`` could never land."""
+        size = buffer_bytes(tree)
+        if size > self._bytes_max:
+            raise errors.LimitError(
+                f"payload of {size} bytes: landing_bytes_max is {self._bytes_max}; {advice}",
+                subject="landing_bytes_max",
+                expected=f"at most {self._bytes_max} bytes",
+                got=str(size),
+            )
+
     @contextlib.contextmanager
     def counted(self, size: int) -> Iterator[None]:
-        """Counts bytes on their way out; raises as ``land`` does."""
+        """Counts bytes on their way out, which need no buffer: raises as ``land``, but lets any size pass alone."""
         with self._lock:
-            self._count(size)
+            self._count(size, alone=True)
         try:
             yield
         finally:
             with self._lock:
                 self._lent_bytes -= size
 
-    def _count(self, size: int) -> None:
-        if self._lent_bytes + size > self._bytes_max:
+    def _count(self, size: int, *, alone: bool = False) -> None:
+        passes = alone and self._lent_bytes == 0
+        if self._lent_bytes + size > self._bytes_max and not passes:
             raise errors.LimitError(
                 f"payload of {size} bytes: {self._lent_bytes} of {self._bytes_max} bytes of landing buffers are in use",
                 subject="landing_bytes_max",
                 expected=f"at most {self._bytes_max} bytes in flight",
                 got=str(size),
                 # Waiting helps only where the payload would fit by itself.
-                retry_after_s=0.1 if size <= self._bytes_max else 0.0,
+                retry_after_s=0.1 if size <= self._bytes_max or alone else 0.0,
             )
         self._lent_bytes += size
 

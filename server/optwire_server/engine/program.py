@@ -93,9 +93,11 @@ class Program:
         )
         self._grads = [jax.ShapeDtypeStruct(leaf.shape, tensors.numpy_dtype(leaf.dtype)) for leaf in tree.leaves]
         self._lock = threading.Lock()
-        self._arrays: tuple[Sequence[str], tuple[trees.LeafSpec, ...]] | None = None
+        self._named = slots.Known()
         self._updates: dict[Variant, Callable[..., Updated]] = {}
         self._views: dict[str, Callable[[OptState], list[Any]]] = {}
+        # Paths of learning rates that the update does not look at, as only the first state depends on them.
+        self.idle_rates: frozenset[str] = frozenset()
         with self._building():
             probe = self._rule(tuple(0.0 for _ in self.rate_paths))
             self.every = probe.every
@@ -103,6 +105,7 @@ class Program:
             self.forfeits = probe.every if _inside_accumulation(spec) else 1
             self.views = tuple(sorted(probe.views))
             self._state = self._settled()
+            self.sums = rule.sums(self._state)
             self.state_bytes: int = sum(_bytes(leaf) for leaf in jax.tree.leaves(self._state))
             if self.state_bytes > state_bytes_max:  # before the compiler is asked for as much
                 raise errors.LimitError(
@@ -133,14 +136,25 @@ class Program:
             state = self._rule(rates, seed).init([jnp.array(leaf, copy=True) for leaf in params])
             return _owned(state, self._state)
 
+    def has(self, variant: Variant) -> bool:
+        """Whether an update is compiled. Waits for nothing."""
+        return variant in self._updates
+
+    def has_view(self, which: str) -> bool:
+        """Whether the reading of a view is compiled, or needs no compiling. Waits for nothing."""
+        return which in self._views or (not which and self._owns_params)
+
     def prepare(self, variant: Variant) -> None:
         """Compiles an update, unless it is; on the calling thread."""
         with self._lock:
-            if variant in self._updates:
+            if self.has(variant):
                 return
             with self._building(), _compiling():
                 jitted = jax.jit(self._traced(variant), donate_argnums=2)
-                self._updates[variant] = jitted.lower(self._zeros(variant), self._grads, self._state).compile()
+                traced = jitted.trace(self._zeros(variant), self._grads, self._state)
+                if variant == Variant():
+                    self.idle_rates = self._idle(traced.jaxpr.jaxpr)
+                self._updates[variant] = traced.lower().compile()
 
     def prepare_view(self, which: str) -> None:
         """Compiles the reading of parameters that are not simply part of the state, unless it is.
@@ -157,7 +171,7 @@ class Program:
                 got=which[:80],
             )
         with self._lock:
-            if which in self._views or (not which and self._owns_params):
+            if self.has_view(which):
                 return
             with self._building():
                 made = self._rule(tuple(0.0 for _ in self.rate_paths))
@@ -187,21 +201,14 @@ class Program:
             return float(self._schedule(index))
 
     @functools.cached_property
-    def _jaxpr(self) -> Any:
-        """The update as it is traced."""
-        with self._building():
-            return jax.make_jaxpr(self._traced(Variant()))(self._zeros(Variant()), self._grads, self._state)
-
-    @functools.cached_property
     def update_text(self) -> int:
-        """A digest of what the update computes: equal for programs that do not differ."""
-        constants = tuple(np.asarray(constant).tobytes() for constant in self._jaxpr.consts)
-        return hash((str(self._jaxpr.jaxpr), constants))
+        """A digest of what the update computes, equal for programs that do not differ; traces it once more."""
+        with self._building():
+            closed = jax.make_jaxpr(self._traced(Variant()))(self._zeros(Variant()), self._grads, self._state)
+        constants = tuple(np.asarray(constant).tobytes() for constant in closed.consts)
+        return hash((str(closed.jaxpr), constants))
 
-    @functools.cached_property
-    def idle_rates(self) -> frozenset[str]:
-        """Paths of learning rates that the update does not look at, as only the first state depends on them."""
-        jaxpr = self._jaxpr.jaxpr
+    def _idle(self, jaxpr: Any) -> frozenset[str]:
         used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
         return frozenset(
             path for path, variable in zip(self.rate_paths, jaxpr.invars, strict=False) if id(variable) not in used
@@ -218,11 +225,11 @@ class Program:
         Raises:
           TreeError: an array that cannot be sent.
         """
-        if self._arrays is None or self._arrays[0] != leaves:
-            with self._building():
-                named = slots.names(self._state, self._rule(tuple(0.0 for _ in self.rate_paths)).params, leaves)
-            self._arrays = leaves, slots.leaf_specs(self._state, named)
-        return self._arrays[1]
+        if (known := self._named.get(leaves)) is not None:
+            return known
+        with self._building():
+            named = slots.names(self._state, self._rule(tuple(0.0 for _ in self.rate_paths)).params, leaves)
+        return self._named.put(leaves, slots.leaf_specs(self._state, named))
 
     def same_state(self, other: Program) -> bool:
         """Whether a state of one is a state of the other."""

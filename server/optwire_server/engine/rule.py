@@ -196,6 +196,20 @@ def accumulate(rule: Rule, k: int) -> Rule:
     return around(rule, init, update)._replace(every=k)
 
 
+def sums(state: State) -> tuple[int, ...]:
+    """Positions in a state, in JAX's order, of what ``accumulate`` has gathered for the update to come."""
+
+    def marked(node: Any) -> Any:
+        if not isinstance(node, Gathered):
+            return False
+        return Gathered([True for _ in node.sums], mark(node.inner))
+
+    def mark(node: State) -> State:
+        return jax.tree.map(marked, node, is_leaf=lambda found: isinstance(found, Gathered))
+
+    return tuple(position for position, is_sum in enumerate(jax.tree.leaves(mark(state))) if is_sum)
+
+
 def on_nonfinite(rule: Rule, policy: str) -> Rule:
     """Keeps what is not finite out of the state. State: (pushes taken, the rule's).
 

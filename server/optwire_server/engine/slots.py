@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ _CASTS = ("convert_element_type", "reshape")
 # What cannot stand in a component of a name.
 _UNFIT = re.compile(r"[/\x00-\x1f\x7f]|^\.{1,2}$|^$")
 
+# Of how many sessions' leaves the arrays are kept by name.
+_KNOWN_MAX = 16
+
 # A key of a container as JAX has it, and what is there.
 Child = tuple[Any, Any]
 
@@ -45,6 +49,27 @@ class Place:
     parts: tuple[str, ...]
     leaf: int | None
     named: int
+
+
+class Known:
+    """What the arrays of a state are, by the names of the leaves, for the last sessions that asked. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: dict[tuple[str, ...], tuple[trees.LeafSpec, ...]] = {}
+
+    def get(self, leaves: Sequence[str]) -> tuple[trees.LeafSpec, ...] | None:
+        """The arrays for leaves of these names, where they are known."""
+        with self._lock:
+            return self._arrays.get(tuple(leaves))
+
+    def put(self, leaves: Sequence[str], arrays: tuple[trees.LeafSpec, ...]) -> tuple[trees.LeafSpec, ...]:
+        """Keeps the arrays for leaves of these names, and returns them."""
+        with self._lock:
+            self._arrays[tuple(leaves)] = arrays
+            if len(self._arrays) > _KNOWN_MAX:
+                del self._arrays[next(iter(self._arrays))]
+        return arrays
 
 
 def names(state: Any, read: Callable[[Any], Sequence[Any]], leaves: Sequence[str]) -> tuple[str, ...]:

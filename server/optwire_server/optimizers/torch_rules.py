@@ -461,7 +461,8 @@ def rprop(
         s = jnp.where(first != 0, alpha, s)  # as torch makes it at the first step
         s = jnp.clip(s * jnp.where(agreement > 0, plus, jnp.where(agreement < 0, minus, 1)), least, most)
         g = jnp.where(agreement < 0, 0, g)
-        return x - jnp.sign(g) * s, (g, s)
+        sign = jnp.where(jnp.isnan(g), 0, jnp.sign(g))  # torch's sign of what is no number is 0
+        return x - sign * s, (g, s)
 
     return _lifted(RpropSlots, {"prev": 0.0, "step_size": rate}, coefficients, element, maximize)
 

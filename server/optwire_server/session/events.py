@@ -65,6 +65,9 @@ class Loaded:
       step: number of updates that the session counts afterwards; None: as many as before.
       skipped: how many of those left the parameters alone; None: as many as before.
       base_step: number of updates that the session must have applied; None: any.
+      names: of the arrays, in the order of their bytes; a retry repeats them, too.
+      digest: of the bytes; None while they are still to come.
+      forfeits: how many pushes one skipped update is the end of.
     """
 
     incarnation: int
@@ -72,6 +75,9 @@ class Loaded:
     step: int | None = None
     skipped: int | None = None
     base_step: int | None = None
+    names: tuple[str, ...] = ()
+    digest: sessions.Digest | None = None
+    forfeits: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +11,7 @@ from optwire_server.session import effects, events
 
 # A loss is the worker's own; the step has the mean of them.
 _OWN = frozenset({"loss"})
+_UPDATES = sessions.ReplyContent.UPDATES
 
 
 def in_order(gathered: Mapping[str, events.Pushed]) -> list[events.Pushed]:
@@ -21,6 +23,18 @@ def same(one: events.Pushed, other: events.Pushed) -> bool:
     """Whether a push is another one again: the same bytes, with the same meaning."""
     what = one.key, one.digest, one.options.meaning
     return what == (other.key, other.digest, other.options.meaning)
+
+
+def wishing(event: events.Pushed, before: events.Pushed) -> events.Pushed:
+    """A push made again, with the wishes of the calls that made it before: they may wait for their answer still."""
+    return dataclasses.replace(
+        event,
+        options=dataclasses.replace(
+            event.options,
+            telemetry=event.options.telemetry or before.options.telemetry,
+            reply=before.options.reply if before.options.reply is _UPDATES else event.options.reply,
+        ),
+    )
 
 
 def check_member(name: str, step: int, aggregation: sessions.Aggregation, worker: str) -> None:
@@ -72,14 +86,13 @@ def joined(pushes: Sequence[events.Pushed]) -> sessions.PushOptions:
     first = pushes[0].options
     names = [name for name, _ in first.extras]
     extras = [dict(pushed.options.extras) for pushed in pushes]
-    updates = sessions.ReplyContent.UPDATES
     return sessions.PushOptions(
         grad_scale=first.grad_scale,
         extras=tuple((name, _mean([values[name] for values in extras])) for name in names),
         hyperparams=first.hyperparams,
         absent=first.absent,
         telemetry=any(pushed.options.telemetry for pushed in pushes),
-        reply=updates if any(pushed.options.reply is updates for pushed in pushes) else first.reply,
+        reply=_UPDATES if any(pushed.options.reply is _UPDATES for pushed in pushes) else first.reply,
     )
 
 

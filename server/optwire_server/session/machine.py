@@ -16,7 +16,7 @@ A refused push changes nothing: it raises, and the caller keeps the session it h
 know may start at any seq; `base_step` still admits each step once, so forgetting a worker applies no push twice.
 
 Loading a state rewrites history: a new incarnation begins, so that no push of the old one fits, and the workers start
-anew. A retry of the last load, told by its key, is answered and loads nothing.
+anew. A retry of the last load, told by its key, is answered and loads nothing; the key with another load is refused.
 
 In a session of ``sync(n)`` a push that fits is gathered instead, until one of each worker is there; the mean of them is
 one step, and whoever waits is answered then. What is gathered was not applied: the same push again waits like the
@@ -33,7 +33,7 @@ import enum
 from collections.abc import Mapping
 
 from optwire_proto import errors, limits, sessions
-from optwire_server.session import effects, events, gathering
+from optwire_server.session import effects, events, gathering, loads
 
 # Workers remembered per session; the one that has been quiet longest is forgotten first.
 WORKERS_MAX = limits.WORKERS_MAX
@@ -68,7 +68,7 @@ class Session:
       id: 32 hexadecimal digits.
       name: for messages.
       incarnation: grows when history is rewritten.
-      load_key: of the load that began this incarnation; empty where none did.
+      loaded: the load that began this incarnation; None where none did.
       step: number of updates applied.
       phase: where the session is in its life.
       skipped: how many of those left the parameters alone, since gradients were not finite.
@@ -84,7 +84,7 @@ class Session:
     id: str
     name: str
     incarnation: int = 1
-    load_key: str = ""
+    loaded: events.Loaded | None = None
     step: int = 0
     phase: Phase = Phase.OPEN
     skipped: int = 0
@@ -152,29 +152,26 @@ def admit(session: Session, key: sessions.PushKey) -> None:
             step=session.step,
         )
     _must_be_at(session, key.base_step)
+    if session.step >= limits.STEP_MAX:
+        raise errors.LimitError(
+            f"session {session.name!r}: is at step {session.step}, the last there is; load a state of an earlier one",
+            subject="step",
+            expected=f"a step before {limits.STEP_MAX}",
+            got=str(session.step),
+            step=session.step,
+        )
 
 
 def admit_load(session: Session, event: events.Loaded) -> None:
-    """Raises what ``Loaded`` would raise: at its begin, before the bytes come."""
+    """Raises what ``Loaded`` would raise: at its begin, before the bytes come, and their digest with them."""
     check_alive(session)
-    if event.load_key == session.load_key:
+    if loads.is_retry(session.loaded, event):
+        loads.check_same(session.name, session.step, session.loaded, event)
         return
     check_incarnation(session, event.incarnation)
     if event.base_step is not None:
         _must_be_at(session, event.base_step)
-    step = session.step if event.step is None else event.step
-    for what, value, most in (
-        ("step", step, limits.STEP_MAX),
-        ("state/skipped", 0 if event.skipped is None else event.skipped, step),
-    ):
-        if not 0 <= value <= most:
-            raise errors.InvalidArgumentError(
-                f"session {session.name!r}: {what} {value}, expected 0 to {most}",
-                subject=what,
-                expected=f"0 to {most}",
-                got=str(value),
-                step=session.step,
-            )
+    loads.check_counts(session.name, session.step, event)
 
 
 def check_incarnation(session: Session, incarnation: int) -> None:
@@ -209,10 +206,9 @@ def admit_extension(session: Session, extends: sessions.Extension) -> None:
 def _loaded(session: Session, event: events.Loaded) -> Outcome:
     assert session.phase is not Phase.APPLYING, "one executor does one thing at a time"
     admit_load(session, event)
-    if event.load_key == session.load_key:
+    if loads.is_retry(session.loaded, event):
         return session, ()
-    step = session.step if event.step is None else event.step
-    skipped = session.skipped if event.skipped is None else event.skipped
+    step, skipped = loads.counts_after(session.step, session.skipped, event)
     # What was in effect stays in effect, from the new step on if that comes earlier; what was to come, still comes.
     changes = [
         dataclasses.replace(change, from_step=min(change.from_step, step))
@@ -223,21 +219,14 @@ def _loaded(session: Session, event: events.Loaded) -> Outcome:
     loaded = dataclasses.replace(
         session,
         incarnation=session.incarnation + 1,
-        load_key=event.load_key,
+        loaded=event,
         step=step,
-        skipped=min(skipped, step),
+        skipped=skipped,
         changes=tuple(changes),
         workers={},
         gathered={},
     )
-    rewritten = errors.IncarnationError(
-        f"session {session.name!r}: a state was loaded while this push waited for those of other workers; read the "
-        "parameters and compute again",
-        subject=session.name,
-        expected=str(loaded.incarnation),
-        got=str(session.incarnation),
-        step=step,
-    )
+    rewritten = loads.rewritten(session.name, step, loaded.incarnation)
     return loaded, (effects.Replace(), *gathering.told(session.gathered, rewritten))
 
 
@@ -266,8 +255,11 @@ def _gathered(session: Session, event: events.Pushed, others: Mapping[str, event
     """The session with a push that waits for those of other workers."""
     worker = event.key.worker
     before = session.gathered.get(worker)
+    again = before is None or gathering.same(before, event)
+    if before and again:
+        event = gathering.wishing(event, before)
     waiting = dataclasses.replace(session, gathered={**others, worker: event})
-    if before is None or gathering.same(before, event):
+    if again:
         return waiting, (effects.Hold(),)
     replaced = gathering.replaced(session.name, session.step, worker)
     return waiting, (effects.Answer(worker, effects.Fail(replaced)), effects.Hold())

@@ -45,7 +45,9 @@ def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream)
             else:
                 _expect(message, "end")
                 return convert.end_from_proto(message.end)
-    raise errors.PayloadError("the stream ended before the payload did", subject="end", got="end of stream")
+    raise errors.PayloadError(
+        "the stream ended before the payload did", subject="end", expected="the end of the payload", got="end of stream"
+    )
 
 
 def _expect(message: Any, kind: str) -> None:
@@ -70,6 +72,9 @@ def _chunk_data(chunk: Any) -> bytes:
         )
     if chunk.shard:
         raise errors.UnsupportedError(
-            f"chunk.shard: {chunk.shard}; this server holds all of a payload", subject="shard", got=str(chunk.shard)
+            f"chunk.shard: {chunk.shard}; this server holds all of a payload",
+            subject="shard",
+            expected="0",
+            got=str(chunk.shard),
         )
     return data

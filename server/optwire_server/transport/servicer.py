@@ -174,7 +174,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
         key, options = convert.push_from_proto(request.begin)
         if not request.HasField("digest"):
-            raise errors.PayloadError("push without a digest", subject="digest", got="nothing")
+            raise errors.PayloadError("push without a digest", subject="digest", expected="a digest", got="nothing")
         most = limits.UNARY_PAYLOAD_BYTES_MAX
         if len(request.payload) > most:
             raise errors.LimitError(

@@ -107,7 +107,8 @@ class Pushing:
             f"update: the state of step {base_step} was pushed on already, with other gradients: {self._session} is at "
             f"step {self._session.step_count}. What runs an update and discards its state, as optax.MultiSteps does at "
             "every micro-step, cannot be undone here: one micro-step has been applied. Accumulate on the server "
-            "instead, with optwire.optimizers.accumulate(optimizer, k), in a new session",
+            "instead, with optwire.optimizers.accumulate(optimizer, k), in a new session. Under pmap and lax.map, "
+            "which run one update on one state many times, reduce the gradients first (jax.lax.pmean)",
             subject="state",
             expected=str(self._session.step_count),
             got=str(base_step),

@@ -5,11 +5,14 @@ Gradients are computed under ``jit`` as ever; the three functions talk to the se
 
 from __future__ import annotations
 
+import collections
 import operator
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optwire import _client, _session
@@ -18,6 +21,9 @@ from optwire_proto import catalogue, checks, errors, spec_text, specs
 
 # Any pytree with arrays at its leaves.
 Params = Any
+
+# Sessions that a triple keeps a handle on, those used last: states may take turns, and a handle holds a stream.
+_SESSIONS_MAX = 4
 
 
 class Optimizer(NamedTuple):
@@ -48,11 +54,18 @@ def optimizer(client: _client.Client, spec: specs.Spec | str, *, name: str | Non
       ``get_params(opt_state)`` gives the parameters, and ``StaleStepError`` where the session has moved on, as only the
       newest are kept. An ``opt_state`` that comes out of a checkpoint attaches to its session by itself, which must
       have been made with the same spec; parameters then come in the session's structure, until gradients say another.
+      Sessions live on until ``client.delete_session``, after another ``opt_init`` too; the triple keeps handles on the
+      four that it used last, and attaches to others again when their states come.
       All three raise ``UnsupportedError`` under ``jit``, ``grad`` or ``vmap``, and what ``Client.create_session`` and
       ``Session.step`` raise.
     """
     remote = _Remote(client, spec, name)
     return Optimizer(remote.init, remote.update, remote.params)
+
+
+class _Held(NamedTuple):
+    session: _session.Session
+    structure: _leaves.Leaves | None  # without values; None: the session's own
 
 
 class _Newest(NamedTuple):
@@ -68,8 +81,7 @@ class _Remote:
         self._client = client
         self._spec = spec
         self._name = name
-        self._sessions: dict[str, _session.Session] = {}
-        self._structures: dict[str, _leaves.Leaves] = {}  # without values
+        self._held: collections.OrderedDict[str, _Held] = collections.OrderedDict()  # by id, used last at the end
         self._newest: _Newest | None = None
         self._lock = threading.Lock()
 
@@ -77,9 +89,10 @@ class _Remote:
         _state.refuse_traces("opt_init", params)
         session = _sessions.create_session(self._client, params, self._spec, name=self._name)
         leaves = _leaves.leaves_of(params)
-        by_name = {n: _leaves.to_jax(v, n) for n, v in zip(leaves.names, leaves.values, strict=True) if v is not None}
+        present = ((n, v) for n, v in zip(leaves.names, leaves.values, strict=True) if v is not None)
+        # Copies: what was given is the caller's, to be written over or donated.
+        by_name = {name: jnp.array(_leaves.to_jax(value, name), copy=True) for name, value in present}
         with self._lock:
-            self._sessions[session.id] = session
             return self._kept(session, session.step_count, leaves, leaves.rebuilt(by_name))
 
     def update(self, i: int, grads: Params, opt_state: _state.RemoteState) -> _state.RemoteState:
@@ -95,9 +108,9 @@ class _Remote:
         _state.refuse_traces("get_params", opt_state)
         session_id, step = opt_state.session_id, int(np.asarray(opt_state.step))
         with self._lock:
-            if self._newest is None or self._newest[:2] != (session_id, step):
+            if self._newest is None or self._newest[:2] != (session_id, step) or _is_donated(self._newest.params):
                 session = self._attached(opt_state)
-                structure = self._structures.get(session_id)
+                structure = self._held[session_id].structure
                 params = session.params()
                 _check_kept(session, step)
                 arrays = _nests.arrays_of(session, params, "params")
@@ -108,14 +121,21 @@ class _Remote:
             return self._newest.params
 
     def _kept(self, session: _session.Session, step: int, leaves: _leaves.Leaves, params: Params) -> _state.RemoteState:
-        self._structures[session.id] = leaves._replace(values=())
+        self._hold(session, leaves._replace(values=()))
         self._newest = _Newest(session.id, step, params)
         return _state.state_at(step, session.id)
 
+    def _hold(self, session: _session.Session, structure: _leaves.Leaves | None) -> None:
+        self._held[session.id] = _Held(session, structure)
+        self._held.move_to_end(session.id)
+        while len(self._held) > _SESSIONS_MAX:
+            _, oldest = self._held.popitem(last=False)
+            oldest.session.close()
+
     def _attached(self, opt_state: _state.RemoteState) -> _session.Session:
-        """The handle on the state's session, made where this is the first that we see of it."""
+        """The handle on the state's session, made where there is none."""
         session_id = opt_state.session_id
-        if session_id not in self._sessions:
+        if session_id not in self._held:
             names = [info.name for info in self._client.list_sessions() if info.id == session_id]
             session = self._client.attach(names[0]) if names else None
             if session is None or session.id != session_id:
@@ -125,8 +145,8 @@ class _Remote:
                     got=session_id,
                 )
             self._check_spec(session)
-            self._sessions[session_id] = session
-        return self._sessions[session_id]
+            self._hold(session, None)
+        return self._held[session_id].session
 
     def _check_spec(self, session: _session.Session) -> None:
         info = session.info()
@@ -139,6 +159,11 @@ class _Remote:
                 expected=specs.shown(mine),
                 got=specs.shown(info.spec),
             )
+
+
+def _is_donated(params: Params) -> bool:
+    """Whether a jitted function has taken the memory of what ``get_params`` gave."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
 def _check_kept(session: _session.Session, step: int) -> None:

@@ -28,6 +28,12 @@ def leaf(name: str, parameter: torch.Tensor) -> trees.LeafSpec:
       UnsupportedError: a parameter of which this process holds a part only.
     """
     _refuse_distributed(name, parameter)
+    if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+        raise errors.TreeError(
+            f"parameter {name!r} of a lazy module has no shape yet: run the model once, then make the optimizer",
+            subject=name,
+            got=type(parameter).__name__,
+        )
     if parameter.dtype not in DTYPES:
         served = ", ".join(str(dtype) for dtype in DTYPES)
         raise errors.TreeError(
@@ -48,6 +54,7 @@ def to_numpy(tensor: torch.Tensor, name: str) -> tensors.Array:
 
     Raises:
       UnsupportedError: a sparse tensor, or one that is spread over processes.
+      TreeError: a tensor without values.
     """
     _refuse_distributed(name, tensor)
     if tensor.layout is not torch.strided:
@@ -57,6 +64,13 @@ def to_numpy(tensor: torch.Tensor, name: str) -> tensors.Array:
             subject=name,
             expected="torch.strided",
             got=str(tensor.layout),
+        )
+    if tensor.is_meta:
+        raise errors.TreeError(
+            f"parameter {name!r} is on the meta device and has no values: move the model with to_empty, and fill it",
+            subject=name,
+            expected="a device with memory",
+            got=str(tensor.device),
         )
     dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if dense.dtype is torch.bfloat16:  # NumPy has no such type: its bits, and a dtype that says what they are
@@ -87,8 +101,9 @@ def write(parameter: torch.Tensor, array: tensors.Array) -> None:
 
 
 def is_same(parameter: torch.Tensor, array: tensors.Array) -> bool:
-    """Whether a parameter has the values of an array of its element type."""
-    return torch.equal(parameter.detach().cpu(), from_numpy(_tagged(parameter, array)))
+    """Whether a parameter has the values of an array of its element type and shape, bit by bit."""
+    mine, theirs = to_numpy(parameter, ""), np.ascontiguousarray(array)
+    return np.array_equal(mine.reshape(-1).view(np.uint8), theirs.reshape(-1).view(np.uint8))
 
 
 def _tagged(parameter: torch.Tensor, array: tensors.Array) -> tensors.Array:

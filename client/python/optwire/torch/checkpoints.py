@@ -111,6 +111,8 @@ def slots(state: optwire.State, parameters: Mapping[str, torch.Tensor]) -> dict[
     """
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
     for name, held in _by_leaf(state).items():
+        if name not in parameters:
+            continue
         for slot, array in held.items():
             if slot == PARAMS and arrays.from_numpy(array).dtype is parameters[name].dtype:
                 continue
@@ -118,6 +120,26 @@ def slots(state: optwire.State, parameters: Mapping[str, torch.Tensor]) -> dict[
         if found[name]:  # where the optimizer does not count by itself, the session does
             found[name].setdefault(STEP, torch.tensor(float(state.step)))
     return found
+
+
+def copied(
+    client: optwire.Client, origin: str, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]] | None:
+    """The slots that a copy of an optimizer starts with: those of its origin's session, as it is now.
+
+    Raises:
+      SessionNotFoundError: that one is gone.
+    """
+    try:
+        with client.attach(origin) as session:
+            found = slots(session.state(), parameters)
+    except errors.SessionNotFoundError as exc:
+        raise errors.SessionNotFoundError(
+            f"session {origin!r}, of whose optimizer this is a copy, is gone and its slots with it: load a full state "
+            "first, or make a new RemoteOptimizer",
+            subject=origin,
+        ) from exc
+    return found if any(found.values()) else None
 
 
 def by_name(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from optwire import _session
+from optwire.torch import arrays, leaves
 from optwire_proto import checks, errors, sessions, specs, trees
 
 
-def check_tree(info: sessions.SessionInfo, leaves: Sequence[trees.LeafSpec]) -> None:
+def check_tree(info: sessions.SessionInfo, of: Sequence[trees.LeafSpec]) -> None:
     """Raises TreeMismatchError, with the first leaf, where the session has other leaves; their order is its own."""
-    ours = {leaf.name: leaf for leaf in leaves}
+    ours = {leaf.name: leaf for leaf in of}
     theirs = {leaf.name: leaf for leaf in info.tree.leaves} if info.tree else {}
     for name in (*ours, *theirs):
         if ours.get(name) != theirs.get(name):
@@ -20,6 +22,38 @@ def check_tree(info: sessions.SessionInfo, leaves: Sequence[trees.LeafSpec]) -> 
                 subject=name,
                 expected=_form(theirs.get(name)),
                 got=_form(ours.get(name)),
+            )
+
+
+def surprise(session: _session.Session) -> errors.StaleStepError:
+    """What to raise where the model was given other parameters than its gradients are of."""
+    return errors.StaleStepError(
+        f"{session} is at step {session.step_count} with other parameters than the gradients were computed on; "
+        "the model has them now, compute gradients again",
+        subject=session.name,
+        step=session.step_count,
+    )
+
+
+def check_leaves(session: _session.Session, tree: trees.TreeSpec, of: Sequence[leaves.Leaf]) -> None:
+    """Raises TreeMismatchError where there are not as many parameters as in the session, or one was converted."""
+    if len(of) != len(tree.leaves):
+        raise errors.TreeMismatchError(
+            f"param_groups have {len(of)} parameters, {session} has {len(tree.leaves)}; parameters are added by "
+            "add_param_group, and never taken away",
+            subject=session.name,
+            expected=str(len(tree.leaves)),
+            got=str(len(of)),
+        )
+    dtypes = {leaf.name: leaf.dtype for leaf in tree.leaves}
+    for leaf in of:
+        if arrays.DTYPES.get(leaf.parameter.dtype) != dtypes.get(leaf.name):
+            raise errors.TreeMismatchError(
+                f"parameter {leaf.name!r} is of {leaf.parameter.dtype} now, and {dtypes.get(leaf.name)} in {session}; "
+                "convert a model before the first step",
+                subject=leaf.name,
+                expected=str(dtypes.get(leaf.name)),
+                got=str(leaf.parameter.dtype),
             )
 
 

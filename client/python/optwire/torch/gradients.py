@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
+
+import torch
 
 from optwire.torch import arrays, leaves, recipes, translation
 from optwire_proto import errors, tensors
@@ -12,12 +14,13 @@ from optwire_proto import errors, tensors
 MISSING: Final = ("skip", "error")
 
 
-def gathered(of: Sequence[leaves.Leaf], missing: str) -> dict[str, tensors.Array]:
+def gathered(of: Sequence[leaves.Leaf], missing: str, factor: float = 1.0) -> dict[str, tensors.Array]:
     """The gradients that there are, by leaf; not copied where they lie as they travel.
 
     Args:
       of: all leaves.
       missing: one of ``MISSING``.
+      factor: what they are multiplied by, where that is not 1.
 
     Raises:
       InvalidArgumentError: one is missing, and that is an error.
@@ -26,12 +29,27 @@ def gathered(of: Sequence[leaves.Leaf], missing: str) -> dict[str, tensors.Array
     found = {}
     for leaf in of:
         if leaf.parameter.grad is not None:
-            found[leaf.name] = arrays.to_numpy(leaf.parameter.grad, leaf.name)
+            gradient = leaf.parameter.grad if factor == 1 else leaf.parameter.grad * factor
+            found[leaf.name] = arrays.to_numpy(gradient, leaf.name)
         elif missing == "error":
             raise errors.InvalidArgumentError(
                 f"parameter {leaf.name!r} has no gradient, and missing_grad is 'error'", subject=leaf.name
             )
     return found
+
+
+def loss(returned: Any, *, is_wanted: bool) -> float | None:
+    """What a closure returned as a number, where the optimizer asks for the loss.
+
+    Raises:
+      InvalidArgumentError: there is none, or it is no number.
+    """
+    if not is_wanted:
+        return None
+    value = returned.detach() if isinstance(returned, torch.Tensor) else returned
+    return recipes.floats(
+        "nothing" if value is None else value, "step: the spec asks for the loss, which closure returns", 1
+    )[0]
 
 
 def refuse_phantom(groups: recipes.Groups, grads: Mapping[str, tensors.Array]) -> None:

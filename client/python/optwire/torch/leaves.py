@@ -39,6 +39,11 @@ def named(groups: recipes.Groups, known: Mapping[int, str]) -> list[Leaf]:
     return list(found.values())
 
 
+def refreshed(leaf: Leaf) -> Leaf:
+    """The leaf with the element type that its parameter has now."""
+    return leaf._replace(kind=leaf.kind._replace(is_16_bit=recipes.is_16_bit(leaf.parameter)))
+
+
 def by_group(leaves: Sequence[Leaf], groups: recipes.Groups) -> list[list[str]]:
     """Names of each group's parameters, one that is given twice twice."""
     names = {id(leaf.parameter): leaf.name for leaf in leaves}

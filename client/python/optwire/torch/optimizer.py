@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 
 from optwire import _client, _options, _session
-from optwire.torch import checkpoints, gradients, leaves, ranks, recipes, remote, translation, ways
+from optwire.torch import amp as amps
+from optwire.torch import checkpoints, copies, gradients, leaves, ranks, recipes, remote, translation, ways
 from optwire_proto import errors, sessions, specs
 
 _FORMS: Final = ("handle", "full")
-_AMP: Final = ("client", "server")
 
 
-class RemoteOptimizer(torch.optim.Optimizer):
+class RemoteOptimizer(copies.Detachable):
     """A ``torch.optim.Optimizer`` whose state and arithmetic are on a server.
 
     Schedulers, hooks, clipping, accumulation, mixed precision and checkpoints work as with any other optimizer; the
@@ -45,6 +43,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
       transport: as in ``optwire.connect``; with ``target`` only.
       timeout: of each call, in seconds; with ``target`` only.
       allow_zero: whether a step may be pushed whose learning rates and gradients are all zero.
+      telemetry: whether ``last_reply.metrics`` reports norms and the like, at the price of computing them.
       **arguments: torch's own, with its defaults, where ``optimizer`` is torch's.
 
     Raises:
@@ -72,6 +71,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         transport: str = ways.TRANSPORT,
         timeout: float = ways.TIMEOUT_S,
         allow_zero: bool = False,
+        telemetry: bool = False,
         **arguments: Any,
     ) -> None:
         if overlap:
@@ -81,10 +81,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             )
         self._distributed = ranks.check(distributed)
         self._form = _one_of("state", state, _FORMS)
-        self._amp = _one_of("amp", amp, _AMP)
+        self._amp = _one_of("amp", amp, amps.CHOICES)
         self._missing_grad = _one_of("missing_grad", missing_grad, gradients.MISSING)
         self._allow_zero = allow_zero
+        self._telemetry = bool(telemetry)
+        self._given = frozenset(arguments)
         self._is_detached = False
+        self._pending = None  # a group of which it is unknown whether the session has it
+        self._rejoined = None  # that group, once the session was found to have it
         self._last: ranks.Outcome = ranks.Outcome()
         self._recipe = recipes.recipe(optimizer, arguments)
         self._remote = remote.Remote(
@@ -94,8 +98,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             name=session,
             workers=self._distributed == "workers",
         )
-        if self._amp == "server":
-            self._step_supports_amp_scaling = True
+        amps.mark(self, self._amp, self._distributed)
         super().__init__(params, dict(self._recipe.defaults))
         if session is not None:
             self._find()
@@ -126,14 +129,16 @@ class RemoteOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) > 0:
-            return loss
-        if self._distributed == "replicated":
-            outcome = ranks.from_rank_0(self._push, self._parameters())
-            self._remote.name = self._remote.name or outcome.session or None
-        else:
-            outcome = self._push()
+        with amps.cleared(self):
+            scale = amps.scale(self, self._amp, self._distributed, self._parameters())
+            if scale is None:
+                return loss
+            told = gradients.loss(loss, is_wanted=self._recipe.wants_loss)
+            if self._distributed == "replicated":
+                outcome = ranks.from_rank_0(lambda: self._push(scale, told), self._parameters())
+                self._remote.name = self._remote.name or outcome.session or None
+            else:
+                outcome = self._push(scale, told)
         if outcome.ack is not None:
             self._last = outcome
         return loss
@@ -172,17 +177,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Whether another process has the session, and this one gets parameters from it."""
         return self._distributed == "replicated" and ranks.rank() > 0
 
-    def _push(self) -> ranks.Outcome:
+    def _push(self, scale: tuple[float, float], loss: float | None) -> ranks.Outcome:
+        self._settle()
+        factor, grad_scale = scale
         if [id(parameter) for group in self.param_groups for parameter in group["params"]] != self._ids:
             self._name_leaves()  # some frameworks put others in their places
-        grads = gradients.gathered(self._remote.leaves, self._missing_grad)
+        grads = gradients.gathered(self._remote.leaves, self._missing_grad, factor)
         if not grads and self._distributed != "workers":
             return ranks.Outcome()
         if not self._allow_zero:
             gradients.refuse_phantom(self.param_groups, grads)
         is_new = self._remote.session is None
-        scale = getattr(self, "grad_scale", None)
-        written = self._remote.push(self.param_groups, grads, grad_scale=1.0 if scale is None else float(scale))
+        written = self._remote.push(
+            self.param_groups, grads, grad_scale=grad_scale, loss=loss, telemetry=self._telemetry
+        )
         session = self._open()
         if is_new:  # and may have given parameters that have no gradient now
             self._show_handles()
@@ -202,6 +210,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._remote.pull()
 
     def _open(self) -> _session.Session:
+        self._settle()
         is_new = self._remote.session is None
         session = self._remote.open(self.param_groups)
         if is_new:
@@ -214,23 +223,46 @@ class RemoteOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; once there is a session, it gets more leaves and keeps what it has.
 
+        After a ``DeadlineError``, ``UnavailableError`` or Ctrl-C it is unknown whether the session has them; the next
+        use finds out, and the group is there if it has. Calling again with the same group is safe.
+
         Raises:
           InvalidArgumentError: a value that cannot be meant, or with a spec, any value at all.
           TreeError: a name that there is already, or a parameter that cannot be served.
         """
+        self._settle()
+        if self._rejoined is not None and _ids(param_group) == _ids(self._rejoined):
+            self._rejoined = None  # the call before this one did it
+            return
         if isinstance(param_group, dict):
             where = f"param_groups[{len(self.param_groups)}]"
             self._recipe.check_group({**param_group}, where)
+        given = self._given | set(param_group)  # before torch fills in the defaults
         super().add_param_group(param_group)
         try:
             self._name_leaves()
+            self._remote.hyperparams.default(self.param_groups, len(self.param_groups) - 1, given)
             if self._remote.session is not None:
                 self._remote.extend(self.param_groups)
-        except Exception:
-            self.param_groups.pop()
+        except BaseException:
+            group = self.param_groups.pop()
             self._name_leaves()
+            self._pending = group if self._remote.is_unsure else None
             raise
         self._show_handles()
+
+    def _settle(self) -> None:
+        """After a lost answer finds out what the session is, and has the group that it was extended by."""
+        if self._remote.is_unsure:
+            self._remote.settle(self.param_groups, self._rejoin)
+            self._pending = None
+            self._show_handles()
+
+    def _rejoin(self) -> None:
+        if self._pending is not None:
+            self.param_groups.append(self._pending)
+            self._pending, self._rejoined = None, self._pending
+            self._name_leaves()
 
     def _name_leaves(self) -> None:
         known = {id(leaf.parameter): leaf.name for leaf in self._remote.leaves}
@@ -258,6 +290,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         if self._follows:
             raise errors.DetachedError("full_state_dict: distributed='replicated', and rank 0 has the session")
+        self._settle()
         handles, slots = self.state, self._remote.slots()
         try:
             self.state = {leaf.parameter: slots[leaf.name] for leaf in self._remote.leaves if slots.get(leaf.name)}
@@ -277,6 +310,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
           OutOfStepError: a handle of another step than the session's.
           InvalidArgumentError: a handle of another session.
         """
+        self._settle()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -290,24 +324,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
         changed = [{**ours, **new} for ours, new in zip(self.param_groups, merged, strict=True)]
         self._remote.check_fixed(changed)
         handle = checkpoints.handle(state_dict["state"])
-        if handle is not None:
-            self._load_handle(handle)
-        elif not self._follows:
+        if self._follows:
+            pass
+        elif handle is not None:
+            self._remote.load_handle(handle, self.param_groups)
+        else:
             self._remote.load(entries, changed)
         for group, values in zip(self.param_groups, merged, strict=True):
             group.update(values)
         self._show_handles()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _load_handle(self, handle: checkpoints.Handle) -> None:
-        if self._follows:
-            return
-        if handle.session and self._remote.session is None and self._remote.name in (None, handle.session):
-            self._remote.name = handle.session
-            self._open()
-        step = self._remote.session.step_count if self._remote.session else 0
-        checkpoints.check(handle, self._remote.name, step)
 
     def _show_handles(self) -> None:
         """Fills ``state``: where it is empty, torch's own tools step to have it filled."""
@@ -320,76 +347,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
             if handle is not None or not self.state.get(leaf.parameter):
                 self.state[leaf.parameter] = (handle or checkpoints.NONE).entry(leaf.name)
 
-    # -------------------------------------------------------------------------------------------- copies and endings
-
-    def attach(self, session: str | None = None) -> None:
-        """Gives a copy a session of its own: one of that name, or, without a name, the one it was copied from.
-
-        The session is made, or its parameters are read, at the next ``step``.
-        """
-        if session is not None:
-            self._remote.name = sessions.check_name(session)
-        self._is_detached = False
-
-    def close(self) -> None:
-        """Releases the session's handle, and the connection where it was made from ``target``. The session lives on."""
-        self._remote.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._show_handles()
-        kept = ("_distributed", "_form", "_amp", "_missing_grad", "_allow_zero", "_is_detached", "_recipe")
-        return {
-            **super().__getstate__(),
-            **{name: self.__dict__[name] for name in kept},
-            "_way": self._remote.way,
-            "_loaded": self._remote.loaded,
-            "_name": self._remote.name,
-            "_leaf_names": [leaf.name for leaf in self._remote.leaves],
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        way, name, names, loaded = (state.pop(key) for key in ("_way", "_name", "_leaf_names", "_loaded"))
-        super().__setstate__(state)
-        if self._amp == "server":
-            self._step_supports_amp_scaling = True
-        self._last = ranks.Outcome()
-        self._remote = remote.Remote(self._recipe, way, client=None, name=name, workers=self._distributed == "workers")
-        self._remote.loaded = loaded
-        self._name_leaves()
-        self._remote.leaves = [leaf._replace(name=own) for leaf, own in zip(self._remote.leaves, names, strict=True)]
-
-    def __copy__(self) -> Self:
-        return self._detached(self.__getstate__())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self._detached(copy.deepcopy(self.__getstate__(), memo))
-
-    def _detached(self, state: dict[str, Any]) -> Self:
-        twin = self.__class__.__new__(self.__class__)
-        twin.__setstate__(state | {"_is_detached": True})
-        return twin
-
     def __repr__(self) -> str:
         step = self._remote.session.step_count if self._remote.session else 0
         where = f"target {self._remote.way.target!r}, session {self._remote.name!r}, step {step}"
         return f"{super().__repr__()}\n{self._recipe.name} at {where}{', detached' * self._is_detached}"
 
-    def _check_attached(self) -> None:
-        if self._is_detached:
-            raise errors.DetachedError(
-                "this optimizer is a copy, and two owners of one session push twice; call attach('NAME') for a "
-                "session of its own, or attach() to go on with the one it was copied from",
-                subject=self._remote.name or "",
-            )
+
+def _ids(group: Any) -> list[int]:
+    """Identities of a group's parameters, with names or without."""
+    params = group.get("params", ()) if isinstance(group, dict) else ()
+    listed = [params] if isinstance(params, torch.Tensor) else params if isinstance(params, list | tuple) else ()
+    return [id(param[1] if isinstance(param, tuple) else param) for param in listed]
 
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> str:

@@ -85,7 +85,7 @@ def from_rank_0(action: Callable[[], Outcome], parameters: Sequence[torch.Tensor
     if rank() == 0:
         try:
             outcome = action()
-        except Exception as exc:  # the other ranks wait: whatever it was, they must hear of it
+        except BaseException as exc:  # the other ranks wait: whatever it was, Ctrl-C included, they must hear of it
             _broadcast_text(json.dumps(_described(exc)), device)
             raise
         _broadcast_text(json.dumps(dataclasses.asdict(outcome)), device)
@@ -99,6 +99,18 @@ def from_rank_0(action: Callable[[], Outcome], parameters: Sequence[torch.Tensor
             if rank() != 0:
                 parameters[position].copy_(values)
     return outcome
+
+
+def agreed(device: torch.device, *, is_infinite: bool, scale: float) -> tuple[bool, float]:
+    """Whether a ``GradScaler`` of any rank found a gradient that is not finite, and the least of their scales.
+
+    A scaler hears of its own rank's gradients only: after an infinity there its scale is another one.
+    """
+    if world_size() == 1:
+        return is_infinite, scale
+    mine = torch.tensor([float(is_infinite), -scale], dtype=torch.float32, device=device)
+    distributed.all_reduce(mine, op=distributed.ReduceOp.MAX)
+    return bool(mine[0] > 0), -float(mine[1])
 
 
 def no_allreduce_hook(state: object, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -139,7 +151,7 @@ def _broadcast_text(text: str, device: torch.device) -> str:
     return bytes(data.cpu().tolist()).decode()
 
 
-def _described(exc: Exception) -> dict[str, Any]:
+def _described(exc: BaseException) -> dict[str, Any]:
     told = {"error": str(exc), "type": type(exc).__name__}
     if not isinstance(exc, errors.OptwireError):
         return told

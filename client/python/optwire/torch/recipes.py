@@ -44,6 +44,10 @@ class Recipe(Protocol):
     def is_scheduled(self) -> bool:
         """Whether the server decides the learning rate step by step."""
 
+    @property
+    def wants_loss(self) -> bool:
+        """Whether every step has to bring the loss."""
+
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raises where a group says what cannot be meant."""
 
@@ -87,6 +91,10 @@ class Named:
 
     @property
     def is_scheduled(self) -> bool:
+        return False
+
+    @property
+    def wants_loss(self) -> bool:
         return False
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
@@ -172,6 +180,10 @@ class Given:
         """NaN stands for what is not known before the first step: the value of a schedule."""
         value = self._rates[0][1] if self._rates else math.nan
         return {translation.RATE: float(value) if isinstance(value, int | float) else math.nan}
+
+    @property
+    def wants_loss(self) -> bool:
+        return "loss" in checks.extras(checks.check(self._spec, "optimizer"), catalogue.CATALOGUE)
 
     @property
     def is_scheduled(self) -> bool:
@@ -294,7 +306,7 @@ def floats(value: Any, where: str, count: int) -> tuple[float, ...]:
     numbers = value if isinstance(value, tuple | list) else (value,)
     try:
         found = tuple(float(number) for number in numbers)
-    except (TypeError, ValueError, RuntimeError) as exc:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as exc:
         raise errors.InvalidArgumentError(f"{where}: {value!r}, expected a number", subject=where) from exc
     if len(found) != count:
         raise errors.InvalidArgumentError(f"{where}: {value!r}, expected {count} numbers", subject=where)

@@ -5,57 +5,22 @@ Knows tensors and recipes; hooks, closures and forms of a checkpoint are the opt
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from optwire import _client, _session
-from optwire.torch import arrays, checkpoints, fit, leaves, ranks, recipes, translation, ways
-from optwire_proto import errors, sessions, tensors, trees
+from optwire import _session
+from optwire.torch import arrays, checkpoints, fit, leaves, link, ranks, recipes
+from optwire_proto import errors, tensors, trees
 
 
-class Remote:
-    """The session of an optimizer, from the first need of one on.
-
-    Attributes:
-      way: to the server.
-      name: of the session; None: the server makes one.
-      leaves: every parameter once, in the order of the groups.
-      session: None before the first need.
-      loaded: slots by leaf that the session is to have, once there is one.
-    """
-
-    def __init__(
-        self, recipe: recipes.Recipe, way: ways.Way, *, client: _client.Client | None, name: str | None, workers: bool
-    ) -> None:
-        self.way = way
-        self.name = None if name is None else sessions.check_name(name)
-        self.leaves: list[leaves.Leaf] = []
-        self.session: _session.Session | None = None
-        self.loaded: Mapping[str, Mapping[str, Any]] | None = None
-        self._recipe = recipe
-        self._client = client
-        self._workers = workers
-        self._tree: trees.TreeSpec | None = None
-        self._acknowledged: recipes.Values = {}
-        self._fixed: list[dict[str, Any]] = []
-        self._fingerprints: dict[str, tuple[int, int]] = {}
-        self._masters: dict[str, tensors.Array] = {}
-        self._is_surprised = False  # whether the last reading of parameters changed any
-        self._finalizer: weakref.finalize[..., Any] | None = None
+class Remote(link.Link):
+    """The session of an optimizer, from the first need of one on."""
 
     # ------------------------------------------------------------------------------------------------- beginnings
-
-    @property
-    def client(self) -> _client.Client:
-        """The user's client, or one of our own, which ends with us."""
-        if self._client is None:
-            self._client = self.way.connect()
-            self._finalizer = weakref.finalize(self, self._client.close)
-        return self._client
 
     def find(self, groups: recipes.Groups) -> tuple[int, ...]:
         """Attaches to the session of our name where there is one, which gives the model its parameters.
@@ -71,8 +36,27 @@ class Remote:
             session = self.client.attach(self.name, worker=ranks.rank() if self._workers else None)
         except errors.SessionNotFoundError:
             return ()
-        self._attach(session, groups)
-        return self.pull()
+        with self._or_as_before(groups, session):
+            self._attach(session, groups)
+            return self._receive()
+
+    def load_handle(self, handle: checkpoints.Handle, groups: recipes.Groups) -> None:
+        """Goes on with the session of a handle, which gives the model its parameters; or it is ours already.
+
+        Raises:
+          OutOfStepError: the session is at another step.
+          TreeMismatchError, InvalidArgumentError: it is not one for these parameters and this optimizer.
+        """
+        if not handle.session or self.session is not None or self.name not in (None, handle.session):
+            checkpoints.check(handle, self.name, self.session.step_count if self.session else 0)
+            return
+        self._check_names()
+        session = self.client.attach(handle.session, worker=self._worker)
+        with self._or_as_before(groups, session):
+            checkpoints.check(handle, session.name, session.step_count)
+            self.name = session.name
+            self._attach(session, groups)
+            self._receive(handle)
 
     def open(self, groups: recipes.Groups) -> _session.Session:
         """The session; made where there is none yet, or attached to, which gives the model its parameters."""
@@ -82,60 +66,138 @@ class Remote:
                 self._open_as_worker(groups)
             else:
                 self._attach_or_create(groups)
-            if not self._fingerprints and self.loaded is None:
-                self.pull()
         assert self.session is not None
         if self.loaded is not None:
             self._restore(self.loaded, groups)
             self.loaded = None
         return self.session
 
+    def settle(self, groups: recipes.Groups, rejoin: Callable[[], None]) -> None:
+        """After a lost answer: a new handle on the session as it is, whatever became of what was asked.
+
+        Args:
+          groups: of the optimizer.
+          rejoin: called where the session has been extended, for the parameters of the group to become ``leaves``.
+        """
+        old = self.session
+        if not self.is_unsure or old is None:
+            return
+        session = self.client.attach(old.name, worker=self._worker)
+        try:
+            tree = session.info().tree
+            if tree is not None and len(tree.leaves) > len(self.leaves):
+                rejoin()
+            self._attach(session, groups)
+        except BaseException:
+            self._session = old
+            session.close()
+            raise
+        old.close()
+        self.is_unsure = False
+        self._is_behind |= session.step_count != old.step_count
+        self._mirror.forget()
+
     def extend(self, groups: recipes.Groups) -> None:
         """Has the session take leaves that were added to ``leaves``; what it has, it keeps."""
-        assert self.session is not None
-        self._check_names()
-        self._upload_changes(only=set(self._fingerprints))
-        self.session = self.client.create_session(
-            self._params(), self._recipe.spec(groups, self._kinds()), extends=self.session
-        )
-        self._born(groups)
-        if self._recipe.is_scheduled:
-            self._acknowledged = self._recipe.values(groups)
+        if not self._workers:
+            self._extend(groups)
+            return
+        old = self.session
+        assert old is not None
+        self._by_rank_0(lambda: self._extend(groups))
+        old.close()
+        self._attach_as_worker(groups)
 
-    def close(self) -> None:
-        """Releases the handle, and the client if it is ours."""
-        if self.session is not None:
-            self.session.close()
-        if self._finalizer is not None:
-            self._finalizer()
+    def _extend(self, groups: recipes.Groups) -> None:
+        old = self.session
+        assert old is not None and self._tree is not None
+        self._check_names()
+        self._check_step()
+        self._upload_changes(only={leaf.name for leaf in self._tree.leaves})
+        self._learn(groups)  # what others changed is to be as it is
+        with self._unsure():
+            self._session = self.client.create_session(
+                self._params(), self._recipe.spec(groups, self._kinds()), extends=old
+            )
+        old.close()
+        self._born(groups)
+
+    @contextlib.contextmanager
+    def _or_as_before(self, groups: recipes.Groups, session: _session.Session) -> Iterator[None]:
+        """Whatever is raised inside, everything here and in the groups is as it was, and the handle closed."""
+        known = copy.copy(self.hyperparams)
+        known.known = dict(known.known)
+        before = {**vars(self), "hyperparams": known}
+        values = [{name: copy.deepcopy(group[name]) for name in self._recipe.defaults} for group in groups]
+        try:
+            yield
+        except BaseException:
+            session.close()
+            vars(self).update(before)
+            for group, old in zip(groups, values, strict=True):
+                for name, value in old.items():
+                    group[name] = group[name].copy_(value) if isinstance(group[name], torch.Tensor) else value
+            raise
 
     def _attach_or_create(self, groups: recipes.Groups, **options: Any) -> None:
-        if self.name is not None:
-            try:
-                self._attach(self.client.attach(self.name), groups)
-                return
-            except errors.SessionNotFoundError:
-                pass
         try:
+            if self._join(groups):
+                return
+            if self.origin is not None and self.loaded is None:
+                self.loaded = checkpoints.copied(self.client, self.origin, self._by_name())
             spec = self._recipe.spec(groups, self._kinds())
-            self.session = self.client.create_session(self._params(), spec, name=self.name, **options)
+            self._session = self.client.create_session(self._params(), spec, name=self.name, **options)
         except errors.SessionExistsError:  # somebody was faster
-            assert self.name is not None
-            self._attach(self.client.attach(self.name), groups)
+            if not self._join(groups):
+                raise
             return
-        self.name = self.session.name
+        self.name = self._session.name
         self._born(groups)
 
-    def _open_as_worker(self, groups: recipes.Groups) -> None:
-        def found() -> str:
-            self._attach_or_create(groups, aggregation=f"sync({ranks.world_size()})")
-            assert self.session is not None
-            self.session.close()
-            self._fingerprints = {}
-            return self.session.name
+    def _join(self, groups: recipes.Groups) -> bool:
+        """Goes on with the session of our name, which gives the model its parameters; whether there is one."""
+        if self.name is None:
+            return False
+        try:
+            session = self.client.attach(self.name)
+        except errors.SessionNotFoundError:
+            return False
+        with self._or_as_before(groups, session):
+            self._attach(session, groups)
+            if self.loaded is None:
+                self._receive()
+        return True
 
-        self.name = self._from_rank_0(found)
-        self._attach(self.client.attach(self.name, worker=ranks.rank()), groups)
+    def _open_as_worker(self, groups: recipes.Groups) -> None:
+        def found() -> None:
+            self._attach_or_create(groups, aggregation=f"sync({ranks.world_size()})")
+            if self.loaded is not None:
+                self._restore(self.loaded, groups)
+                self._upload_changes(is_for_all=True)
+
+        self._by_rank_0(found)
+        self.loaded = None
+        self._attach_as_worker(groups)
+
+    def _by_rank_0(self, action: Callable[[], None]) -> None:
+        """Has rank 0 do what is to be done once, on a session that every rank attaches to afterwards."""
+
+        def done() -> str:
+            action()
+            session, self._session = self._session, None
+            assert session is not None
+            session.close()
+            self._mirror.forget()
+            return session.name
+
+        self.name = self._from_rank_0(done)
+
+    def _attach_as_worker(self, groups: recipes.Groups) -> None:
+        assert self.name is not None
+        session = self.client.attach(self.name, worker=self._worker)
+        with self._or_as_before(groups, session):
+            self._attach(session, groups)
+            self._receive()
 
     def _from_rank_0(self, action: Callable[[], str]) -> str:
         parameters = [leaf.parameter for leaf in self.leaves]
@@ -153,26 +215,32 @@ class Remote:
         info = session.info()
         fit.check_tree(info, [arrays.leaf(leaf.name, leaf.parameter) for leaf in self.leaves])
         fit.check_spec(info, self._recipe.spec(groups, self._kinds()))
-        self.session, self._tree, self._fixed = session, info.tree, self._recipe.fixed(groups)
-        is_untouched = not recipes.edited(self._recipe.values(groups), self._recipe.initial(groups))
+        self._session, self._tree, self._fixed = session, info.tree, self._recipe.fixed(groups)
         self._learn(groups)
-        if isinstance(self._recipe, recipes.Given) and is_untouched:
-            self._show(groups)
 
     def _born(self, groups: recipes.Groups) -> None:
         self._tree = trees.flatten(self._params()).spec
-        self._acknowledged = self._recipe.initial(groups)
+        self.hyperparams.born(groups)
         self._fixed = self._recipe.fixed(groups)
-        self._remember(self.leaves)
+        self._mirror.remember(self.leaves)
+        self.origin, self.unsent = None, None
 
     def _check_names(self) -> None:
+        if self._session is None:  # until then a model may be converted
+            self.leaves = [leaves.refreshed(leaf) for leaf in self.leaves]
         # Names, shapes, element types and their number, before anything is sent.
         trees.TreeSpec(tuple(arrays.leaf(leaf.name, leaf.parameter) for leaf in self.leaves))
 
     # ---------------------------------------------------------------------------------------------- there and back
 
     def push(
-        self, groups: recipes.Groups, grads: Mapping[str, tensors.Array], *, grad_scale: float = 1.0
+        self,
+        groups: recipes.Groups,
+        grads: Mapping[str, tensors.Array],
+        *,
+        grad_scale: float = 1.0,
+        loss: float | None = None,
+        telemetry: bool = False,
     ) -> tuple[int, ...]:
         """One step: changed parameters and edits go up with the gradients, the new parameters are written in place.
 
@@ -180,43 +248,36 @@ class Remote:
           groups: of the optimizer; learning rates in them are refreshed.
           grads: by name; leaves that are not in it have no gradient.
           grad_scale: what they were multiplied by.
+          loss: of the batch, where the optimizer asks for it.
+          telemetry: whether the ack is to have metrics.
 
         Returns:
           Positions of the parameters that were written.
 
         Raises:
-          StaleStepError: the session was attached to only now, and had other parameters than the model.
+          StaleStepError: the session has other parameters than the gradients were computed on.
+          TreeMismatchError: there are more parameters, or less, or one of another element type.
         """
         is_new, self._is_surprised = self.session is None, False
         session = self.open(groups)
         if is_new and self._is_surprised:
-            raise errors.StaleStepError(
-                f"{session} is at step {session.step_count} with other parameters than the gradients were computed on; "
-                "the model has them now, compute gradients again",
-                subject=session.name,
-                step=session.step_count,
-            )
+            raise fit.surprise(session)
+        self._check_step()
         assert self._tree is not None
-        if len(self.leaves) != len(self._tree.leaves):
-            raise errors.TreeMismatchError(
-                f"param_groups have {len(self.leaves)} parameters, {session} has {len(self._tree.leaves)}; parameters "
-                "are added by add_param_group, and never taken away",
-                subject=session.name,
-                expected=str(len(self._tree.leaves)),
-                got=str(len(self.leaves)),
-            )
+        fit.check_leaves(session, self._tree, self.leaves)
         self.check_fixed(groups)
-        edits = recipes.edited(self._recipe.values(groups), self._acknowledged)
+        edits = self.hyperparams.edits(groups)
         changes = self._recipe.changes(edits, self._kinds())
         self._upload_changes()
         nest = trees.unflatten(self._tree, [grads.get(leaf.name) for leaf in self._tree.leaves])
-        # Should the push fail, it is not known whether the server has them: until it says so, they are edits.
-        self._acknowledged = {key: value for key, value in self._acknowledged.items() if key not in edits}
-        answer = trees.match(self._tree, session.step(nest, grad_scale=grad_scale, hyperparams=changes), "params")
-        self._acknowledged |= edits
+        self.hyperparams.sent(edits)
+        pushed = session.step(nest, loss=loss, grad_scale=grad_scale, hyperparams=changes, telemetry=telemetry)
+        answer = trees.match(self._tree, pushed, "params")
         written = self._write(answer, only=grads.keys())
         assert session.last_ack is not None
-        self._refresh(groups, session.last_ack.learning_rate)
+        if self.hyperparams.applied(edits, session.last_ack):
+            self._learn(groups)
+        self.hyperparams.follow(groups, session.last_ack.learning_rate)
         return written
 
     def check_fixed(self, groups: recipes.Groups) -> None:
@@ -232,26 +293,29 @@ class Remote:
                         got=repr(value),
                     )
 
-    def pull(self) -> tuple[int, ...]:
-        """Reads the newest parameters into the model; what was written here is lost."""
-        assert self.session is not None and self._tree is not None
-        newest = trees.match(self._tree, self.session.params(), "params")
-        by_name = dict(zip((leaf.name for leaf in self._tree.leaves), newest, strict=True))
-        self._is_surprised = not all(arrays.is_same(leaf.parameter, by_name[leaf.name]) for leaf in self.leaves)
-        return self._write(newest)
-
-    def slots(self) -> dict[str, dict[str, Any]]:
-        """Slots by leaf as torch keeps them: of the session, or those that it is to have once there is one."""
-        if self.session is None:
-            return {name: dict(entry) for name, entry in (self.loaded or {}).items()}
-        return checkpoints.slots(self.session.state(), {leaf.name: leaf.parameter for leaf in self.leaves})
+    def _check_step(self) -> None:
+        """Raises StaleStepError, with the newest parameters in the model, where gradients are of others."""
+        if self._is_behind:
+            self.pull()
+            assert self.session is not None
+            raise fit.surprise(self.session)
 
     def load(self, entries: Mapping[str, Mapping[str, Any]], groups: recipes.Groups) -> None:
         """Has the session continue from slots by leaf, at once or as soon as there is one; all of them or none."""
-        if self.session is not None:
+        if self.session is not None and self._workers:
+            self._from_rank_0(lambda: self._restored(entries, groups))
+            self.pull()
+        elif self.session is not None:
             self._restore(entries, groups)
         else:  # no slots at all is what an optimizer has that made no step: nothing to be loaded
-            self.loaded = entries or None
+            self.loaded, self.origin = entries or None, None
+
+    def _restored(self, entries: Mapping[str, Mapping[str, Any]], groups: recipes.Groups) -> str:
+        """For all workers, parameters included; returns the name of the session."""
+        self._restore(entries, groups)
+        self._upload_changes(is_for_all=True)
+        assert self.session is not None
+        return self.session.name
 
     def _restore(self, entries: Mapping[str, Mapping[str, Any]], groups: recipes.Groups) -> None:
         """Replaces the session's slots and step.
@@ -268,89 +332,8 @@ class Remote:
         if not slots and step is not None:  # an optimizer without slots: the step is set along with any array
             slots = dict([*held.arrays.items()][:1])
         if slots:
-            self.session.load_state(slots, step=step)
-        self._masters = masters
-
-    def _upload_changes(self, only: set[str] | None = None) -> None:
-        """Parameters that were written to since the server's were, to the server."""
-        masters, self._masters = self._masters, {}
-        changed: dict[str, tensors.Array] = {}
-        for leaf in self.leaves if only is None else [leaf for leaf in self.leaves if leaf.name in only]:
-            master = masters.get(leaf.name)
-            if master is not None and torch.equal(torch.from_numpy(master).to(leaf.parameter), leaf.parameter):
-                changed[f"params/{leaf.name}"] = master
-            elif self._fingerprints.get(leaf.name) != arrays.fingerprint(leaf.parameter):
-                changed[f"params/{leaf.name}"] = self._recipe.kept(arrays.to_numpy(leaf.parameter, leaf.name))
-        if not changed:
-            return
-        if self._workers:
-            raise errors.UnsupportedError(
-                f"{next(iter(changed))}: written to between steps, which distributed='workers' does not take; "
-                "pull() brings the server's parameters back"
-            )
-        assert self.session is not None
-        step = self.session.info().step
-        if step != self.session.step_count:
-            raise errors.StaleStepError(
-                f"{next(iter(changed))} was written to on step {self.session.step_count}, {self.session} is at step "
-                f"{step}, as another client pushed: call pull, and compute gradients again",
-                subject=self.session.name,
-                step=step,
-            )
-        self.session.load_state(changed, step=None)
-        self._remember(self.leaves)
-
-    def _write(self, params: Sequence[tensors.Array], only: Any = None) -> tuple[int, ...]:
-        assert self._tree is not None
-        by_name = dict(zip((leaf.name for leaf in self._tree.leaves), params, strict=True))
-        written = [(at, leaf) for at, leaf in enumerate(self.leaves) if only is None or leaf.name in only]
-        for _, leaf in written:
-            arrays.write(leaf.parameter, by_name[leaf.name])
-        self._remember([leaf for _, leaf in written])
-        return tuple(at for at, _ in written)
-
-    def _remember(self, leaves: Sequence[leaves.Leaf]) -> None:
-        self._fingerprints |= {leaf.name: arrays.fingerprint(leaf.parameter) for leaf in leaves}
-
-    def _learn(self, groups: recipes.Groups) -> None:
-        """Asks what hyperparameters the session has in effect."""
-        assert self.session is not None and self._tree is not None
-        described = self.session.describe()
-        knobs = {at: dict(group.knobs) for group in described.groups for at in group.leaves}
-        kinds = {leaf.name: leaf.kind for leaf in self.leaves}
-        ordered = [kinds[leaf.name] for leaf in self._tree.leaves]
-        known = self._recipe.values(groups) if self._recipe.is_scheduled else self._recipe.initial(groups)
-        self._acknowledged = known | self._recipe.served([knobs[at] for at in range(len(ordered))], ordered)
-
-    def _refresh(self, groups: recipes.Groups, rate: float) -> None:
-        """Has ``lr`` of the groups say what the server used, where that is not what we know."""
-        first = (min(leaf.kind.group for leaf in self.leaves), translation.RATE)
-        if np.float32(self._acknowledged[first][0]) == np.float32(rate):
-            return
-        if isinstance(self._recipe, recipes.Named):
-            self._learn(groups)
-            self._acknowledged[first] = (rate,)
-        else:
-            self._acknowledged = dict.fromkeys(self._acknowledged, (rate,))
-        self._show(groups)
-
-    def _show(self, groups: recipes.Groups) -> None:
-        """Has the groups say the learning rates that are in effect."""
-        for (index, name), value in self._acknowledged.items():
-            if name == translation.RATE:
-                _assign(groups[index], value[0])
-
-    def _params(self) -> dict[str, tensors.Array]:
-        return {leaf.name: arrays.to_numpy(leaf.parameter, leaf.name) for leaf in self.leaves}
-
-    def _kinds(self) -> list[recipes.Kind]:
-        """Of the leaves in the order in which a new session has them: by name."""
-        return [leaf.kind for leaf in sorted(self.leaves, key=lambda leaf: leaf.name)]
-
-
-def _assign(group: dict[str, Any], rate: float) -> None:
-    value = group[translation.RATE]
-    if isinstance(value, torch.Tensor):
-        value.fill_(rate)
-    else:
-        group[translation.RATE] = rate
+            with self._unsure():
+                self.session.load_state(slots, step=step)
+            self._mirror.forget()  # the session may have had other parameters than the model
+            self._is_behind = False
+        self._mirror.masters = masters

@@ -1,0 +1,115 @@
+"""Copies, pickles and endings of a remote optimizer: what goes along, and that two never push as one."""
+
+from __future__ import annotations
+
+import copy
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+
+from optwire.torch import amp as amps
+from optwire.torch import ranks, recipes, remote
+from optwire_proto import errors, sessions
+
+_KEPT: Final = (
+    "_distributed",
+    "_form",
+    "_amp",
+    "_missing_grad",
+    "_allow_zero",
+    "_is_detached",
+    "_recipe",
+    "_telemetry",
+    "_given",
+)
+
+
+class Detachable(torch.optim.Optimizer):
+    """An optimizer with a session that copies do not share, until they are told to."""
+
+    _remote: remote.Remote
+    _recipe: recipes.Recipe
+    _amp: str
+    _distributed: str | None
+    _is_detached: bool
+    _pending: dict[str, Any] | None
+    _rejoined: dict[str, Any] | None
+
+    def _show_handles(self) -> None:
+        raise NotImplementedError
+
+    def _name_leaves(self) -> None:
+        raise NotImplementedError
+
+    def attach(self, session: str | None = None) -> None:
+        """Gives a copy a session of its own: one of that name, or, without a name, the one it was copied from.
+
+        The session is made, or its parameters are read, at the next ``step``. One that is made starts with the model's
+        parameters, and the slots that the session it was copied from has by then.
+
+        Raises:
+          InvalidArgumentError: no name that a session can have.
+        """
+        if session is not None:
+            self._remote.name = sessions.check_name(session)
+        self._is_detached = False
+
+    def close(self) -> None:
+        """Releases the session's handle, and the connection where it was made from ``target``. The session lives on."""
+        self._remote.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._show_handles()
+        return {
+            **super().__getstate__(),
+            **{name: self.__dict__[name] for name in _KEPT},
+            "_way": self._remote.way,
+            "_loaded": self._remote.loaded,
+            "_origin": self._remote.name if self._remote.session is not None else self._remote.origin,
+            "_unsent": self._remote.written(),
+            "_name": self._remote.name,
+            "_known": self._remote.hyperparams.known,
+            "_leaf_names": [leaf.name for leaf in self._remote.leaves],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        way, name, names, loaded = (state.pop(key) for key in ("_way", "_name", "_leaf_names", "_loaded"))
+        known, origin, unsent = (state.pop(key) for key in ("_known", "_origin", "_unsent"))
+        super().__setstate__(state)
+        amps.mark(self, self._amp, self._distributed)
+        self._last = ranks.Outcome()
+        self._remote = remote.Remote(self._recipe, way, client=None, name=name, workers=self._distributed == "workers")
+        self._remote.loaded, self._remote.hyperparams.known = loaded, known
+        self._remote.origin, self._remote.unsent = origin, unsent
+        self._pending = self._rejoined = None
+        self._name_leaves()
+        self._remote.leaves = [leaf._replace(name=own) for leaf, own in zip(self._remote.leaves, names, strict=True)]
+
+    def __copy__(self) -> Self:
+        return self._detached(self.__getstate__())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._detached(copy.deepcopy(self.__getstate__(), memo))
+
+    def _detached(self, state: dict[str, Any]) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__setstate__(state | {"_is_detached": True})
+        return twin
+
+    def _check_attached(self) -> None:
+        if self._is_detached:
+            raise errors.DetachedError(
+                "this optimizer is a copy, and two owners of one session push twice; call attach('NAME') for a "
+                "session of its own, or attach() to go on with the one it was copied from",
+                subject=self._remote.name or "",
+            )
