@@ -183,6 +183,16 @@ def test_a_retry_hears_the_same_updates_until_another_push(client: optwire.Clien
     client.delete_session("updates-again")
 
 
+def test_updates_that_nobody_asked_for_were_never_kept(client: optwire.Client, peer: wire.Peer) -> None:
+    session = peer.create(PARAMS, opt.sgd(0.1), "never-kept")
+    peer.step(wire.push(session, 1, 0), wire.payload_of(grads(0)))
+    again = wire.push(session, 1, 0, reply=pb.REPLY_CONTENT_UPDATES)
+    failure = wire.Failure.of(lambda: peer.step(again, wire.payload_of(grads(0))))
+    assert failure is not None
+    assert "what step 1 added to the parameters was not kept, as no push asked for it then" in failure.message
+    client.delete_session("never-kept")
+
+
 @pytest.fixture
 def slow_change(server: testing.Serving, peer: wire.Peer) -> Iterator[SlowChange]:
     slow = SlowChange(server, peer)
