@@ -84,8 +84,8 @@ def test_every_error_of_the_protocol_is_exported():
         (
             optwire.Session.step,
             "(self, grads: Any, base_step: int | None = None, *, loss: float | None = None, grad_scale: float = 1.0, "
-            "hyperparams: Mapping[str, float | specs.Spec] | None = None, telemetry: bool = False, reply: str = params) "
-            "-> Any",
+            "hyperparams: Mapping[str, float | specs.Spec] | None = None, telemetry: bool = False, "
+            "reply: str = params) -> Any",
         ),
         (optwire.Session.params, "(self, which: str = ) -> Any"),
         (optwire.Session.describe, "(self) -> sessions.OptimizerInfo"),
