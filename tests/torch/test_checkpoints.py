@@ -161,6 +161,28 @@ def test_distributed_checkpoint_in_both_forms_and_all_its_options(remote: Make, 
     assert optimizer.last_reply.step == 4
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # one process is what is meant
+@pytest.mark.parametrize("form", ["handle", "full"])
+def test_ten_distributed_checkpoints_on_disk_make_no_step(remote: Make, tmp_path: Any, form: str) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict as helper
+
+    model = training.network()
+    optimizer = remote(model.named_parameters(), "adamw", lr=0.01, state=form)
+    steps(model, optimizer, range(3))
+    expected = optimizer.session.state()
+    for k in range(10):
+        saved = dict(zip(("model", "optimizer"), helper.get_state_dict(model, optimizer), strict=True))
+        checkpoint.save(saved, checkpoint_id=tmp_path / str(k), no_dist=True)
+        checkpoint.load(saved, checkpoint_id=tmp_path / str(k), no_dist=True)
+        helper.set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    assert optimizer.session.info().step == 3
+    state = optimizer.session.state()
+    assert all((state.arrays[name] == array).all() for name, array in expected.arrays.items())
+    steps(model, optimizer, range(3, 4))
+    assert optimizer.last_reply.step == 4
+
+
 def test_a_dict_that_does_not_fit_is_an_error_that_names_both(remote: Make) -> None:
     model = training.network()
     optimizer = remote(model.parameters(), "adamw", lr=0.01)
