@@ -95,10 +95,10 @@ def test_a_refusal_after_a_lost_try_says_that_the_outcome_is_unknown():
     assert caught.value.retry_after_s == 0.01
 
 
-def test_a_creation_has_a_second_more_for_every_20_leaves():
+def test_a_creation_has_a_second_more_for_every_10_leaves():
     silent = socket.create_server(("127.0.0.1", 0))
     client = optwire.connect(f"127.0.0.1:{silent.getsockname()[1]}", timeout=0.25)
-    params = [np.zeros(1, np.float32)] * 10
+    params = [np.zeros(1, np.float32)] * 5
     with silent, client, pytest.raises(optwire.DeadlineError, match=r"within 0\.75 s"):
         client.create_session(params, opt.sgd(0.1))
 
