@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 from types import TracebackType
 from typing import Any, Final, Self
@@ -25,7 +26,7 @@ _KEPT: Final = (
 )
 
 
-class Detachable(torch.optim.Optimizer):
+class Detachable(torch.optim.Optimizer, abc.ABC):
     """An optimizer with a session that copies do not share, until they are told to."""
 
     _remote: remote.Remote
@@ -36,11 +37,13 @@ class Detachable(torch.optim.Optimizer):
     _pending: dict[str, Any] | None
     _rejoined: dict[str, Any] | None
 
+    @abc.abstractmethod
     def _show_handles(self) -> None:
-        raise NotImplementedError
+        """Has ``state`` say where the session stands."""
 
+    @abc.abstractmethod
     def _name_leaves(self) -> None:
-        raise NotImplementedError
+        """Has the session's leaves be the parameters of the groups."""
 
     def attach(self, session: str | None = None) -> None:
         """Gives a copy a session of its own: one of that name, or, without a name, the one it was copied from.
