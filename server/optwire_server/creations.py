@@ -145,7 +145,7 @@ class Creations:
         )
         if old := creation.extended:
             pairs = extensions.shared(old, live)
-            made = self._engine.run(lambda: self._put(live, creation, pairs))
+            made = self._engine.run(lambda: self._put(live, creation, pairs), old.held)
         else:
             made = self._put(live, creation)
         if made is live:

@@ -1,7 +1,7 @@
 """The registry: all live sessions, and the shell that does what their machines decide, in order.
 
 Knows neither protobuf nor update rules. Locks: ``Table.lock`` guards the table; everything that advances a session
-runs on the engine's thread, one event at a time.
+runs on the engine's thread, for each session one event at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from optwire_server import answers, creations, states, table, updates
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing, program
+from optwire_server.engine import device, landing, program
 from optwire_server.live import LiveSession, Push, PushedChange, Read, Reply
 from optwire_server.session import effects, events, machine
 from optwire_server.waiting import Waiting
@@ -102,7 +102,7 @@ class Registry:
           The reply, or what ``wait`` takes: the step needs pushes of other workers, too.
         """
         push.landing.finish(digest)
-        return self._engine.run(lambda: self._apply(push, digest))
+        return self._engine.work(self._apply(push, digest), push.session.held)
 
     def wait(self, push: Push, waiting: Waiting, is_wanted: Callable[[], bool]) -> Reply:
         """Waits for the other pushes of a step. The push stays gathered even if the wait ends before the step.
@@ -120,8 +120,8 @@ class Registry:
         reply: Reply = waiting.result(look)
         return reply
 
-    def _apply(self, push: Push, digest: sessions.Digest) -> Reply | Waiting:
-        """On the engine's thread: tells the machine, then does what it says, in order."""
+    def _apply(self, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
+        """On the engine's thread: tells the machine, then does what it says, in order; yields between blocks."""
         live = push.session
         if push.change and push.change.before is not live.plans and push.key.base_step == live.machine.step:
             raise errors.UnavailableError(
@@ -139,7 +139,7 @@ class Registry:
                 case effects.Hold():
                     outcome = live.room.hold(push.key.worker, push.landing, push.options)
                 case effects.Apply():
-                    todo += self._advance(live, updates.run(self._engine, push, effect))
+                    todo += self._advance(live, (yield from updates.run(self._engine, push, effect)))
                 case effects.Reply():
                     outcome = answers.reply(self._engine, live, push.options, effect)
                 case effects.Answer():
@@ -180,7 +180,7 @@ class Registry:
             return Read(live.info(), live.worker_seq(worker), self._engine.params(live.held, which))
 
         with self._landings.counted(live.tree.payload_bytes):
-            yield self._engine.run(look)
+            yield self._engine.run(look, live.held)
 
     def info(self, *, id_: str = "", name: str = "", worker: str = "") -> tuple[sessions.SessionInfo, int]:
         """The session, and the worker's last applied seq (0: none)."""
@@ -238,7 +238,7 @@ class Registry:
                     live.plans = planning.current(fitting, live.machine.step)
                     return step
 
-                if (begins := self._engine.run(put)) is not None:
+                if (begins := self._engine.run(put, live.held)) is not None:
                     return live.info(), begins
         raise errors.UnavailableError(
             f"session {live.machine.name!r}: its hyperparameters change too fast to change them"
@@ -274,7 +274,7 @@ class Registry:
                 self._end(live)
                 self._table.drop(live)
 
-        info = self._engine.run(end)
+        info = self._engine.run(end, live.held)
         _log.info("session %s deleted at step %d", live.machine.name, info.step)
         return info
 

@@ -61,7 +61,7 @@ class States:
             return read
 
         with self._landings.counted(tree.payload_bytes):
-            yield self._engine.run(look)
+            yield self._engine.run(look, live.held)
 
     @contextlib.contextmanager
     def loading(self, key: sessions.LoadKey, tree: trees.TreeSpec) -> Iterator[Load]:
@@ -100,7 +100,7 @@ class States:
             _event(live, load.key, load.tree), skipped=None if skipped is None else int(skipped), digest=digest
         )
         with live.preparing:  # changes of hyperparameters are made for the steps as they are
-            info = self._engine.run(lambda: self._put(live, event, replaced))
+            info = self._engine.run(lambda: self._put(live, event, replaced), live.held)
         _log.info("session %s: %d arrays loaded, step %d", live.machine.name, len(replaced), info.step)
         return info
 

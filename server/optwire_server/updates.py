@@ -11,7 +11,7 @@ import numpy as np
 from optwire_proto import errors, sessions, tensors
 from optwire_server import plans
 from optwire_server.engine import engine as engines
-from optwire_server.engine import mean, program
+from optwire_server.engine import device, mean, program
 from optwire_server.live import LiveSession, Push
 from optwire_server.session import effects, events
 
@@ -115,7 +115,7 @@ def _variant(options: sessions.PushOptions, *, closing: bool) -> program.Variant
     )
 
 
-def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> events.Event:
+def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work[events.Event]:
     """Runs the update that a push asks for, on the device's thread; says how it ended, whatever happens.
 
     What the push changes of the hyperparameters stays changed if the update is applied.
@@ -129,7 +129,7 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> events.Even
         closing = _closes(plan, live, apply)
         live.held.program = plan.program
         operands = _operands(plan, apply, len(live.tree.leaves))
-        notes, added = engine.update(live.held, _variant(apply.options, closing=closing), operands, grads)
+        notes, added = yield from engine.update(live.held, _variant(apply.options, closing=closing), operands, grads)
     except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
         _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
         state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost

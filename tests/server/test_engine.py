@@ -115,11 +115,11 @@ def test_a_failed_update_that_consumed_nothing_leaves_the_state(running: engine.
     held = running.hold(running.compile(opt.adam(0.1), TREE), full(1.0), ONCE.rates)
     before = [leaf.copy() for leaf in running.run(lambda: running.params(held))]
     with pytest.raises(engine.UpdateError) as failed:
-        running.run(lambda: running.update(held, program.Variant(), ONCE, [np.zeros(3, np.float32)]))
+        running.work(running.update(held, program.Variant(), ONCE, [np.zeros(3, np.float32)]))
     assert not failed.value.state_lost
     for ours, theirs in zip(before, running.run(lambda: running.params(held)), strict=True):
         assert ours.tobytes() == theirs.tobytes()
-    running.run(lambda: running.update(held, program.Variant(), ONCE, full(1.0)))
+    running.work(running.update(held, program.Variant(), ONCE, full(1.0)))
 
 
 def test_a_failed_update_that_lost_the_state_fails_the_session_for_everyone_and_no_other_session() -> None:

@@ -389,6 +389,8 @@ class Session(google.protobuf.message.Message):
     FAILURE_FIELD_NUMBER: builtins.int
     SPEC_DIGEST_FIELD_NUMBER: builtins.int
     CHANGES_FIELD_NUMBER: builtins.int
+    TOP_K_FRACTION_FIELD_NUMBER: builtins.int
+    TURNS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """32 hexadecimal digits."""
     name: builtins.str
@@ -421,6 +423,10 @@ class Session(google.protobuf.message.Message):
     """Why no further step is accepted; empty while the session is healthy."""
     spec_digest: builtins.str
     """SHA-256 of the spec's canonical text, in hexadecimal digits."""
+    top_k_fraction: builtins.float
+    """Share of the largest elements that CODEC_TOP_K sends, of 1. 0: the session uses no such codec."""
+    turns: builtins.int
+    """Turns that the session gets on the device for each one of a session with 1, when several wait for it."""
     @property
     def tree(self) -> optwire_proto.v1.tensor_pb2.TreeSpec:
         """Leaves and nest."""
@@ -462,9 +468,11 @@ class Session(google.protobuf.message.Message):
         failure: builtins.str = ...,
         spec_digest: builtins.str = ...,
         changes: collections.abc.Iterable[global___HyperparamChange] | None = ...,
+        top_k_fraction: builtins.float = ...,
+        turns: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["aggregation", b"aggregation", "spec", b"spec", "tree", b"tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "changes", b"changes", "created_s", b"created_s", "durability", b"durability", "durable_step", b"durable_step", "failure", b"failure", "grads_codec", b"grads_codec", "id", b"id", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "learning_rate_scheduled", b"learning_rate_scheduled", "name", b"name", "params_codec", b"params_codec", "payload_bytes", b"payload_bytes", "seed", b"seed", "spec", b"spec", "spec_digest", b"spec_digest", "state_bytes", b"state_bytes", "step", b"step", "tree", b"tree"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "changes", b"changes", "created_s", b"created_s", "durability", b"durability", "durable_step", b"durable_step", "failure", b"failure", "grads_codec", b"grads_codec", "id", b"id", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "learning_rate_scheduled", b"learning_rate_scheduled", "name", b"name", "params_codec", b"params_codec", "payload_bytes", b"payload_bytes", "seed", b"seed", "spec", b"spec", "spec_digest", b"spec_digest", "state_bytes", b"state_bytes", "step", b"step", "top_k_fraction", b"top_k_fraction", "tree", b"tree", "turns", b"turns"]) -> None: ...
 
 global___Session = Session
 
@@ -531,11 +539,11 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     CATALOGUE_FIELD_NUMBER: builtins.int
     FEATURES_FIELD_NUMBER: builtins.int
     SHARD_TARGETS_FIELD_NUMBER: builtins.int
-    HOST_ID_FIELD_NUMBER: builtins.int
+    HANDOVER_PATH_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of the server's package."""
-    host_id: builtins.str
-    """Reserved for shared memory: identifies the host, so that a client can tell whether it shares it."""
+    handover_path: builtins.str
+    """Path of the Unix socket on which this server hands over shared memory (docs/shared-memory.md). Empty: it shares none."""
     @property
     def library_versions(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Versions of what it computes with, such as ("jax", "0.10.2")."""
@@ -570,10 +578,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         catalogue: collections.abc.Iterable[global___CatalogueEntry] | None = ...,
         features: collections.abc.Iterable[builtins.str] | None = ...,
         shard_targets: collections.abc.Iterable[builtins.str] | None = ...,
-        host_id: builtins.str = ...,
+        handover_path: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["catalogue", b"catalogue", "devices", b"devices", "features", b"features", "host_id", b"host_id", "library_versions", b"library_versions", "limits", b"limits", "shard_targets", b"shard_targets", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["catalogue", b"catalogue", "devices", b"devices", "features", b"features", "handover_path", b"handover_path", "library_versions", b"library_versions", "limits", b"limits", "shard_targets", b"shard_targets", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
 
@@ -770,6 +778,8 @@ class CreateSessionBegin(google.protobuf.message.Message):
     PARAMS_CODEC_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     EXTENDS_FIELD_NUMBER: builtins.int
+    TOP_K_FRACTION_FIELD_NUMBER: builtins.int
+    TURNS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """1 to 128 characters of A-Z a-z 0-9 . _ - and not starting with a dot. Empty: the server makes one."""
     create_key: builtins.str
@@ -777,11 +787,15 @@ class CreateSessionBegin(google.protobuf.message.Message):
     durability: global___Durability.ValueType
     """What an acknowledged step survives. This version serves DURABILITY_MEMORY."""
     grads_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
-    """Encoding of gradients. This version serves CODEC_RAW."""
+    """Encoding of gradients."""
     params_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
-    """Encoding of parameters, the initial ones included. This version serves CODEC_RAW."""
+    """Encoding of parameters in the replies to pushes. The initial ones, and those of ReadParams, are CODEC_RAW."""
     seed: builtins.int
     """Seed of the session's randomness: what is random in an update is a function of it and the number of updates."""
+    top_k_fraction: builtins.float
+    """Share of the largest elements that CODEC_TOP_K sends, of 1. 0: 0.01."""
+    turns: builtins.int
+    """Turns that the session gets on the device for each one of a session with 1, when several wait for it; 1 to 64. 0: 1."""
     @property
     def tree(self) -> optwire_proto.v1.tensor_pb2.TreeSpec:
         """Leaves and nest."""
@@ -813,9 +827,11 @@ class CreateSessionBegin(google.protobuf.message.Message):
         params_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType = ...,
         seed: builtins.int = ...,
         extends: global___Extension | None = ...,
+        top_k_fraction: builtins.float = ...,
+        turns: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["aggregation", b"aggregation", "extends", b"extends", "spec", b"spec", "tree", b"tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "create_key", b"create_key", "durability", b"durability", "extends", b"extends", "grads_codec", b"grads_codec", "name", b"name", "params_codec", b"params_codec", "seed", b"seed", "spec", b"spec", "tree", b"tree"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aggregation", b"aggregation", "create_key", b"create_key", "durability", b"durability", "extends", b"extends", "grads_codec", b"grads_codec", "name", b"name", "params_codec", b"params_codec", "seed", b"seed", "spec", b"spec", "top_k_fraction", b"top_k_fraction", "tree", b"tree", "turns", b"turns"]) -> None: ...
 
 global___CreateSessionBegin = CreateSessionBegin
 
@@ -1506,6 +1522,7 @@ class PushBegin(google.protobuf.message.Message):
     SHARED_MEMORY_SLOT_FIELD_NUMBER: builtins.int
     REPLY_FIELD_NUMBER: builtins.int
     TELEMETRY_FIELD_NUMBER: builtins.int
+    VIEW_STEP_FIELD_NUMBER: builtins.int
     codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
     """Encoding of this payload. CODEC_UNSPECIFIED: as the session says."""
     weight: builtins.float
@@ -1513,11 +1530,17 @@ class PushBegin(google.protobuf.message.Message):
     grad_scale: builtins.float
     """What the gradients were multiplied by; the update divides by it first. Positive and finite. 0: 1."""
     shared_memory_slot: builtins.int
-    """Reserved for shared memory: the payload lies in this slot of the segment, no chunks follow. 0: chunks follow."""
+    """The payload lies in the segment that was handed over under this number, no chunks follow; the reply's parameters are
+    written there, too. 0: chunks follow.
+    """
     reply: global___ReplyContent.ValueType
     """What the reply carries."""
     telemetry: builtins.bool
     """Whether the ack carries metrics."""
+    view_step: builtins.int
+    """Step of the parameters that the client has, as a reply or ReadParams told them. Codecs that send what has changed
+    send that to whoever has the step before, and whole parameters to everybody else. Not set: nobody's.
+    """
     @property
     def key(self) -> global___PushKey:
         """Its key."""
@@ -1551,9 +1574,11 @@ class PushBegin(google.protobuf.message.Message):
         shared_memory_slot: builtins.int = ...,
         reply: global___ReplyContent.ValueType = ...,
         telemetry: builtins.bool = ...,
+        view_step: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["key", b"key"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "reply", b"reply", "shared_memory_slot", b"shared_memory_slot", "telemetry", b"telemetry", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_view_step", b"_view_step", "key", b"key", "view_step", b"view_step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_view_step", b"_view_step", "absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "reply", b"reply", "shared_memory_slot", b"shared_memory_slot", "telemetry", b"telemetry", "view_step", b"view_step", "weight", b"weight"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_view_step", b"_view_step"]) -> typing.Literal["view_step"] | None: ...
 
 global___PushBegin = PushBegin
 
@@ -1590,6 +1615,7 @@ class PushAck(google.protobuf.message.Message):
     STATE_DIGEST_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     CHANGES_FIELD_NUMBER: builtins.int
+    PARAMS_CODEC_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Number of updates applied; the parameters that follow are of this step."""
     applied_step: builtins.int
@@ -1612,6 +1638,8 @@ class PushAck(google.protobuf.message.Message):
     """Reserved for durability: digest of the whole state after this step, 16 bytes."""
     changes: builtins.int
     """How often hyperparameters of the session were changed, in all."""
+    params_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
+    """Encoding of the parameters that follow. CODEC_RAW: they are whole, whatever the session's codec."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Figures of the update, where the push asked for telemetry; docs/specs.md lists them. A push that was skipped for
@@ -1632,8 +1660,9 @@ class PushAck(google.protobuf.message.Message):
         state_digest: builtins.bytes = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         changes: builtins.int = ...,
+        params_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "changes", b"changes", "duplicate", b"duplicate", "durable_step", b"durable_step", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "metrics", b"metrics", "payload_bytes", b"payload_bytes", "seq", b"seq", "state_digest", b"state_digest", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["applied_step", b"applied_step", "changes", b"changes", "duplicate", b"duplicate", "durable_step", b"durable_step", "incarnation", b"incarnation", "learning_rate", b"learning_rate", "metrics", b"metrics", "params_codec", b"params_codec", "payload_bytes", b"payload_bytes", "seq", b"seq", "state_digest", b"state_digest", "step", b"step"]) -> None: ...
 
 global___PushAck = PushAck
 
@@ -1704,6 +1733,7 @@ class StreamStepsRequest(google.protobuf.message.Message):
     BEGIN_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     END_FIELD_NUMBER: builtins.int
+    STAGE_FIELD_NUMBER: builtins.int
     @property
     def begin(self) -> global___PushBegin:
         """starts a push"""
@@ -1716,18 +1746,47 @@ class StreamStepsRequest(google.protobuf.message.Message):
     def end(self) -> global___PayloadEnd:
         """ends it"""
 
+    @property
+    def stage(self) -> global___PushStage:
+        """before `begin`: chunks of a push whose key is not known yet"""
+
     def __init__(
         self,
         *,
         begin: global___PushBegin | None = ...,
         chunk: optwire_proto.v1.tensor_pb2.Chunk | None = ...,
         end: global___PayloadEnd | None = ...,
+        stage: global___PushStage | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["begin", "chunk", "end"] | None: ...
+    def HasField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame", "stage", b"stage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame", "stage", b"stage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["begin", "chunk", "end", "stage"] | None: ...
 
 global___StreamStepsRequest = StreamStepsRequest
+
+@typing.final
+class PushStage(google.protobuf.message.Message):
+    """The payload of a push comes before its key: chunks in any order follow, each inside of one leaf, and a later one
+    replaces what an earlier one said of the same bytes. Then its `begin`, more such chunks, and `end`.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """32 hexadecimal digits."""
+    incarnation: builtins.int
+    """The incarnation the client knows."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        incarnation: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "session_id", b"session_id"]) -> None: ...
+
+global___PushStage = PushStage
 
 @typing.final
 class StreamStepsResponse(google.protobuf.message.Message):

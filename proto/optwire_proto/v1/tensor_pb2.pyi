@@ -106,15 +106,15 @@ class _CodecEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     CODEC_RAW: _Codec.ValueType  # 1
     """the leaf's own bytes"""
     CODEC_BF16: _Codec.ValueType  # 2
-    """reserved for codecs: floating leaves rounded to bf16"""
+    """leaves of 32 or 64 bits rounded to bf16"""
     CODEC_F16: _Codec.ValueType  # 3
-    """reserved for codecs: floating leaves rounded to f16"""
+    """leaves of 32 or 64 bits rounded to f16"""
     CODEC_INT8: _Codec.ValueType  # 4
-    """reserved for codecs: blockwise scaled bytes"""
+    """blockwise scaled bytes"""
     CODEC_TOP_K: _Codec.ValueType  # 5
-    """reserved for codecs: largest elements only"""
+    """largest elements only"""
     CODEC_SIGN: _Codec.ValueType  # 6
-    """reserved for codecs: one bit an element"""
+    """one bit an element"""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
     """How a payload is encoded. Up (gradients) and down (parameters) are chosen independently when a session is created."""
@@ -124,15 +124,15 @@ CODEC_UNSPECIFIED: Codec.ValueType  # 0
 CODEC_RAW: Codec.ValueType  # 1
 """the leaf's own bytes"""
 CODEC_BF16: Codec.ValueType  # 2
-"""reserved for codecs: floating leaves rounded to bf16"""
+"""leaves of 32 or 64 bits rounded to bf16"""
 CODEC_F16: Codec.ValueType  # 3
-"""reserved for codecs: floating leaves rounded to f16"""
+"""leaves of 32 or 64 bits rounded to f16"""
 CODEC_INT8: Codec.ValueType  # 4
-"""reserved for codecs: blockwise scaled bytes"""
+"""blockwise scaled bytes"""
 CODEC_TOP_K: Codec.ValueType  # 5
-"""reserved for codecs: largest elements only"""
+"""largest elements only"""
 CODEC_SIGN: Codec.ValueType  # 6
-"""reserved for codecs: one bit an element"""
+"""one bit an element"""
 global___Codec = Codec
 
 @typing.final
@@ -331,6 +331,7 @@ class PayloadDigest(google.protobuf.message.Message):
     ROWS_CRC32_FIELD_NUMBER: builtins.int
     COLUMNS_CRC32_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
     length: builtins.int
     """Total length, in bytes."""
     rows_crc32: builtins.int
@@ -339,6 +340,8 @@ class PayloadDigest(google.protobuf.message.Message):
     """CRC-32 of the 1,024 column sums. As `rows_crc32`."""
     sha256: builtins.bytes
     """Reserved for durability: SHA-256 over the whole payload, 32 bytes. Empty: not given."""
+    token: builtins.bytes
+    """Instead of checksums, where the payload lies in shared memory: 16 random bytes, other ones for other payloads."""
     def __init__(
         self,
         *,
@@ -346,9 +349,10 @@ class PayloadDigest(google.protobuf.message.Message):
         rows_crc32: builtins.int | None = ...,
         columns_crc32: builtins.int | None = ...,
         sha256: builtins.bytes = ...,
+        token: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_columns_crc32", b"_columns_crc32", "_rows_crc32", b"_rows_crc32", "columns_crc32", b"columns_crc32", "rows_crc32", b"rows_crc32"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_columns_crc32", b"_columns_crc32", "_rows_crc32", b"_rows_crc32", "columns_crc32", b"columns_crc32", "length", b"length", "rows_crc32", b"rows_crc32", "sha256", b"sha256"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_columns_crc32", b"_columns_crc32", "_rows_crc32", b"_rows_crc32", "columns_crc32", b"columns_crc32", "length", b"length", "rows_crc32", b"rows_crc32", "sha256", b"sha256", "token", b"token"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_columns_crc32", b"_columns_crc32"]) -> typing.Literal["columns_crc32"] | None: ...
     @typing.overload

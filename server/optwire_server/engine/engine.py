@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, build, cache, program, slots
+from optwire_server.engine import admission, build, cache, device, program, slots
 
 T = TypeVar("T")
 
@@ -40,6 +39,7 @@ class Held:
 
     program: program.Program
     state: Any
+    lane: device.Lane = dataclasses.field(default_factory=device.Lane)
 
     @property
     def state_bytes(self) -> int:
@@ -50,8 +50,8 @@ class Held:
 class Engine:
     """Holds the arrays of sessions on one device.
 
-    All JAX work on state is issued by one thread, in the order it was asked for: updates do not race, and a reader
-    sees the state between two of them. Compiling happens on the thread that asks, so it delays no update.
+    All JAX work on state is issued by one thread; for one session in the order it was asked for: updates do not race,
+    and a reader sees the state between two of them. Compiling happens on the thread that asks, so it delays no update.
     """
 
     def __init__(self, *, allow_programs: bool = False, state_bytes_max: int = 2**63) -> None:
@@ -59,19 +59,28 @@ class Engine:
         self.catalogue: Mapping[str, entries.Entry] = build.CATALOGUE
         self._device = jax.devices()[0]
         self._programs = cache.ProgramCache(self._device, state_bytes_max=state_bytes_max)
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="optwire-device")
+        self._thread = device.Device("optwire-device")
 
-    def run(self, function: Callable[[], T]) -> T:
-        """Runs a function on the device's thread and waits for it.
+    def run(self, function: Callable[[], T], held: Held | None = None) -> T:
+        """Runs a function on the device's thread and waits for it; as ``work`` does a generator."""
+
+        def once() -> device.Work[T]:
+            yield from ()
+            return function()
+
+        return self.work(once(), held)
+
+    def work(self, work: device.Work[T], held: Held | None = None) -> T:
+        """Runs a generator on the device's thread and waits for what it returns; others get their turns as it yields.
+
+        Args:
+          work: the generator.
+          held: of the session that it is done for; None: of none that anybody else knows yet.
 
         Raises:
           UnavailableError: the engine is closed.
         """
-        try:
-            future = self._executor.submit(function)
-        except RuntimeError as exc:
-            raise errors.UnavailableError("the server is shutting down") from exc
-        return future.result()
+        return self._thread.run(held.lane if held else device.Lane(), work)
 
     def check(self, spec: specs.Spec) -> specs.Spec:
         """The spec complete, checked against the installed optax; raises SpecError, UnsupportedError."""
@@ -114,8 +123,8 @@ class Engine:
 
     def update(
         self, held: Held, variant: program.Variant, operands: program.Operands, grads: Sequence[tensors.Array]
-    ) -> tuple[Mapping[str, float], list[np.ndarray]]:
-        """Replaces the state by the next one. On the device's thread only.
+    ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
+        """Replaces the state by the next one, yielding between blocks. On the device's thread only.
 
         ``grads`` are read until this returns; afterwards their memory may be reused.
 
@@ -125,6 +134,7 @@ class Engine:
         Raises:
           UpdateError: nothing or everything of the old state is left, as it says.
         """
+        yield
         old = held.state
         try:
             # As NumPy arrays: aligned ones are adopted, at half the cost of putting them on the device first.
@@ -184,4 +194,4 @@ class Engine:
 
     def close(self) -> None:
         """Finishes what was asked for and stops the thread."""
-        self._executor.shutdown()
+        self._thread.close()
