@@ -31,6 +31,8 @@ TYPE_NAME_BYTES_MAX = 255
 STEP_MAX = 2**31 - 1
 
 SESSION_NAME_CHARS_MAX = 128
+# Turns that a session may have on the device for each one of another: blocks of a millisecond.
+TURNS_MAX = 64
 # Whose last pushes a session remembers, and so the most whose mean makes one step.
 WORKERS_MAX = 1024
 SPEC_NAME_BYTES_MAX = 128

@@ -69,6 +69,42 @@ SINGLE: Final = Aggregation()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What is asked for a session beside its tree and its optimizer. None: as in the session that it extends.
+
+    Attributes:
+      aggregation: how pushes become steps; otherwise SINGLE.
+      turns: what it gets on the device for each one of a session with 1, when several wait for it; otherwise 1.
+
+    Raises:
+      InvalidArgumentError: ``turns`` is no whole number from 1 to 64.
+    """
+
+    aggregation: Aggregation | None = None
+    turns: int | None = None
+
+    def __post_init__(self) -> None:
+        turns = self.turns
+        if turns is not None and (type(turns) is not int or not 1 <= turns <= limits.TURNS_MAX):
+            expected, got = f"a whole number from 1 to {limits.TURNS_MAX}", repr(turns)[:80]
+            raise errors.InvalidArgumentError(
+                f"turns: {got}, expected {expected}", subject="turns", expected=expected, got=got
+            )
+
+    def after(self, old: Terms) -> Terms:
+        """With what another one has, where nothing is asked for."""
+        return Terms(aggregation=self.aggregation or old.aggregation, turns=self.turns or old.turns)
+
+    def fits(self, other: Terms) -> bool:
+        """Whether another one has all that is asked for."""
+        return self.after(other) == other
+
+
+# What a session has that asks for nothing.
+USUAL: Final = Terms(aggregation=SINGLE, turns=1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo:
     """What a session is and where it stands.
 
@@ -91,6 +127,7 @@ class SessionInfo:
       spec_digest: SHA-256 of the spec's canonical text.
       changes: of hyperparameters, in effect or to come, in the order in which they were made.
       aggregation: how pushes become steps.
+      turns: what it gets on the device for each one of a session with 1, when several wait for it.
     """
 
     id: str
@@ -111,6 +148,7 @@ class SessionInfo:
     spec_digest: str = ""
     changes: tuple[Change, ...] = ()
     aggregation: Aggregation = SINGLE
+    turns: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class Creations:
         seed: int = 0,
         *,
         extends: sessions.Extension | None = None,
-        aggregation: sessions.Aggregation | None = None,
+        terms: sessions.Terms = sessions.USUAL,
     ) -> Iterator[Creation]:
         """Prepares a session: checks everything, compiles, lends the landing for the initial parameters.
 
@@ -84,9 +84,9 @@ class Creations:
             raise over("leaves_max", len(tree.leaves), self._config.leaves_max)
         old = self._extended(name, create_key, tree, extends)
         name = old.machine.name if old else name
-        workers = extensions.aggregation(aggregation, old)
+        workers = extensions.terms(terms, old).aggregation or sessions.SINGLE
         with self._table.lock:
-            first_try = self._existing(name, create_key, tree, checked, seed, old, aggregation) is None
+            first_try = self._existing(name, create_key, tree, checked, seed, old, terms) is None
             if first_try:
                 self._check_room(tree.payload_bytes, old)
                 self._check_waiting_room(workers, tree, old)
@@ -105,7 +105,7 @@ class Creations:
                 landing=lent,
                 extends=extends,
                 extended=old,
-                aggregation=aggregation,
+                terms=terms,
             )
 
     def _extended(
@@ -131,11 +131,12 @@ class Creations:
         held = self._engine.hold(creation.program, creation.landing.arrays(), plan.rates, creation.seed)
         id_ = secrets.token_hex(16)
         name = creation.name or f"session-{id_[:16]}"
+        terms = extensions.terms(creation.terms, creation.extended)
+        held.lane.turns = terms.turns or 1
         live = LiveSession(
-            machine=machine.Session(
-                id=id_, name=name, aggregation=extensions.aggregation(creation.aggregation, creation.extended)
-            ),
+            machine=machine.Session(id=id_, name=name, aggregation=terms.aggregation or sessions.SINGLE),
             held=held,
+            terms=terms,
             tree=creation.tree,
             created_spec=creation.spec,
             seed=creation.seed,
@@ -169,7 +170,7 @@ class Creations:
 
     def _made_before(self, creation: Creation) -> LiveSession | None:
         asked = creation.name, creation.create_key, creation.tree, creation.spec, creation.seed
-        return self._existing(*asked, creation.extended, creation.aggregation)
+        return self._existing(*asked, creation.extended, creation.terms)
 
     def _existing(
         self,
@@ -179,17 +180,13 @@ class Creations:
         spec: specs.Spec,
         seed: int,
         old: LiveSession | None,
-        aggregation: sessions.Aggregation | None,
+        terms: sessions.Terms,
     ) -> LiveSession | None:
         """The session that an earlier try of the same request created; raises where name or key are another's."""
         for live in self._table.by_id.values():
             if live.create_key == create_key:
                 same = (live.tree, str(live.created_spec), live.seed) == (tree, str(spec), seed)
-                if (
-                    not same
-                    or aggregation not in (None, live.machine.aggregation)
-                    or name not in ("", live.machine.name)
-                ):
+                if not same or not terms.fits(live.terms) or name not in ("", live.machine.name):
                     raise errors.SessionExistsError(
                         f"create_key was used for session {live.machine.name!r}, which differs from this one",
                         subject="create_key",

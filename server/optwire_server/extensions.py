@@ -69,9 +69,9 @@ def _skipped(old: LiveSession, compiled: program.Program) -> int:
     return min(old.machine.skipped, old.machine.step // compiled.forfeits)
 
 
-def aggregation(asked: sessions.Aggregation | None, old: LiveSession | None) -> sessions.Aggregation:
-    """How pushes become steps in a new session: as it was asked for, or as in the session that it extends."""
-    return asked or (old.machine.aggregation if old else sessions.SINGLE)
+def terms(asked: sessions.Terms, old: LiveSession | None) -> sessions.Terms:
+    """What a new session has beside tree and optimizer: as it was asked for, or as in the session that it extends."""
+    return asked.after(old.terms if old else sessions.USUAL)
 
 
 def shared(old: LiveSession, new: LiveSession) -> list[tuple[int, int]]:

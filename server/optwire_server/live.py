@@ -31,6 +31,7 @@ class LiveSession:
     machine: machine.Session
     held: engine.Held
     tree: trees.TreeSpec
+    terms: sessions.Terms
     created_spec: specs.Spec
     seed: int
     plans: tuple[planning.Plan, ...]
@@ -95,6 +96,7 @@ class LiveSession:
             spec_digest=plan.spec_digest,
             changes=now.changes,
             aggregation=now.aggregation,
+            turns=self.held.lane.turns,
         )
 
     def ack(self, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
@@ -126,7 +128,7 @@ class Creation:
     landing: landing.Landing
     extends: sessions.Extension | None = None
     extended: LiveSession | None = None
-    aggregation: sessions.Aggregation | None = None
+    terms: sessions.Terms = sessions.USUAL
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -554,15 +554,15 @@ def test_room_for_payloads_that_wait_is_kept_while_a_session_is_created() -> Non
     tree = trees.flatten(filled(0.0)).spec
     with testing.serve(landing_bytes_max=5000) as serving:
         creations = serving.server.registry.creations
-        four = sessions.Aggregation(sessions.Mode.SYNC, 4)
-        with creations.creating("one", tree, opt.sgd(1.0), "a" * 32, aggregation=four):
+        four = sessions.Terms(aggregation=sessions.Aggregation(sessions.Mode.SYNC, 4))
+        with creations.creating("one", tree, opt.sgd(1.0), "a" * 32, terms=four):
             with (
                 pytest.raises(optwire.LimitError, match="half of it") as refused,
-                creations.creating("two", tree, opt.sgd(1.0), "b" * 32, aggregation=four),
+                creations.creating("two", tree, opt.sgd(1.0), "b" * 32, terms=four),
             ):
                 pass
             assert refused.value.retry_after_s > 0, "the other may fail"
-        with creations.creating("two", tree, opt.sgd(1.0), "b" * 32, aggregation=four):
+        with creations.creating("two", tree, opt.sgd(1.0), "b" * 32, terms=four):
             pass
 
 

@@ -51,6 +51,7 @@ class Client:
         extends: _session.Session | None = None,
         aggregation: str | None = None,
         worker: int | None = None,
+        turns: int | None = None,
     ) -> _session.Session:
         """Creates a session from initial parameters and an optimizer.
 
@@ -71,6 +72,8 @@ class Client:
             None: as in the session that is extended, otherwise "single".
           worker: the rank of this handle, as in ``attach``; None: 0 where there are ranks, or that of the handle whose
             session is extended.
+          turns: blocks of this session, 1 to 64, that the server's device works off for each one of a session with 1
+            when several sessions wait for it. None: as in the session that is extended, otherwise 1.
 
         Returns:
           A handle at step 0, or at the step of the session that was extended.
@@ -101,8 +104,10 @@ class Client:
         if extends is not None and not isinstance(extends, _session.Session):
             raise _options.wrong("extends", "an optwire.Session", extends)
         extension = extends._extension() if extends is not None else None
-        asked = None if aggregation is None else sessions.parse_aggregation(aggregation)
-        own = _own_worker(worker, asked, extends)
+        terms = sessions.Terms(
+            aggregation=None if aggregation is None else sessions.parse_aggregation(aggregation), turns=turns
+        )
+        own = _own_worker(worker, terms.aggregation, extends)
         info = _deadlines.retried(
             lambda _: self._channel.create_session(
                 deadline,
@@ -113,7 +118,7 @@ class Client:
                 seed=checked_seed,
                 params=payload,
                 extends=extension,
-                aggregation=asked,
+                terms=terms,
             ),
             deadline,
             f"create_session {checked_name!r}" if checked_name else "create_session",

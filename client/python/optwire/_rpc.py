@@ -74,7 +74,7 @@ class Channel:
         seed: int,
         params: _payload.Outgoing,
         extends: sessions.Extension | None = None,
-        aggregation: sessions.Aggregation | None = None,
+        terms: sessions.Terms,
     ) -> sessions.SessionInfo:
         begin = pb.CreateSessionRequest(
             begin=pb.CreateSessionBegin(
@@ -84,9 +84,9 @@ class Channel:
                 create_key=create_key,
                 seed=seed,
                 extends=convert.extension_to_proto(extends) if extends else None,
-                aggregation=convert.aggregation_to_proto(aggregation) if aggregation else None,
             )
         )
+        convert.terms_into(begin.begin, terms)
         with self.translated():
             call = self._stub.CreateSession.future(_frames(begin, params), timeout=deadline.remaining_s)
             with _cancelled_unless_done(call):

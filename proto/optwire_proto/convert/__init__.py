@@ -34,6 +34,8 @@ from optwire_proto.convert.sessions import (
     server_to_proto,
     session_from_proto,
     session_to_proto,
+    terms_from_proto,
+    terms_into,
 )
 from optwire_proto.convert.specs import (
     entry_from_proto,
@@ -80,6 +82,8 @@ __all__ = [
     "session_to_proto",
     "spec_from_proto",
     "spec_to_proto",
+    "terms_from_proto",
+    "terms_into",
     "tree_from_proto",
     "tree_to_proto",
     "value_from_proto",

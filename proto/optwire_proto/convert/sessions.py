@@ -48,6 +48,7 @@ def session_to_proto(info: sessions.SessionInfo) -> pb.Session:
         seed=info.seed,
         spec_digest=info.spec_digest,
         changes=_newest(info.changes),
+        turns=info.turns,
     )
 
 
@@ -73,6 +74,7 @@ def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
             sessions.Change(change.from_step, arguments_from_proto(change.hyperparams)) for change in message.changes
         ),
         aggregation=aggregation_from_proto(message.aggregation),
+        turns=message.turns or 1,
     )
 
 
@@ -172,6 +174,21 @@ def check_begin(message: pb.CreateSessionBegin) -> None:
         ("params_codec", message.params_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
     ):
         served("CreateSession", field, value, allowed)
+
+
+def terms_into(begin: pb.CreateSessionBegin, terms: sessions.Terms) -> None:
+    """Writes what is asked for a session into the message that creates it."""
+    if terms.aggregation is not None:
+        begin.aggregation.CopyFrom(aggregation_to_proto(terms.aggregation))
+    begin.turns = terms.turns or 0
+
+
+def terms_from_proto(message: pb.CreateSessionBegin) -> sessions.Terms:
+    """What is asked for a session; raises InvalidArgumentError, UnsupportedError."""
+    return sessions.Terms(
+        aggregation=aggregation_from_proto(message.aggregation) if message.HasField("aggregation") else None,
+        turns=message.turns or None,
+    )
 
 
 def extension_to_proto(extends: sessions.Extension) -> pb.Extension:

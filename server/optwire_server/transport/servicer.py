@@ -74,9 +74,9 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             _check_answerable(begin)
             tree, spec = convert.tree_from_proto(begin.tree), convert.spec_from_proto(begin.spec)
             key, seed, extends = begin.create_key, begin.seed, convert.extension_from_proto(begin)
-            workers = convert.aggregation_from_proto(begin.aggregation) if begin.HasField("aggregation") else None
             creations = self._registry.creations
-            asked = creations.creating(begin.name, tree, spec, key, seed, extends=extends, aggregation=workers)
+            terms = convert.terms_from_proto(begin)
+            asked = creations.creating(begin.name, tree, spec, key, seed, extends=extends, terms=terms)
             with stream.busy(), asked as creation:
                 digest = frames.land(request_iterator, creation.landing, stream)
                 info = creations.create(creation, digest)
