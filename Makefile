@@ -82,6 +82,18 @@ torch: .venv/.demo ## install PyTorch for the tests and examples that use it (TO
 	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install -r $(@D)/frameworks.txt
 	@touch $@
 
+# Whatever of the peers cannot be installed is left out of the benchmark, which says so.
+.venv-peers/.ready: pyproject.toml .venv/.demo
+	@echo "installing the peers into .venv-peers"
+	@$(PY) -m venv $(@D) || { rm -rf $(@D); exit 1; }
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(PY) -c "$$site")')" > "$$($(@D)/bin/python -c "$$site")/beside.pth"
+	@$(PY) -c '$(GROUP)' peers > $(@D)/peers.txt
+	@while read -r peer; do \
+	    $(@D)/bin/python -m pip -qq --disable-pip-version-check install "$$peer" || echo "left out: $$peer cannot be installed"; \
+	done < $(@D)/peers.txt
+	@touch $@
+
 # -- run -------------------------------------------------------------------------------------------------------------
 
 .PHONY: demo

@@ -29,14 +29,26 @@ class Digester:
         self._columns = np.zeros(ROW_BYTES // _HALF_WORD.itemsize, _WORD)
         self._rest = b""  # the start of a row that is not whole yet
 
-    def update(self, data: bytes) -> None:
-        """Takes the next piece; cheapest where pieces are whole rows."""
-        self._length += len(data)
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the next piece, bytes or a view of bytes; cheapest where pieces are whole rows."""
+        view = memoryview(data)
+        self._length += view.nbytes
         if self._rest:
-            data = self._rest + data
-        whole = len(data) // ROW_BYTES * ROW_BYTES
-        self._add(np.frombuffer(data, np.uint8, whole))
-        self._rest = data[whole:]
+            missing = ROW_BYTES - len(self._rest)
+            self._rest += view[:missing]
+            if len(self._rest) < ROW_BYTES:
+                return
+            self._add(np.frombuffer(self._rest, np.uint8))
+            view = view[missing:]
+        whole = view.nbytes // ROW_BYTES * ROW_BYTES
+        if whole:
+            self._add(np.frombuffer(view, np.uint8, whole))
+        self._rest = bytes(view[whole:])
+
+    @property
+    def length(self) -> int:
+        """Bytes that came so far."""
+        return self._length
 
     def digest(self) -> sessions.Digest:
         """Of what came so far; nothing may be added afterwards."""

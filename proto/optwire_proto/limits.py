@@ -30,6 +30,12 @@ TYPE_NAME_BYTES_MAX = 255
 # The index of an update is a number of 32 bits where it is computed with.
 STEP_MAX = 2**31 - 1
 
+# A token tells payloads in shared memory apart: as improbable to be drawn twice as an id.
+TOKEN_BYTES = 16
+# What asks for shared memory names a session and a worker; what answers, an offset for each leaf, in decimal digits.
+HANDOVER_REQUEST_BYTES_MAX = 4 * KIB
+HANDOVER_REPLY_BYTES_MAX = 4 * MIB
+
 SESSION_NAME_CHARS_MAX = 128
 # Turns that a session may have on the device for each one of another: blocks of a millisecond.
 TURNS_MAX = 64

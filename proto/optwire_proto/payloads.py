@@ -7,27 +7,33 @@ from collections.abc import Iterator
 from optwire_proto import limits, tensors
 
 
-def pieces(arrays: list[tensors.Array]) -> Iterator[bytes]:
-    """The bytes of arrays in order, in pieces of CHUNK_BYTES but for the last; copies one piece at a time.
+def views(arrays: list[tensors.Array]) -> Iterator[list[memoryview]]:
+    """The bytes of arrays in order, in pieces of CHUNK_BYTES but for the last; each as views that copy nothing.
 
     Empties ``arrays`` as it goes and holds on to none of them once it is exhausted: on the server they are views of a
-    session's state, which the next update cannot write over while a view is alive.
+    session's state, which the next update cannot write over while a view is alive. Each list is emptied before the next
+    is made, for the same reason.
     """
-    views: list[memoryview] = []
+    piece: list[memoryview] = []
     room = limits.CHUNK_BYTES
     arrays.reverse()
     while arrays:
         view = tensors.wire_bytes(tensors.wire_array(arrays.pop(), "params")[1])
-        start = 0
-        while start < view.nbytes:
-            views.append(view[start : start + room])
-            start += views[-1].nbytes
-            room -= views[-1].nbytes
+        start, size = 0, view.nbytes
+        while start < size:
+            piece.append(view[start : start + room])
+            taken = piece[-1].nbytes
+            start += taken
+            room -= taken
             if room == 0:
-                piece = b"".join(views)
-                views, room = [], limits.CHUNK_BYTES
                 yield piece
-    if views:
-        piece = b"".join(views)
-        views.clear()
+                piece.clear()
+                room = limits.CHUNK_BYTES
+    if piece:
         yield piece
+        piece.clear()
+
+
+def pieces(arrays: list[tensors.Array]) -> Iterator[bytes]:
+    """As ``views``, but each piece is copied."""
+    return map(b"".join, views(arrays))

@@ -128,6 +128,8 @@ class SessionInfo:
       changes: of hyperparameters, in effect or to come, in the order in which they were made.
       aggregation: how pushes become steps.
       turns: what it gets on the device for each one of a session with 1, when several wait for it.
+      transport: how the pushes of the handle that was asked travel; empty where no handle was.
+      transport_reason: why they travel so.
     """
 
     id: str
@@ -149,6 +151,8 @@ class SessionInfo:
     changes: tuple[Change, ...] = ()
     aggregation: Aggregation = SINGLE
     turns: int = 1
+    transport: str = ""
+    transport_reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -300,13 +304,17 @@ class Digest:
       length: in bytes.
       rows_crc32: of the row sums.
       columns_crc32: of the column sums.
+      token: what stands for the sums where the payload lies in shared memory: random bytes, made for one payload.
     """
 
     length: int
-    rows_crc32: int
-    columns_crc32: int
+    rows_crc32: int = 0
+    columns_crc32: int = 0
+    token: bytes = b""
 
     def __str__(self) -> str:
+        if self.token:
+            return f"{self.length} bytes in shared memory, token {self.token.hex()}"
         return f"{self.length} bytes, digest {self.rows_crc32:08x}{self.columns_crc32:08x}"
 
 
@@ -350,6 +358,7 @@ class ServerInfo:
       limits: limit name to value, in the unit the name ends with.
       catalogue: the constructors served, by name.
       features: optional capabilities served.
+      handover_path: of the Unix socket on which it hands over shared memory; empty: it shares none.
     """
 
     version: str
@@ -358,6 +367,7 @@ class ServerInfo:
     limits: Mapping[str, int]
     catalogue: Mapping[str, entries.Entry]
     features: tuple[str, ...]
+    handover_path: str = ""
 
 
 def parse_aggregation(text: object) -> Aggregation:

@@ -37,6 +37,8 @@ class ServerConfig:
       stall_s: seconds without a byte after which a transfer is given up and its buffers are freed.
       idle_s: seconds without a push after which a stream is closed; clients reopen it by themselves.
       drain_s: seconds that pushes under way get to finish after SIGTERM.
+      compilation_cache: folder in which compiled updates outlive the server's process; "": the user's folder for
+        caches; "none": nowhere. Only ``optwire serve`` looks at it, as it is a setting of a whole process.
     """
 
     listen: tuple[str, ...] = ("127.0.0.1:50051",)
@@ -52,6 +54,7 @@ class ServerConfig:
     stall_s: float = 20.0
     idle_s: float = 300.0
     drain_s: float = 5.0
+    compilation_cache: str = ""
 
     def __post_init__(self) -> None:
         if self.threads == 0:
@@ -110,6 +113,12 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
         ("drain-s", float, "seconds that pushes under way get to finish after SIGTERM (default 5)"),
     ):
         serve.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    serve.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled updates outlive the server; 'none': nowhere (default: optwire/compiled in the user's "
+        "folder for caches)",
+    )
     listing = commands.add_parser("optimizers", help="list what this installation serves, or check a spec")
     listing.add_argument("spec", nargs="?", help="a spec as text, such as 'adamw(1e-3)': prints its canonical form")
     health = commands.add_parser("health", help="ask a server whether it serves; exits 0 if so, 2 if not")

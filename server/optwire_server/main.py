@@ -35,7 +35,7 @@ def _serve(flags: argparse.Namespace) -> int:
     # Not at the top: a health check must not load JAX, and the thin client's installation has none.
     from optwire_server import allocator
     from optwire_server import server as servers
-    from optwire_server.engine import engine
+    from optwire_server.engine import compilations, engine
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("jax").setLevel(logging.WARNING)  # which accelerators it did not find is no news
@@ -45,7 +45,11 @@ def _serve(flags: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _end(number, ended))
     try:
-        server = servers.Server(configs.from_flags(flags))
+        config = configs.from_flags(flags)
+        if config.compilation_cache != "none":
+            folder = config.compilation_cache
+            compilations.keep(pathlib.Path(folder) if folder else compilations.default_folder())
+        server = servers.Server(config)
         server.start()
         _announce(server.addresses[0], flags.port_file)
     except (ValueError, OSError) as exc:

@@ -19,13 +19,13 @@ class Outgoing:
         self._arrays = arrays
         self.length = sum(array.nbytes for array in arrays)  # bytes
 
-    def pieces(self) -> Iterator[bytes]:
-        """The bytes in order, each piece of ``limits.CHUNK_BYTES`` but the last; holds one at a time."""
-        return payloads.pieces(list(self._arrays))
+    def views(self) -> Iterator[list[memoryview]]:
+        """The bytes in order, as ``payloads.views``: each piece of ``limits.CHUNK_BYTES`` but the last."""
+        return payloads.views(list(self._arrays))
 
     def whole(self) -> tuple[bytes, sessions.Digest]:
         """All bytes at once and their digest; for payloads that fit one message."""
-        data = b"".join(self.pieces())
+        data = b"".join([tensors.wire_bytes(array) for array in self._arrays])
         return data, digests.digest(data)
 
 

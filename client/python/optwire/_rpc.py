@@ -306,15 +306,16 @@ class Stream:
         raise errors.UnavailableError("the server ended the stream")
 
 
-def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame]:
+def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame | bytes]:
     """Begin, chunks, end; the digest is taken on the way."""
     kind = type(begin)
     yield begin
     digester, offset = digests.Digester(), 0
-    for data in payload.pieces():
-        digester.update(data)
-        yield convert.chunk_into(kind(), offset, data)
-        offset += len(data)
+    for piece in payload.views():
+        for view in piece:
+            digester.update(view)
+        yield convert.chunk_to_wire(offset, piece)
+        offset = digester.length
     yield kind(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
 
 

@@ -4,6 +4,7 @@ The only shared part that knows generated code. What a message names and this ve
 with UnsupportedError, never ignored.
 """
 
+from optwire_proto.convert.chunks import Chunk, chunk_of, chunk_to_wire, frame_reader, frame_writer
 from optwire_proto.convert.errors import cut, error_from_proto, error_to_proto
 from optwire_proto.convert.pushes import (
     ack_from_proto,
@@ -14,6 +15,8 @@ from optwire_proto.convert.pushes import (
     end_from_proto,
     push_from_proto,
     push_to_proto,
+    slot_from_proto,
+    slot_into,
 )
 from optwire_proto.convert.served import refuse_unknown_fields, served
 from optwire_proto.convert.sessions import (
@@ -48,6 +51,7 @@ from optwire_proto.convert.specs import (
 from optwire_proto.convert.trees import tree_from_proto, tree_to_proto
 
 __all__ = [
+    "Chunk",
     "ack_from_proto",
     "ack_to_proto",
     "aggregation_from_proto",
@@ -55,6 +59,8 @@ __all__ = [
     "check_begin",
     "check_read",
     "chunk_into",
+    "chunk_of",
+    "chunk_to_wire",
     "cut",
     "digest_from_proto",
     "digest_to_proto",
@@ -65,6 +71,8 @@ __all__ = [
     "error_to_proto",
     "extension_from_proto",
     "extension_to_proto",
+    "frame_reader",
+    "frame_writer",
     "hyperparams_from_proto",
     "load_from_proto",
     "load_to_proto",
@@ -80,6 +88,8 @@ __all__ = [
     "server_to_proto",
     "session_from_proto",
     "session_to_proto",
+    "slot_from_proto",
+    "slot_into",
     "spec_from_proto",
     "spec_to_proto",
     "terms_from_proto",

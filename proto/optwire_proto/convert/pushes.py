@@ -38,6 +38,17 @@ def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = session
     )
 
 
+def slot_into(message: pb.PushBegin, slot: int) -> pb.PushBegin:
+    """Says that a push's payload lies in the segment of a slot; changes and returns ``message``."""
+    message.shared_memory_slot = slot
+    return message
+
+
+def slot_from_proto(message: pb.PushBegin) -> int:
+    """The slot of the segment that a push's payload lies in; 0: chunks follow."""
+    return message.shared_memory_slot
+
+
 def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.PushOptions]:
     """The key, and what the push says beside its gradients.
 
@@ -48,7 +59,6 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.P
     for field, value, allowed in (
         ("codec", message.codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
         ("weight", message.weight, (0.0, 1.0)),
-        ("shared_memory_slot", message.shared_memory_slot, (0,)),
         ("reply", message.reply, (pb.REPLY_CONTENT_UNSPECIFIED, *_REPLIES.values())),
         ("key.worker_epoch", message.key.worker_epoch, (0,)),
     ):
@@ -146,6 +156,8 @@ def chunk_into(frame: Any, offset: int, data: bytes) -> Any:
 
 
 def digest_to_proto(digest: sessions.Digest) -> tensor_pb.PayloadDigest:
+    if digest.token:
+        return tensor_pb.PayloadDigest(length=digest.length, token=digest.token)
     return tensor_pb.PayloadDigest(
         length=digest.length, rows_crc32=digest.rows_crc32, columns_crc32=digest.columns_crc32
     )
@@ -154,10 +166,26 @@ def digest_to_proto(digest: sessions.Digest) -> tensor_pb.PayloadDigest:
 def digest_from_proto(message: tensor_pb.PayloadDigest) -> sessions.Digest:
     """The digest of an upload; raises PayloadError where a part of it is missing."""
     served("digest", "sha256", message.sha256, (b"",))
+    if message.token:
+        return sessions.Digest(message.length, token=_token(message))
     for part in ("rows_crc32", "columns_crc32"):
         if not message.HasField(part):
             raise errors.PayloadError(f"digest without {part}", subject="digest", expected=part, got="nothing")
     return sessions.Digest(message.length, message.rows_crc32, message.columns_crc32)
+
+
+def _token(message: tensor_pb.PayloadDigest) -> bytes:
+    """A token, which must stand alone."""
+    token = message.token
+    if len(token) != limits.TOKEN_BYTES or message.HasField("rows_crc32") or message.HasField("columns_crc32"):
+        expected = f"{limits.TOKEN_BYTES} bytes and no checksums beside them"
+        raise errors.PayloadError(
+            f"digest.token: {len(token)} bytes, expected {expected}",
+            subject="digest.token",
+            expected=expected,
+            got=f"{len(token)} bytes",
+        )
+    return token
 
 
 def end_from_proto(message: pb.PayloadEnd) -> sessions.Digest:

@@ -253,6 +253,7 @@ def server_to_proto(info: sessions.ServerInfo) -> pb.GetServerInfoResponse:
         limits=pb.Limits(**info.limits),
         catalogue=[entry_to_proto(entry) for entry in info.catalogue.values()],
         features=info.features,
+        handover_path=info.handover_path,
     )
 
 
@@ -264,4 +265,5 @@ def server_from_proto(message: pb.GetServerInfoResponse) -> sessions.ServerInfo:
         limits={field.name: getattr(message.limits, field.name) for field in message.limits.DESCRIPTOR.fields},
         catalogue={entry.name: entry_from_proto(entry) for entry in message.catalogue},
         features=tuple(message.features),
+        handover_path=message.handover_path,
     )

@@ -1734,6 +1734,7 @@ class StreamStepsRequest(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     END_FIELD_NUMBER: builtins.int
     STAGE_FIELD_NUMBER: builtins.int
+    WHOLE_FIELD_NUMBER: builtins.int
     @property
     def begin(self) -> global___PushBegin:
         """starts a push"""
@@ -1750,6 +1751,10 @@ class StreamStepsRequest(google.protobuf.message.Message):
     def stage(self) -> global___PushStage:
         """before `begin`: chunks of a push whose key is not known yet"""
 
+    @property
+    def whole(self) -> global___StepRequest:
+        """a push and its payload in one message"""
+
     def __init__(
         self,
         *,
@@ -1757,10 +1762,11 @@ class StreamStepsRequest(google.protobuf.message.Message):
         chunk: optwire_proto.v1.tensor_pb2.Chunk | None = ...,
         end: global___PayloadEnd | None = ...,
         stage: global___PushStage | None = ...,
+        whole: global___StepRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame", "stage", b"stage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame", "stage", b"stage"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["begin", "chunk", "end", "stage"] | None: ...
+    def HasField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame", "stage", b"stage", "whole", b"whole"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "chunk", b"chunk", "end", b"end", "frame", b"frame", "stage", b"stage", "whole", b"whole"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["begin", "chunk", "end", "stage", "whole"] | None: ...
 
 global___StreamStepsRequest = StreamStepsRequest
 
@@ -1798,6 +1804,7 @@ class StreamStepsResponse(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     END_FIELD_NUMBER: builtins.int
     GO_AWAY_FIELD_NUMBER: builtins.int
+    WHOLE_FIELD_NUMBER: builtins.int
     @property
     def ack(self) -> global___PushAck:
         """the outcome of the push"""
@@ -1814,6 +1821,10 @@ class StreamStepsResponse(google.protobuf.message.Message):
     def go_away(self) -> global___GoAway:
         """the server is about to end this stream: push no more on it"""
 
+    @property
+    def whole(self) -> global___StepResponse:
+        """the outcome of `whole`, and the parameters"""
+
     def __init__(
         self,
         *,
@@ -1821,10 +1832,11 @@ class StreamStepsResponse(google.protobuf.message.Message):
         chunk: optwire_proto.v1.tensor_pb2.Chunk | None = ...,
         end: global___PayloadEnd | None = ...,
         go_away: global___GoAway | None = ...,
+        whole: global___StepResponse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "chunk", b"chunk", "end", b"end", "frame", b"frame", "go_away", b"go_away"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "chunk", b"chunk", "end", b"end", "frame", b"frame", "go_away", b"go_away"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["ack", "chunk", "end", "go_away"] | None: ...
+    def HasField(self, field_name: typing.Literal["ack", b"ack", "chunk", b"chunk", "end", b"end", "frame", b"frame", "go_away", b"go_away", "whole", b"whole"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ack", b"ack", "chunk", b"chunk", "end", b"end", "frame", b"frame", "go_away", b"go_away", "whole", b"whole"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["frame", b"frame"]) -> typing.Literal["ack", "chunk", "end", "go_away", "whole"] | None: ...
 
 global___StreamStepsResponse = StreamStepsResponse
 

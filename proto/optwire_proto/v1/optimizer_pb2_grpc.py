@@ -194,7 +194,8 @@ class OptimizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamSteps(self, request_iterator, context):
-        """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down.
+        """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down; or
+        all of it in one message each way, where it fits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -91,7 +91,9 @@ class OptimizerServiceStub:
         optwire_proto.v1.optimizer_pb2.StreamStepsRequest,
         optwire_proto.v1.optimizer_pb2.StreamStepsResponse,
     ]
-    """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down."""
+    """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down; or
+    all of it in one message each way, where it fits.
+    """
 
     SnapshotSession: grpc.UnaryUnaryMultiCallable[
         optwire_proto.v1.optimizer_pb2.SnapshotSessionRequest,
@@ -184,7 +186,9 @@ class OptimizerServiceAsyncStub:
         optwire_proto.v1.optimizer_pb2.StreamStepsRequest,
         optwire_proto.v1.optimizer_pb2.StreamStepsResponse,
     ]
-    """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down."""
+    """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down; or
+    all of it in one message each way, where it fits.
+    """
 
     SnapshotSession: grpc.aio.UnaryUnaryMultiCallable[
         optwire_proto.v1.optimizer_pb2.SnapshotSessionRequest,
@@ -301,7 +305,9 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[optwire_proto.v1.optimizer_pb2.StreamStepsRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[optwire_proto.v1.optimizer_pb2.StreamStepsResponse], collections.abc.AsyncIterator[optwire_proto.v1.optimizer_pb2.StreamStepsResponse]]:
-        """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down."""
+        """Any number of pushes, one at a time, each answered before the next: begin, chunks, end up; ack, chunks, end down; or
+        all of it in one message each way, where it fits.
+        """
 
     @abc.abstractmethod
     def SnapshotSession(

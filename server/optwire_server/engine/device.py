@@ -1,13 +1,13 @@
-"""The one thread that works on a device, and whose turn it is: sessions take turns, block by block.
+"""Whose turn it is on a device: one call at a time works on it, and sessions take turns, block by block.
 
 What is done for one session is done in the order in which it was asked for; between sessions the turn passes after each
-block, so that a large update delays a small one by a block and not by itself.
+block, so that a large update delays a small one by a block and not by itself. A call works on its own thread: where
+nobody else waits, none is handed over to.
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import threading
 from collections.abc import Generator
@@ -22,24 +22,14 @@ Work = Generator[None, None, T]
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Task:
-    work: Work[Any]
-    outcome: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
+    """A call, and the signal that it is its turn."""
 
-    def advance(self) -> bool:
-        """One block further; whether the task is over."""
-        try:
-            next(self.work)
-        except StopIteration as stop:
-            self.outcome.set_result(stop.value)
-            return True
-        except BaseException as exc:  # noqa: BLE001  it is the caller's
-            self.outcome.set_exception(exc)
-            return True
-        return False
+    work: Work[Any]
+    turn: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 class Lane:
-    """The tasks of one session, in order.
+    """The calls of one session, in order.
 
     Args:
       turns: blocks that are worked off before the turn passes to the next session.
@@ -51,60 +41,71 @@ class Lane:
 
 
 class Device:
-    """Runs tasks on a thread of its own. Thread-safe."""
+    """Gives calls their turns. Thread-safe."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: collections.deque[Lane] = collections.deque()  # lanes with tasks, the next one first
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._waiting: collections.deque[Lane] = collections.deque()  # lanes whose first task waits, the next one first
+        self._is_busy = False
+        self._is_closed = False
 
     def run(self, lane: Lane, work: Work[T]) -> T:
-        """Runs a generator on the device's thread, and waits for what it returns.
+        """Waits for its turn, and runs a generator to its end.
 
         Args:
           lane: of the session that it is done for.
           work: whenever it yields, other sessions get their turns.
+
+        Returns:
+          What the generator returns; what it raises is raised.
 
         Raises:
           UnavailableError: the device is closed.
         """
         task = _Task(work)
         with self._changed:
-            if self._closed:
+            if self._is_closed:
                 raise errors.UnavailableError("the server is shutting down")
             lane.tasks.append(task)
             if len(lane.tasks) == 1:
                 self._waiting.append(lane)
-                self._changed.notify()
-        result: T = task.outcome.result()
-        return result
-
-    def close(self) -> None:
-        """Finishes what was asked for and stops the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _work(self) -> None:
-        while (lane := self._next()) is not None:
-            task = lane.tasks[0]
-            for _ in range(lane.turns):
-                if over := task.advance():
-                    break
+            if not self._is_busy:
+                self._pass_on()
+        try:
+            while True:
+                task.turn.wait()
+                for _ in range(lane.turns):
+                    next(work)
+                self._take_turns(lane, task)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        finally:
             with self._changed:
-                if over:
-                    lane.tasks.popleft()
+                lane.tasks.popleft()
                 if lane.tasks:
                     self._waiting.append(lane)
-            del task  # nor may the thread keep alive what the task held
+                self._pass_on()
 
-    def _next(self) -> Lane | None:
+    def close(self) -> None:
+        """Takes nothing more, and waits for what was asked for."""
         with self._changed:
-            while not self._waiting:
-                if self._closed:
-                    return None
+            self._is_closed = True
+            while self._is_busy:
                 self._changed.wait()
-            return self._waiting.popleft()
+
+    def _take_turns(self, lane: Lane, task: _Task) -> None:
+        """Lets others have their turns, if any wait."""
+        with self._changed:
+            if self._waiting:
+                task.turn.clear()
+                self._waiting.append(lane)
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Gives the turn to the first who waits for it, if any; with the lock held."""
+        self._is_busy = bool(self._waiting)
+        if self._is_busy:
+            self._waiting.popleft().tasks[0].turn.set()
+        else:
+            self._changed.notify_all()

@@ -59,7 +59,7 @@ class Engine:
         self.catalogue: Mapping[str, entries.Entry] = build.CATALOGUE
         self._device = jax.devices()[0]
         self._programs = cache.ProgramCache(self._device, state_bytes_max=state_bytes_max)
-        self._thread = device.Device("optwire-device")
+        self._turns = device.Device()
 
     def run(self, function: Callable[[], T], held: Held | None = None) -> T:
         """Runs a function on the device's thread and waits for it; as ``work`` does a generator."""
@@ -80,7 +80,7 @@ class Engine:
         Raises:
           UnavailableError: the engine is closed.
         """
-        return self._thread.run(held.lane if held else device.Lane(), work)
+        return self._turns.run(held.lane if held else device.Lane(), work)
 
     def check(self, spec: specs.Spec) -> specs.Spec:
         """The spec complete, checked against the installed optax; raises SpecError, UnsupportedError."""
@@ -194,4 +194,4 @@ class Engine:
 
     def close(self) -> None:
         """Finishes what was asked for and stops the thread."""
-        self._thread.close()
+        self._turns.close()

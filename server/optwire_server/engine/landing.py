@@ -1,7 +1,7 @@
 """Landing buffers: where the bytes of a payload are copied to, once, from the messages they came in.
 
-Each leaf starts on a 64-byte boundary, so that JAX takes the buffer as it is instead of copying it. Buffers are reused:
-fresh memory costs a page fault every 4 KiB, more than the copy itself.
+What a layout says starts on a 64-byte boundary, so that JAX takes the buffer as it is instead of copying it. Buffers are
+reused: fresh memory costs a page fault every 4 KiB, more than the copy itself.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import bisect
 import collections
 import contextlib
+import dataclasses
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from optwire_proto import digests, errors, limits, sessions, tensors, trees
+from optwire_server.engine import layout as layouts
+from optwire_server.engine.layout import Layout
 
 
-def buffer_bytes(tree: trees.TreeSpec) -> int:
-    """Bytes of the buffer for one payload of ``tree``."""
-    return tree.aligned_offsets[-1] + limits.ALIGNMENT_BYTES
+def buffer_bytes(layout: Layout) -> int:
+    """Bytes of the buffer for one payload that is laid out so."""
+    return layout.nbytes + limits.ALIGNMENT_BYTES
 
 
 class Landings:
@@ -29,7 +33,7 @@ class Landings:
         self._bytes_max = bytes_max
         self._keep_bytes = keep_bytes
         self._lock = threading.Lock()
-        self._free: collections.deque[np.ndarray] = collections.deque()
+        self._free: collections.deque[_Buffer] = collections.deque()
         self._free_bytes = 0
         self._lent_bytes = 0
 
@@ -38,21 +42,32 @@ class Landings:
         """Bytes of buffers lent now."""
         return self._lent_bytes
 
-    def land(self, tree: trees.TreeSpec) -> Landing:
+    def land(self, tree: trees.TreeSpec, layout: Layout | None = None) -> Landing:
         """Lends a buffer for one payload of ``tree``; the caller must ``close`` the landing.
+
+        Args:
+          tree: of the payload.
+          layout: where its leaves go; None: every leaf on a boundary, in order.
 
         Raises:
           LimitError: the payloads in flight would exceed the limit.
         """
-        size = buffer_bytes(tree)
+        layout = layout or layouts.aligned(tree)
+        size = buffer_bytes(layout)
         with self._lock:
             self._count(size)
-            buffer = self._take(size)
-        return Landing(self, tree, np.empty(size, np.uint8) if buffer is None else buffer)
+            buffer = self._take(size, layout.gaps)
+        if buffer is None:
+            buffer = _Buffer(np.empty(size, np.uint8), None)
+        memory = buffer.memory()
+        if buffer.gaps != layout.gaps:
+            for start, stop in layout.gaps:
+                memory[start:stop] = 0
+        return Landing(tree, layout, memory, functools.partial(self._give_back, _Buffer(buffer.whole, layout.gaps)))
 
-    def check_size(self, tree: trees.TreeSpec, advice: str) -> None:
-        """Raises LimitError, with advice, where a payload of ``tree`` could never land."""
-        size = buffer_bytes(tree)
+    def check_size(self, layout: Layout, advice: str) -> None:
+        """Raises LimitError, with advice, where a payload that is laid out so could never land."""
+        size = buffer_bytes(layout)
         if size > self._bytes_max:
             raise errors.LimitError(
                 f"payload of {size} bytes: landing_bytes_max is {self._bytes_max}; {advice}",
@@ -85,34 +100,56 @@ class Landings:
             )
         self._lent_bytes += size
 
-    def give_back(self, buffer: np.ndarray) -> None:
-        """Takes a buffer back; ``Landing.close`` calls it."""
+    def _give_back(self, buffer: _Buffer) -> None:
         with self._lock:
-            self._lent_bytes -= buffer.nbytes
+            self._lent_bytes -= buffer.whole.nbytes
             self._free.append(buffer)
-            self._free_bytes += buffer.nbytes
+            self._free_bytes += buffer.whole.nbytes
             while self._free_bytes > self._keep_bytes:
-                self._free_bytes -= self._free.popleft().nbytes
+                self._free_bytes -= self._free.popleft().whole.nbytes
 
-    def _take(self, size: int) -> np.ndarray | None:
-        for index, buffer in enumerate(self._free):
-            if buffer.nbytes == size:
-                del self._free[index]
-                self._free_bytes -= size
-                return buffer
-        return None
+    def _take(self, size: int, gaps: Gaps) -> _Buffer | None:
+        """A buffer of a size; one with these gaps, if there is one."""
+        fitting = [index for index, buffer in enumerate(self._free) if buffer.whole.nbytes == size]
+        if not fitting:
+            return None
+        index = next((index for index in fitting if self._free[index].gaps == gaps), fitting[0])
+        buffer = self._free[index]
+        del self._free[index]
+        self._free_bytes -= size
+        return buffer
 
 
 class Landing:
-    """One payload on its way in: takes chunks in order, counts and checks them, and gives the leaves as arrays."""
+    """One payload on its way in: takes chunks in order, counts and checks them, and gives the leaves as arrays.
 
-    def __init__(self, lender: Landings, tree: trees.TreeSpec, buffer: np.ndarray) -> None:
-        self._lender = lender
+    Args:
+      tree: of the payload.
+      layout: where its leaves lie.
+      memory: of ``layout.nbytes``, on a 64-byte boundary. shape=(nbytes,), uint8
+      give_back: called once, when it is closed.
+    """
+
+    def __init__(self, tree: trees.TreeSpec, layout: Layout, memory: np.ndarray, give_back: Callable[[], None]) -> None:
         self._tree = tree
-        self._buffer: np.ndarray | None = buffer
-        self._start = -buffer.ctypes.data % limits.ALIGNMENT_BYTES
+        self._layout = layout
+        self._memory: np.ndarray | None = memory
+        self._give_back = give_back
         self._received = 0
         self._digester = digests.Digester()
+
+    @classmethod
+    def filled(cls, memory: np.ndarray, tree: trees.TreeSpec, layout: Layout) -> Landing:
+        """The landing of a payload that is in its memory already, whose owner knows that it came unharmed."""
+        made = cls(tree, layout, memory, lambda: None)
+        made._received = tree.payload_bytes
+        return made
+
+    @property
+    def memory(self) -> np.ndarray:
+        """All of it, valid until ``close``. shape=(layout.nbytes,), uint8"""
+        assert self._memory is not None, "read after close"
+        return self._memory
 
     def write(self, offset: int, data: bytes) -> None:
         """Copies a chunk to its place.
@@ -137,14 +174,14 @@ class Landing:
                 expected=f"offset {self._received}, at most {self._tree.payload_bytes - self._received} bytes",
                 got=f"offset {offset}, {len(data)} bytes",
             )
-        assert self._buffer is not None, "written to after close"
+        assert self._memory is not None, "written to after close"
         offsets = self._tree.offsets
         source = np.frombuffer(data, np.uint8)
         leaf = bisect.bisect_right(offsets, offset) - 1
         while offset < end:
             stop = min(offsets[leaf + 1], end)
-            target = self._start + self._tree.aligned_offsets[leaf] + offset - offsets[leaf]
-            self._buffer[target : target + stop - offset] = source[: stop - offset]
+            target = self._layout.offsets[leaf] + offset - offsets[leaf]
+            self._memory[target : target + stop - offset] = source[: stop - offset]
             source = source[stop - offset :]
             offset = stop
             leaf += 1
@@ -174,27 +211,32 @@ class Landing:
             )
 
     def arrays(self) -> Sequence[tensors.Array]:
-        """The leaves as aligned views of the buffer, valid until ``close``; bf16 as ``ml_dtypes`` has it."""
-        assert self._buffer is not None, "read after close"
-        views = []
-        for leaf, offset in zip(self._tree.leaves, self._tree.aligned_offsets, strict=False):
-            start = self._start + offset
-            flat = self._buffer[start : start + leaf.nbytes].view(tensors.numpy_dtype(leaf.dtype))
+        """The leaves as views of the memory, valid until ``close``; bf16 as ``ml_dtypes`` has it."""
+        memory, views = self.memory, []
+        for leaf, start in zip(self._tree.leaves, self._layout.offsets, strict=True):
+            flat = memory[start : start + leaf.nbytes].view(tensors.numpy_dtype(leaf.dtype))
             views.append(flat.reshape(leaf.shape))
         return views
 
-    def grads(self, tree: trees.TreeSpec, absent: Sequence[int]) -> Sequence[tensors.Array]:
-        """One array for each leaf of ``tree``: zeros, in memory that is never touched, where the payload has none."""
-        if not absent:
-            return self.arrays()
-        there, gone = iter(self.arrays()), frozenset(absent)
-        return [
-            np.zeros(leaf.shape, tensors.numpy_dtype(leaf.dtype)) if index in gone else next(there)
-            for index, leaf in enumerate(tree.leaves)
-        ]
-
     def close(self) -> None:
-        """Gives the buffer back; may be called more than once."""
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            self._lender.give_back(buffer)
+        """Gives the memory back; may be called more than once."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            self._give_back()
+
+
+# (start, stop) of what is zero in a buffer beside the leaves; None: nothing is known to be.
+Gaps = tuple[tuple[int, int], ...] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Buffer:
+    """Memory that is lent, and where its last layout left zeros."""
+
+    whole: np.ndarray
+    gaps: Gaps
+
+    def memory(self) -> np.ndarray:
+        """From its first 64-byte boundary on."""
+        start = -self.whole.ctypes.data % limits.ALIGNMENT_BYTES
+        return self.whole[start : start + self.whole.nbytes - limits.ALIGNMENT_BYTES]

@@ -16,6 +16,7 @@ from optwire_proto import convert, errors, limits
 _log = logging.getLogger("optwire.transport")
 
 ERROR_METADATA = "optwire-error-bin"
+_SERVICE = "/optwire.v1."
 
 
 class _Unreadable:
@@ -43,10 +44,21 @@ class Boundary(grpc.ServerInterceptor):  # type: ignore[type-arg]
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         wrapped: grpc.RpcMethodHandler[Any, Any] = make(
             wrap(getattr(handler, kind), _each_readable if handler.request_streaming else _readable),
-            request_deserializer=_tolerant(handler.request_deserializer, method),
-            response_serializer=handler.response_serializer,
+            request_deserializer=_tolerant(_reader(handler, method), method),
+            response_serializer=_writer(handler, method),
         )
         return wrapped
+
+
+def _reader(handler: Any, method: str) -> Callable[[bytes], Any]:
+    """What reads requests: in streams of our own service they are frames."""
+    read = handler.request_deserializer
+    return convert.frame_reader(read) if handler.request_streaming and method.startswith(_SERVICE) else read
+
+
+def _writer(handler: Any, method: str) -> Callable[[Any], bytes]:
+    write = handler.response_serializer
+    return convert.frame_writer(write) if handler.response_streaming and method.startswith(_SERVICE) else write
 
 
 def _single(method: Callable[..., Any], read: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -76,7 +88,8 @@ def _readable(request: Any) -> Any:
             subject=request.method,
             got=f"{request.size} bytes",
         )
-    convert.refuse_unknown_fields(request)
+    if type(request) is not convert.Chunk:  # which has been read to its end, and has no other fields
+        convert.refuse_unknown_fields(request)
     return request
 
 

@@ -40,8 +40,9 @@ def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream)
     with stream.transferring():
         for message in messages:
             stream.progressed()
-            if message.WhichOneof("frame") == "chunk":
-                lent.write(message.chunk.offset, _chunk_data(message.chunk))
+            chunk = convert.chunk_of(message)
+            if chunk is not None:
+                lent.write(chunk.offset, _chunk_data(chunk))
             else:
                 _expect(message, "end")
                 return convert.end_from_proto(message.end)
@@ -51,7 +52,7 @@ def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream)
 
 
 def _expect(message: Any, kind: str) -> None:
-    came = message.WhichOneof("frame")
+    came = "chunk" if convert.chunk_of(message) else message.WhichOneof("frame")
     if came != kind:
         raise errors.MalformedRequestError(
             f"frame {came or 'without content'!r}, expected {kind!r}",
@@ -61,8 +62,8 @@ def _expect(message: Any, kind: str) -> None:
         )
 
 
-def _chunk_data(chunk: Any) -> bytes:
-    data: bytes = chunk.data
+def _chunk_data(chunk: convert.Chunk) -> memoryview:
+    data = chunk.data
     if len(data) > limits.CHUNK_BYTES_MAX:
         raise errors.LimitError(
             f"chunk of {len(data)} bytes, expected at most {limits.CHUNK_BYTES_MAX}",

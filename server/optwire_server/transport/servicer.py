@@ -238,12 +238,13 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         raise _not_served("RollbackSession")
 
 
-def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], stream: streams.Stream) -> Iterator[F]:
+def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], stream: streams.Stream) -> Iterator[F | bytes]:
     """Chunks and the end of the parameters; empties ``params``."""
     offset = 0
-    for data in payloads.pieces(params):
-        yield convert.chunk_into(response(), offset, data)
-        offset += len(data)
+    for piece in payloads.views(params):
+        length = sum(view.nbytes for view in piece)
+        yield convert.chunk_to_wire(offset, piece)
+        offset += length
         stream.progressed()
     yield response(end=pb.PayloadEnd(digest=tensor_pb.PayloadDigest(length=offset)))
 

@@ -1,0 +1,181 @@
+"""Starting the processes that are measured, asking them, and what they cost. Linux only, as the counters are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+_START_S = 60.0
+
+
+class BenchError(Exception):
+    """What ends a run: a process that died, or parameters that are not what they should be."""
+
+
+class Role:
+    """A process that answers a line of JSON with a line of JSON."""
+
+    def __init__(self, name: str, argv: Sequence[str], cores: Sequence[int] = ()) -> None:
+        self.name = name
+        # What it says beside its answers is read only when it dies.
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, preexec_fn=_pinned(cores)
+        )
+        self.others: list[int] = []
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def ask(self, do: str, **values: Any) -> Any:
+        """The answer to one command; raises BenchError if the process ends instead."""
+        self.tell(do, **values)
+        return self.told()
+
+    def tell(self, do: str, **values: Any) -> None:
+        """Sends a command whose answer is awaited later."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._dead() from None
+
+    def told(self) -> Any:
+        """The answer to the command sent last."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise self._dead()
+        return json.loads(line)
+
+    def end(self) -> None:
+        """Ends the process, if need be by force."""
+        with contextlib.suppress(OSError):
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._log.close()
+
+    def _dead(self) -> BenchError:
+        code = self.process.wait()
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines()
+        return BenchError(f"{self.name}: its process ended with {code}: {lines[-1] if lines else 'it said nothing'}")
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this package."""
+    return [sys.executable, "-m", f"optwire_bench.{name}", *arguments]
+
+
+class Server:
+    """A running server: its process and where it answers."""
+
+    def __init__(self, pid: int, target: str, unix: str) -> None:
+        self.pid = pid
+        self.target = target
+        self.unix = unix
+
+
+@contextlib.contextmanager
+def server(cores: Sequence[int] = (), arguments: Sequence[str] = ()) -> Iterator[Server]:
+    """``optwire serve`` in a process of its own, on a free port and on a Unix socket."""
+    with tempfile.TemporaryDirectory(prefix="optwire-bench-") as folder:
+        port_file, unix = pathlib.Path(folder, "port"), f"unix:{folder}/socket"
+        command = [sys.executable, "-m", "optwire_server", "serve", "--listen", "127.0.0.1:0", "--listen", unix]
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(
+                [*command, "--port-file", str(port_file), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                preexec_fn=_pinned(cores),
+            )
+            try:
+                deadline = time.monotonic() + _START_S
+                while not port_file.exists():
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        log.seek(0)
+                        raise BenchError(f"the server did not start: {log.read().strip()[-500:]}")
+                    time.sleep(0.02)
+                yield Server(process.pid, port_file.read_text(), unix)
+            finally:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def _pinned(cores: Sequence[int]) -> Callable[[], None] | None:
+    return (lambda: os.sched_setaffinity(0, cores)) if cores else None
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far, all its threads."""
+    return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a process id on Linux
+
+
+def faults(pid: int) -> int:
+    """Minor page faults of a process so far."""
+    return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
+def memory_bytes(pid: int, what: str = "VmRSS") -> int:
+    """Resident memory of a process now (VmRSS), its peak (VmHWM), or of that what is shared with others (RssShmem)."""
+    for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(what)
+
+
+def reset_peak(pid: int) -> None:
+    """Makes VmHWM start anew."""
+    pathlib.Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError("MemAvailable")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    model = [
+        line.partition(":")[2].strip()
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    versions = {"python": platform.python_version()}
+    for name in ("jax", "optax", "grpcio", "protobuf", "numpy"):
+        versions[name] = metadata.version(name)
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": model[0] if model else platform.machine(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release(),
+        "versions": versions,
+    }
