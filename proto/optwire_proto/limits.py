@@ -12,6 +12,9 @@ CHUNK_BYTES = 1 * MIB
 MESSAGE_BYTES_MAX = 4 * MIB
 # Arrays that start on this boundary are adopted by JAX without a copy, and copied fastest.
 ALIGNMENT_BYTES = 64
+# A stage notes which bytes have come: beside one piece for each leaf, as many more with gaps around them. Without a
+# limit a message of a byte would cost more to be noted than to be sent.
+STAGE_GAPS_MAX = 1024
 # A unary Step carries its payload in one message.
 UNARY_PAYLOAD_BYTES_MAX = 2 * MIB
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from optwire_proto import entries, errors, limits, specs, trees
+from optwire_proto import codecs, entries, errors, limits, specs, trees
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -75,15 +75,20 @@ class Terms:
     Attributes:
       aggregation: how pushes become steps; otherwise SINGLE.
       turns: what it gets on the device for each one of a session with 1, when several wait for it; otherwise 1.
+      grads_codec: how gradients travel; otherwise RAW.
+      params_codec: how parameters travel in the replies to pushes; otherwise RAW.
 
     Raises:
-      InvalidArgumentError: ``turns`` is no whole number from 1 to 64.
+      InvalidArgumentError: ``turns`` is no whole number from 1 to 64; two codecs with different fractions.
     """
 
     aggregation: Aggregation | None = None
     turns: int | None = None
+    grads_codec: codecs.Codec | None = None
+    params_codec: codecs.Codec | None = None
 
     def __post_init__(self) -> None:
+        codecs.fraction(*(codec for codec in (self.grads_codec, self.params_codec) if codec is not None))
         turns = self.turns
         if turns is not None and (type(turns) is not int or not 1 <= turns <= limits.TURNS_MAX):
             expected, got = f"a whole number from 1 to {limits.TURNS_MAX}", repr(turns)[:80]
@@ -93,7 +98,12 @@ class Terms:
 
     def after(self, old: Terms) -> Terms:
         """With what another one has, where nothing is asked for."""
-        return Terms(aggregation=self.aggregation or old.aggregation, turns=self.turns or old.turns)
+        return Terms(
+            aggregation=self.aggregation or old.aggregation,
+            turns=self.turns or old.turns,
+            grads_codec=self.grads_codec or old.grads_codec,
+            params_codec=self.params_codec or old.params_codec,
+        )
 
     def fits(self, other: Terms) -> bool:
         """Whether another one has all that is asked for."""
@@ -101,7 +111,7 @@ class Terms:
 
 
 # What a session has that asks for nothing.
-USUAL: Final = Terms(aggregation=SINGLE, turns=1)
+USUAL: Final = Terms(aggregation=SINGLE, turns=1, grads_codec=codecs.RAW, params_codec=codecs.RAW)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +138,8 @@ class SessionInfo:
       changes: of hyperparameters, in effect or to come, in the order in which they were made.
       aggregation: how pushes become steps.
       turns: what it gets on the device for each one of a session with 1, when several wait for it.
+      grads_codec: how gradients travel, as ``Client.create_session`` takes it.
+      params_codec: how parameters travel in the replies to pushes.
       transport: how the pushes of the handle that was asked travel; empty where no handle was.
       transport_reason: why they travel so.
     """
@@ -151,6 +163,8 @@ class SessionInfo:
     changes: tuple[Change, ...] = ()
     aggregation: Aggregation = SINGLE
     turns: int = 1
+    grads_codec: str = "f32"
+    params_codec: str = "f32"
     transport: str = ""
     transport_reason: str = ""
 
@@ -242,6 +256,8 @@ class PushOptions:
       absent: positions of the leaves that have no gradient, ascending; the payload leaves them out.
       telemetry: whether the ack carries metrics.
       reply: what the reply carries.
+      codec: how the payload is encoded; None: as the session says.
+      view_step: of the parameters that the client has, where the next ones may come as what has changed since.
     """
 
     grad_scale: float = 1.0
@@ -250,6 +266,8 @@ class PushOptions:
     absent: tuple[int, ...] = ()
     telemetry: bool = False
     reply: ReplyContent = ReplyContent.PARAMS
+    codec: codecs.Kind | None = None
+    view_step: int | None = None
 
     @property
     def meaning(self) -> Mapping[str, object]:
@@ -333,6 +351,7 @@ class Ack:
       payload_bytes: length of the parameters that follow.
       metrics: figures of the update by name, where the push asked for telemetry; docs/specs.md lists them.
       changes: how often hyperparameters of the session were changed, in all.
+      params_codec: how the parameters that follow are encoded; RAW: they are whole.
     """
 
     step: int
@@ -345,6 +364,7 @@ class Ack:
     payload_bytes: int
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     changes: int = 0
+    params_codec: codecs.Kind = codecs.Kind.RAW
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

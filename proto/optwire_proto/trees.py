@@ -59,9 +59,14 @@ class LeafSpec:
             )
 
     @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Length of the leaf's bytes."""
-        return math.prod(self.shape) * tensors.itemsize(self.dtype)
+        return self.elements * tensors.itemsize(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +267,32 @@ def match_present(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensor
     arrays = list(match(spec, unflatten(spec, values), what))
     for index in absent:
         arrays[index] = None
+    return arrays
+
+
+def match_into(spec: TreeSpec, tree: Any, what: str = "out") -> list[tensors.Array]:
+    """As ``match``, of a nest whose arrays are to be written: NumPy's, writable, and laid out as the wire has them.
+
+    Raises:
+      TreeMismatchError: as ``match``; or an array cannot be written in place.
+    """
+    arrays = match(spec, tree, what)
+    for leaf, array, value in zip(spec.leaves, arrays, _leaf_values(spec, tree) or (), strict=True):
+        problem = ""
+        if not isinstance(value, np.ndarray):
+            problem = type(value).__name__
+        elif not value.flags.writeable:
+            problem = "an array that is read-only"
+        elif array is not value and not np.may_share_memory(array, value):
+            problem = "an array that is not contiguous and little-endian"
+        if problem and leaf.nbytes:
+            expected = "a NumPy array that can be written in place"
+            raise errors.TreeMismatchError(
+                f"{what}[{leaf.name!r}]: {problem}, expected {expected}",
+                subject=leaf.name,
+                expected=expected,
+                got=problem,
+            )
     return arrays
 
 

@@ -32,10 +32,12 @@ class Model:
 
     Attributes:
       label: as the command line names it: "25M", "gpt2".
+      tensors: as asked for; 0: what is usual for the size.
       shapes: (name, shape) of each leaf, in order.
     """
 
     label: str
+    tensors: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
@@ -49,33 +51,41 @@ class Model:
         return 4 * self.parameters
 
 
-def model(label: str, tensors_count: int = 0) -> Model:
+def model(label: str, tensors: int = 0) -> Model:
     """The model of a label: a number of parameters such as "25M" or "1k", or "gpt2".
 
     Args:
       label: what is asked for.
-      tensors_count: leaves of about equal size that a number of parameters is cut into; 0: 4 leaves up to 10,000
-        parameters, 16 of very different sizes above. "gpt2" has its own 148.
+      tensors: leaves of about equal size that a number of parameters is cut into; 0: 4 leaves up to 10,000 parameters,
+        16 of very different sizes above. "gpt2" has its own 148.
 
     Raises:
       ValueError: no such model.
     """
     if label == "gpt2":
-        return Model(label, _gpt2())
-    match = _SIZE.fullmatch(label)
-    if match is None:
-        raise ValueError(f"{label!r}: expected a number of parameters, such as 25M or 1k, or gpt2")
-    parameters = round(float(match[1]) * _UNITS[match[2]])
+        return Model(label, 0, _gpt2())
+    try:
+        parameters = count(label)
+    except ValueError as exc:
+        raise ValueError(f"{exc}, or gpt2") from None
     if not 16 <= parameters <= 2_000_000_000:
         raise ValueError(f"{label!r}: expected 16 to 2G parameters")
-    if tensors_count > parameters:
-        raise ValueError(f"{tensors_count} tensors: more than there are parameters")
-    if tensors_count:
-        sizes = [parameters // tensors_count] * (tensors_count - 1)
+    if tensors > parameters:
+        raise ValueError(f"{tensors} tensors: more than there are parameters")
+    if tensors:
+        sizes = [parameters // tensors] * (tensors - 1)
     else:
         sizes = [int(parameters * s) for s in (_SMALL_SHARES if parameters <= _SMALL_PARAMETERS_MAX else _SHARES)]
     sizes.append(parameters - sum(sizes))
-    return Model(label, tuple((f"leaf{index:04}", (size,)) for index, size in enumerate(sizes)))
+    return Model(label, tensors, tuple((f"leaf{index:04}", (size,)) for index, size in enumerate(sizes)))
+
+
+def count(text: str) -> int:
+    """A number as people write it: 25M, 1k; raises ValueError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r}: expected a number such as 1k, 25M or 100M")
+    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def params(model: Model, seed: int = 0) -> dict[str, np.ndarray]:

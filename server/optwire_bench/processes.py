@@ -29,7 +29,7 @@ class Role:
     def __init__(self, name: str, argv: Sequence[str], cores: Sequence[int] = ()) -> None:
         self.name = name
         # What it says beside its answers is read only when it dies.
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, as it lives as long as the process
         self.process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, preexec_fn=_pinned(cores)
         )

@@ -3,9 +3,11 @@
 A line of JSON in, a line of JSON out. Each role is a process of its own, so that neither its memory nor its interpreter
 lock is counted against another. A program of anyone's that speaks the same lines can take part (``--beside``):
 
-    {"do": "open", "model": "25M", "tensors": 0}   -> {"pids": [...]}: other processes whose work is this one's
+    {"do": "open", "model": "25M", "tensors": 0}   -> facts: "pids": other processes whose work is this one's; "says":
+                                                      for the report; "reference": whether it brings one of its own
     {"do": "step", "count": 3}                     -> {"seconds": [...], "cpu_s": 0.1, "faults": 12}
-    {"do": "save", "path": "...", "what": ""}      -> null; parameters of all leaves, one after the other, float32
+    {"do": "save", "path": "...", "what": ""}      -> null; parameters of all leaves, one after the other, float32;
+                                                      "reference": what they should be, where it brings that
     {"do": "close"}                                -> null
 
 A step is what the caller of an optimizer waits for: from gradients at hand to new parameters at hand. Between two steps
@@ -111,9 +113,7 @@ class LocalOptax:
         self._jax = jax
         self._update = jax.jit(ordered, donate_argnums=1) if self._form == "ordered" else None
         self._common = jax.jit(common, donate_argnums=(1, 2))
-        self._scale = jax.jit(
-            lambda grads, factor: jax.tree.map(lambda leaf: leaf * factor, grads), donate_argnums=0
-        )
+        self._scale = jax.jit(lambda grads, factor: jax.tree.map(lambda leaf: leaf * factor, grads), donate_argnums=0)
         params = jax.tree.map(jax.numpy.array, models.params(model))
         self._state = (params, rule.init(params))
         self._grads = jax.tree.map(jax.numpy.array, models.grads(model))
@@ -145,8 +145,12 @@ class Remote:
         import optwire
 
         self._client = optwire.connect(target, transport=transport, timeout=120.0)
-        self._transport = transport
-        self._codecs = {"grads_codec": grads_codec, "params_codec": params_codec}
+        self._client.server_info()
+        self._codecs = {
+            name: codec
+            for name, codec in (("grads_codec", grads_codec), ("params_codec", params_codec))
+            if codec != "f32"
+        }
 
     def open(self, model: models.Model) -> dict[str, Any]:
         from optwire import optimizers
@@ -169,9 +173,10 @@ class Remote:
         params = self._session.params() if what == "master" else self._params
         return [params[name] for name in self._names]
 
-    def transport(self) -> str:
-        """Which transport is in use; checked, since a client falls back by itself."""
-        return str(self._session.info().transport)
+    def transport(self) -> tuple[str, str]:
+        """Which transport is in use, and why: a client falls back by itself."""
+        info = self._session.info()
+        return getattr(info, "transport", "") or "stream", getattr(info, "transport_reason", "")
 
     def close(self) -> None:
         name = self._session.name
@@ -215,8 +220,10 @@ def serve(role: Stepping) -> None:
                 with open(command["path"], "wb") as file:
                     for leaf in role.saved(command["what"]):
                         file.write(np.ascontiguousarray(leaf, np.float32).data.cast("B"))
+            case "idle":
+                pass
             case "transport":
-                answer = role.transport() if isinstance(role, Remote) else ""
+                answer = role.transport() if isinstance(role, Remote) else ("", "")
             case "close":
                 role.close()
         reply(answer)

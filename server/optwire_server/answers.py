@@ -1,20 +1,56 @@
-"""What pushes are answered with, on the device's thread: the calls that made them, and those that waited."""
+"""What pushes are answered with, on the device's thread: the calls that made them, and those that waited.
+
+Only ``encoded`` is for the threads of calls.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
 from optwire_proto import errors, sessions
+from optwire_server import segments
 from optwire_server.engine import engine as engines
-from optwire_server.live import LiveSession, Params, Reply
+from optwire_server.engine import landing
+from optwire_server.live import LiveSession, Params, Push, Reply
 from optwire_server.session import effects
 
 
-def reply(engine: engines.Engine, live: LiveSession, options: sessions.PushOptions, effect: effects.Reply) -> Reply:
+def reply(
+    engine: engines.Engine,
+    live: LiveSession,
+    options: sessions.PushOptions,
+    effect: effects.Reply,
+    claim: segments.Claim | None = None,
+    *,
+    is_written: bool = False,
+) -> Reply:
     """The reply to a push with these options.
+
+    Args:
+      engine: holds the session's arrays.
+      live: the session.
+      options: what the push asked for.
+      effect: what is to be said.
+      claim: where the arrays of the reply go, within its use; None: they are part of the reply.
+      is_written: whether the parameters are there already.
 
     Raises:
       StaleStepError: a retry asks for updates that are not kept any more.
     """
+    if claim is not None and options.reply is sessions.ReplyContent.PARAMS:
+        if not is_written:
+            engine.write_params(live.held, claim.params)
+        return Reply(live.ack(effect, live.tree.payload_bytes), [])
     arrays = _arrays(engine, live, options.reply, effect.applied_step)
+    if claim is not None:
+        ack = live.ack(effect, sum(leaf.nbytes for leaf in arrays))
+        if arrays:
+            _spread(arrays, landing.Landing.filled(claim.params, live.tree, live.held.layout).arrays())
+        return Reply(ack, [])
     return Reply(live.ack(effect, sum(leaf.nbytes for leaf in arrays)), arrays)
 
 
@@ -24,11 +60,51 @@ def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> N
         match answer.outcome:
             case effects.Reply():
                 try:
-                    waiting.outcome.set_result(reply(engine, live, waiting.options, answer.outcome))
+                    with waiting.claim.using() if waiting.claim else contextlib.nullcontext():
+                        answered = reply(engine, live, waiting.options, answer.outcome, waiting.claim)
+                    waiting.outcome.set_result(answered)
                 except Exception as exc:  # noqa: BLE001  this call's own; the others have theirs
                     waiting.outcome.set_exception(exc)
             case effects.Fail():
                 waiting.outcome.set_exception(answer.outcome.error)
+
+
+def encoded(push: Push, reply: Reply) -> Reply:
+    """A reply as it travels; on the thread of the call, which waits for others of the session that are at it."""
+    live, how = push.session, push.session.params_codec
+    if push.claim is not None or push.options.reply is not sessions.ReplyContent.PARAMS:
+        return reply
+    size = sum(map(how.encoded_bytes, live.tree.leaves))
+    if how.casts:
+        return Reply(dataclasses.replace(reply.ack, payload_bytes=size, params_codec=how.kind), reply.params, how)
+    if live.replica is None:
+        return reply
+    answer = live.replica.answer(
+        reply.params,
+        incarnation=reply.ack.incarnation,
+        step=reply.ack.step,
+        view_step=push.options.view_step,
+        # The gradients have been used, and the landing is lent until the reply is out.
+        room=lambda: list(landing.Landing.filled(push.landing.memory, live.tree, live.held.layout).arrays()),
+    )
+    ack = dataclasses.replace(reply.ack, step=answer.step)
+    if answer.is_change:
+        ack = dataclasses.replace(ack, payload_bytes=size, params_codec=how.kind)
+    return Reply(ack, answer.arrays)
+
+
+def _spread(pieces: Iterable[np.ndarray], arrays: Iterable[np.ndarray]) -> None:
+    """Copies pieces over arrays; each of both is the same payload, cut elsewhere."""
+    rest = np.empty(0, np.uint8)
+    source = iter(pieces)
+    for array in arrays:
+        target = array.reshape(-1).view(np.uint8)
+        while target.size:
+            if not rest.size:
+                rest = next(source).reshape(-1).view(np.uint8)
+            count = min(rest.size, target.size)
+            target[:count] = rest[:count]
+            rest, target = rest[count:], target[count:]
 
 
 def _arrays(engine: engines.Engine, live: LiveSession, content: sessions.ReplyContent, step: int) -> Params:

@@ -33,6 +33,11 @@ class ServerConfig:
         them, and 128 threads at least.
       landing_bytes_max: most bytes of payloads in flight, of all sessions together; more is refused for now.
       landing_keep_bytes: landing buffers up to this total are kept for the next push instead of being freed.
+      handover_dir: folder for the Unix socket on which clients of this host and user are handed shared memory
+        (docs/shared-memory.md); "": the one of the first "unix:" address, or else one of its own that nobody else can
+        read; "none": no memory is shared.
+      shared_bytes_max: most bytes of shared memory, of all clients together; who gets none sends in chunks.
+      shared_segments_max: most segments, one a handle; each holds a connection and a thread.
       state_bytes_max: most bytes of parameters and slots, of all sessions together; a session more is refused.
       stall_s: seconds without a byte after which a transfer is given up and its buffers are freed.
       idle_s: seconds without a push after which a stream is closed; clients reopen it by themselves.
@@ -50,6 +55,9 @@ class ServerConfig:
     threads: int = 0
     landing_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
     landing_keep_bytes: int = 256 * limits.MIB
+    handover_dir: str = ""
+    shared_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
+    shared_segments_max: int = 256
     state_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 2)
     stall_s: float = 20.0
     idle_s: float = 300.0
@@ -89,7 +97,7 @@ def _is_local(address: str) -> bool:
 
 
 def parser(prog: str = "optwire") -> argparse.ArgumentParser:
-    """The command line: ``serve``, ``health`` and ``optimizers``."""
+    """The command line: ``serve``, ``health``, ``optimizers``, and ``bench``, which has its own."""
     root = argparse.ArgumentParser(prog=prog, description="A remote optimizer.")
     commands = root.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="hold optimizer state and apply pushes until SIGTERM or SIGINT")
@@ -103,12 +111,16 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
     serve.add_argument(
         "--allow-programs", action="store_true", help="serve optimizers that clients bring as exported programs"
     )
+    serve.add_argument(
+        "--handover-dir", metavar="DIR", help="folder to hand shared memory over in, or 'none' (default: one of its own)"
+    )
     serve.add_argument("--port-file", metavar="FILE", help="write the first address served to FILE once ready")
     for name, kind, text in (
         ("sessions-max", int, "most sessions (default 1024)"),
         ("leaves-max", int, "most leaves of a session's tree (default 2048)"),
         ("streams-max", int, "most streams open at once, one a worker (default 96)"),
         ("landing-bytes-max", int, "most bytes of payloads in flight (default: a quarter of the memory)"),
+        ("shared-bytes-max", int, "most bytes of shared memory (default: a quarter of the memory)"),
         ("state-bytes-max", int, "most bytes of parameters and slots (default: half of the memory)"),
         ("drain-s", float, "seconds that pushes under way get to finish after SIGTERM (default 5)"),
     ):
@@ -124,6 +136,7 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
     health = commands.add_parser("health", help="ask a server whether it serves; exits 0 if so, 2 if not")
     health.add_argument("--target", default="localhost:50051", help="gRPC target (default localhost:50051)")
     health.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait (default 5)")
+    commands.add_parser("bench", add_help=False, help="measure steps beside local ones: optwire bench --help")
     return root
 
 

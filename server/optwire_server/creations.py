@@ -11,12 +11,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from optwire_proto import errors, sessions, specs, trees
-from optwire_server import extensions
+from optwire_proto import codecs, errors, sessions, specs, trees
+from optwire_server import extensions, replicas
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
 from optwire_server.engine import landing, program
+from optwire_server.engine import layout as layouts
 from optwire_server.live import Creation, LiveSession
 from optwire_server.session import machine
 from optwire_server.table import Table
@@ -84,17 +85,20 @@ class Creations:
             raise over("leaves_max", len(tree.leaves), self._config.leaves_max)
         old = self._extended(name, create_key, tree, extends)
         name = old.machine.name if old else name
-        workers = extensions.terms(terms, old).aggregation or sessions.SINGLE
+        whole = extensions.terms(terms, old)
+        workers = whole.aggregation or sessions.SINGLE
+        _check_codecs(whole, tree)
         with self._table.lock:
             first_try = self._existing(name, create_key, tree, checked, seed, old, terms) is None
             if first_try:
                 self._check_room(tree.payload_bytes, old)
-                self._check_waiting_room(workers, tree, old)
+                self._check_waiting_room(workers, layouts.aligned(tree), old)
         compiled = self._engine.compile(checked, tree)
         if old is not None:
             extensions.check_closed(old, compiled)
-        room = self._reserved(compiled, tree, workers, old) if first_try else contextlib.nullcontext()
-        with room, contextlib.closing(self._landings.land(tree)) as lent:
+        size = compiled.state_bytes + replicas.state_bytes(whole.params_codec or codecs.RAW, tree)
+        room = self._reserved(size, compiled.layout, workers, old) if first_try else contextlib.nullcontext()
+        with room, contextlib.closing(self._landings.land(tree, compiled.layout)) as lent:
             yield Creation(
                 name=name,
                 spec=checked,
@@ -128,7 +132,7 @@ class Creations:
             if existing := self._made_before(creation):
                 return existing.info()
         plan = planning.make(creation.spec, creation.program, 0, {})
-        held = self._engine.hold(creation.program, creation.landing.arrays(), plan.rates, creation.seed)
+        held = self._engine.hold(creation.program, creation.landing, plan.rates, creation.seed)
         id_ = secrets.token_hex(16)
         name = creation.name or f"session-{id_[:16]}"
         terms = extensions.terms(creation.terms, creation.extended)
@@ -137,6 +141,7 @@ class Creations:
             machine=machine.Session(id=id_, name=name, aggregation=terms.aggregation or sessions.SINGLE),
             held=held,
             terms=terms,
+            replica=replicas.replica(terms.params_codec or codecs.RAW, creation.tree),
             tree=creation.tree,
             created_spec=creation.spec,
             seed=creation.seed,
@@ -150,7 +155,7 @@ class Creations:
         else:
             made = self._put(live, creation)
         if made is live:
-            _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, held.state_bytes)
+            _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, live.state_bytes)
         return made.info()
 
     def _put(self, live: LiveSession, creation: Creation, pairs: Sequence[tuple[int, int]] = ()) -> LiveSession:
@@ -198,13 +203,13 @@ class Creations:
 
     @contextlib.contextmanager
     def _reserved(
-        self, compiled: program.Program, tree: trees.TreeSpec, workers: sessions.Aggregation, old: LiveSession | None
+        self, state_bytes: int, layout: layouts.Layout, workers: sessions.Aggregation, old: LiveSession | None
     ) -> Iterator[None]:
         """Keeps room for a session while it is being created."""
-        wanted = compiled.state_bytes, _waiting_bytes(workers, tree)
+        wanted = state_bytes, _waiting_bytes(workers, layout)
         with self._table.lock:
-            self._check_room(compiled.state_bytes, old)
-            self._check_waiting_room(workers, tree, old)
+            self._check_room(state_bytes, old)
+            self._check_waiting_room(workers, layout, old)
             self._creating.append(wanted)
         try:
             yield
@@ -214,7 +219,7 @@ class Creations:
 
     def _check_room(self, state_bytes: int, old: LiveSession | None) -> None:
         """Raises LimitError; a session that takes the place of an ``old`` one is held beside it for a moment."""
-        held = sum(live.held.state_bytes for live in self._table.by_id.values())
+        held = sum(live.state_bytes for live in self._table.by_id.values())
         held += sum(state_bytes for state_bytes, _ in self._creating)
         for what, count, most in (
             ("sessions_max", len(self._table.by_id) + len(self._creating) + (old is None), self._config.sessions_max),
@@ -225,7 +230,7 @@ class Creations:
                 raise over(what, count, most, retry_after_s=0.1 if self._creating else 0.0)
 
     def _check_waiting_room(
-        self, aggregation: sessions.Aggregation, tree: trees.TreeSpec, old: LiveSession | None
+        self, aggregation: sessions.Aggregation, layout: layouts.Layout, old: LiveSession | None
     ) -> None:
         """Raises LimitError where workers could not all wait for each other: their steps would never be complete.
 
@@ -236,8 +241,8 @@ class Creations:
         if aggregation.workers > self._config.streams_max:
             raise over("streams_max", aggregation.workers, self._config.streams_max)
         others = (live for live in self._table.by_id.values() if live is not old)
-        room = _waiting_bytes(aggregation, tree) + sum(
-            _waiting_bytes(live.machine.aggregation, live.tree) for live in others
+        room = _waiting_bytes(aggregation, layout) + sum(
+            _waiting_bytes(live.machine.aggregation, live.held.layout) for live in others
         )
         reserved = sum(waiting_bytes for _, waiting_bytes in self._creating)
         if room + reserved > self._config.landing_bytes_max // 2:
@@ -252,9 +257,20 @@ class Creations:
             )
 
 
-def _waiting_bytes(aggregation: sessions.Aggregation, tree: trees.TreeSpec) -> int:
+def _check_codecs(terms: sessions.Terms, tree: trees.TreeSpec) -> None:
+    """Raises TreeError, with the name of the leaf, where a codec cannot encode it."""
+    for codec in (terms.grads_codec, terms.params_codec):
+        for leaf in tree.leaves if codec is not None else ():
+            try:
+                codec.encoded(leaf)
+            except errors.TreeError as exc:
+                message = f"params[{leaf.name!r}]: {exc}"
+                raise errors.TreeError(message, subject=leaf.name, expected=exc.expected, got=exc.got) from exc
+
+
+def _waiting_bytes(aggregation: sessions.Aggregation, layout: layouts.Layout) -> int:
     """Bytes of landing buffers that pushes of a session may hold while they wait for each other."""
-    return aggregation.workers * landing.buffer_bytes(tree) if aggregation.mode is sessions.Mode.SYNC else 0
+    return aggregation.workers * landing.buffer_bytes(layout) if aggregation.mode is sessions.Mode.SYNC else 0
 
 
 def over(what: str, count: int, most: int, *, retry_after_s: float = 0.0) -> errors.LimitError:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from optwire_proto import sessions, specs, trees
+from optwire_proto import codecs, sessions, specs, trees
 from optwire_server import plans as planning
-from optwire_server import waiting
+from optwire_server import replicas, segments, waiting
 from optwire_server.engine import engine, landing, program
 from optwire_server.session import effects, machine
 
@@ -25,7 +25,7 @@ class LiveSession:
     compiles for the session meanwhile: the next plans, or another variant of their programs. ``variants`` and ``views``
     are what the program of a new plan should have; what one has, it says itself. ``added`` is a step and what it added
     to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are the pushes that
-    wait for those of other workers.
+    wait for those of other workers. ``replica`` is there where replies carry what has changed.
     """
 
     machine: machine.Session
@@ -42,6 +42,7 @@ class LiveSession:
     preparing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     added: tuple[int, Params] | None = None
     room: waiting.WaitingRoom = dataclasses.field(default_factory=waiting.WaitingRoom)
+    replica: replicas.Replica | None = None
 
     @property
     def plan(self) -> planning.Plan:
@@ -89,7 +90,7 @@ class LiveSession:
             learning_rate_scheduled=plan.scheduled,
             durability=sessions.Durability.MEMORY,
             payload_bytes=self.tree.payload_bytes,
-            state_bytes=self.held.state_bytes,
+            state_bytes=self.state_bytes,
             created_s=self.created_s,
             failure=now.failure,
             seed=self.seed,
@@ -97,7 +98,24 @@ class LiveSession:
             changes=now.changes,
             aggregation=now.aggregation,
             turns=self.held.lane.turns,
+            grads_codec=str(self.grads_codec),
+            params_codec=str(self.params_codec),
         )
+
+    @property
+    def grads_codec(self) -> codecs.Codec:
+        """How gradients travel."""
+        return self.terms.grads_codec or codecs.RAW
+
+    @property
+    def params_codec(self) -> codecs.Codec:
+        """How parameters travel in the replies to pushes."""
+        return self.terms.params_codec or codecs.RAW
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of parameters and slots, and of the replica."""
+        return self.held.state_bytes + replicas.state_bytes(self.params_codec, self.tree)
 
     def ack(self, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
         """The outcome of a push as the client hears it."""
@@ -142,24 +160,27 @@ class PushedChange:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Push:
-    """A push whose payload is on its way."""
+    """A push whose payload is on its way; with a ``claim`` it lies in shared memory, and so will the reply's."""
 
     key: sessions.PushKey
     options: sessions.PushOptions
     session: LiveSession
     landing: landing.Landing
     change: PushedChange | None = None
+    claim: segments.Claim | None = None
 
 
 @dataclasses.dataclass(slots=True)
 class Reply:
     """The answer to a push: what became of it, and the parameters (in order), or what was added to them, if asked for.
 
-    On a CPU ``params`` are views that keep the next update from writing in place: let go of them soon.
+    On a CPU ``params`` are views that keep the next update from writing in place: let go of them soon. They are to be
+    cast on their way out where ``codec`` casts; what other codecs do is done.
     """
 
     ack: sessions.Ack
     params: Params
+    codec: codecs.Codec = codecs.RAW
 
 
 @dataclasses.dataclass(slots=True)

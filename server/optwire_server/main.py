@@ -1,6 +1,6 @@
 """The command ``optwire``: ``serve`` runs a server until a signal, ``health`` asks one whether it serves.
 
-``optimizers`` lists what a server with this installation serves, and checks a spec.
+``optimizers`` lists what a server with this installation serves, and checks a spec; ``bench`` measures.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ _log = logging.getLogger("optwire")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``optwire``; returns its exit code."""
-    flags = configs.parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    own = given[:1] == ["bench"]  # reads what follows by itself
+    flags = configs.parser().parse_args(given[:1] if own else given)
+    flags.arguments = given[1:]
     try:
-        commands = {"serve": _serve, "health": _check_health, "optimizers": _list_optimizers}
+        commands = {"serve": _serve, "health": _check_health, "optimizers": _list_optimizers, "bench": _bench}
         return commands[flags.command](flags)
     except ModuleNotFoundError as exc:
         print(f"optwire {flags.command}: {exc.name} is not installed; pip install 'optwire[server]'", file=sys.stderr)
@@ -58,6 +61,7 @@ def _serve(flags: argparse.Namespace) -> int:
     _, devices = server.engine.describe()
     print(f"optwire {optwire_server.__version__}  device {', '.join(name for name, _ in devices)}")
     print(f"gRPC       {'  '.join(server.addresses)}   plaintext")
+    print(f"shared     {server.handover.path if server.handover else f'no memory: {server.unshared_reason}'}")
     example = f"import optwire; print(optwire.connect({server.addresses[0]!r}).list_sessions())"
     print(f'try        python -c "{example}"', flush=True)
     ended.wait()
@@ -109,6 +113,12 @@ def _list_optimizers(flags: argparse.Namespace) -> int:
         if entry.refusal:
             print(f"  {entry.name}: {entry.refusal}")
     return 0
+
+
+def _bench(flags: argparse.Namespace) -> int:
+    from optwire_bench import command
+
+    return command.main(flags.arguments)
 
 
 def _check_health(flags: argparse.Namespace) -> int:

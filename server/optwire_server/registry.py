@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optwire_proto import errors, sessions, specs
-from optwire_server import answers, creations, states, table, updates
+from optwire_proto import codecs, errors, sessions, specs
+from optwire_server import answers, creations, segments, states, table, updates
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import device, landing, program
+from optwire_server.engine import decoding, device, landing, program
+from optwire_server.engine import stage as stages
+from optwire_server.engine.layout import Layout
 from optwire_server.live import LiveSession, Push, PushedChange, Read, Reply
 from optwire_server.session import effects, events, machine
 from optwire_server.waiting import Waiting
@@ -36,6 +39,7 @@ class Registry:
         self._engine = engine
         self._config = config
         self._landings = landing.Landings(bytes_max=config.landing_bytes_max, keep_bytes=config.landing_keep_bytes)
+        self.segments = segments.Segments(bytes_max=config.shared_bytes_max)
         self._table = table.Table()
         self._draining = False
         refuse = self._refuse_when_draining
@@ -53,6 +57,8 @@ class Registry:
         options: sessions.PushOptions = sessions.PLAIN,
         *,
         payload_bytes_max: int | None = None,
+        slot: int = 0,
+        stage: stages.Stage | None = None,
     ) -> Iterator[Push]:
         """Admits a push and lends the landing for its payload.
 
@@ -60,11 +66,14 @@ class Registry:
           key: of the push.
           options: what it says beside its gradients.
           payload_bytes_max: the longest payload that the way it comes on can carry.
+          slot: of the segment that the payload lies in; 0: none.
+          stage: where the payload comes to already, of ``staging`` for the same session; None: it has not begun.
 
         Raises:
           SessionNotFoundError, SessionFailedError: there is nothing to push to.
           OutOfStepError: as ``session.machine`` says.
-          InvalidArgumentError: the optimizer needs something beside the gradients that the push lacks, or the reverse.
+          InvalidArgumentError: the optimizer needs something beside the gradients that the push lacks, or the reverse;
+            a slot that was not handed over for this session and worker.
           LimitError: too many bytes in flight; worth another try.
           UnavailableError: the server is draining.
         """
@@ -76,12 +85,63 @@ class Registry:
         updates.check_options(live, options)
         updates.prepare(live, options)
         change = self._pushed_change(live, key, options)
-        tree = live.tree.without(options.absent) if options.absent else live.tree
-        lent = self._landings.land(tree)
+        tree, layout = live.tree, live.held.layout
+        if options.absent:
+            tree, layout = tree.without(options.absent), layout.without(options.absent)
+        how = live.grads_codec
+        _check_way(live, "shared memory" if slot else "a stage" if stage else "")
+        claim = self.segments.claim(slot, key) if slot else None
+        if claim is not None and stage is not None:
+            raise errors.InvalidArgumentError(
+                "shared_memory_slot: a push that was staged, expected one whose payload lies in the segment",
+                subject="stage",
+            )
+        if stage is not None:
+            lent: landing.Landing = self._taken_over(stage, options)
+        elif how != codecs.RAW:
+            kind = functools.partial(decoding.Decoding, how)
+            lent = self._landings.land_as(kind, tree, layout, codecs.scratch_bytes(how, tree.leaves))
+        elif claim is None or live.machine.aggregation.workers:  # ``push`` says why the latter
+            lent = self._landings.land(tree, layout)
+        else:
+            lent = landing.Landing.filled(claim.grads, tree, layout)
         try:
-            yield Push(key, options, live, lent, change)
+            yield Push(key, options, live, lent, change, claim)
         finally:
             live.room.leave(lent)
+
+    @contextlib.contextmanager
+    def staging(self, session_id: str, incarnation: int, give_way: Callable[[], object]) -> Iterator[stages.Stage]:
+        """Lends the landing for a payload whose push is not known yet, until a push has taken it over.
+
+        Args:
+          session_id: of the session to be pushed to.
+          incarnation: that the client knows; 0: any.
+          give_way: called, from another thread, where somebody else needs the room: is to end this.
+
+        Raises:
+          SessionNotFoundError, SessionFailedError, IncarnationError: there is nothing to push to.
+          LimitError: too many bytes in flight.
+          UnavailableError: the server is draining.
+        """
+        self._refuse_when_draining()
+        live = self._table.find(id_=session_id)
+        machine.check_alive(live.machine)
+        check_incarnation(live.machine, incarnation)
+        stage = self._landings.land_early(stages.Stage, live.tree, live.held.layout, give_way)
+        try:
+            yield stage
+        finally:
+            self._landings.keep(stage)
+            if not stage.is_pushed:
+                stage.close()
+
+    def _taken_over(self, stage: stages.Stage, options: sessions.PushOptions) -> stages.Stage:
+        if not self._landings.keep(stage):
+            raise errors.UnavailableError("the stage of this push gave way to others; send it again", subject="stage")
+        stage.leave_out(options.absent)
+        stage.is_pushed = True
+        return stage
 
     def _pushed_change(
         self, live: LiveSession, key: sessions.PushKey, options: sessions.PushOptions
@@ -101,8 +161,16 @@ class Registry:
         Returns:
           The reply, or what ``wait`` takes: the step needs pushes of other workers, too.
         """
-        push.landing.finish(digest)
-        return self._engine.work(self._apply(push, digest), push.session.held)
+        if push.claim is None:
+            push.landing.finish(digest)
+            outcome = self._engine.work(self._apply(push, digest), push.session.held)
+            return outcome if isinstance(outcome, Waiting) else answers.encoded(push, outcome)
+        segments.check_token(digest, push.landing.payload_bytes)
+        if push.session.machine.aggregation.workers:
+            # What waits for other workers, and is summed with theirs, is not left where its client can write to it.
+            with push.claim.using():
+                push.landing.copy(push.claim.grads)
+        return self._engine.work(self._apply_shared(push.claim, push, digest), push.session.held)
 
     def wait(self, push: Push, waiting: Waiting, is_wanted: Callable[[], bool]) -> Reply:
         """Waits for the other pushes of a step. The push stays gathered even if the wait ends before the step.
@@ -118,7 +186,26 @@ class Registry:
                 raise errors.UnavailableError(f"session {push.session.machine.name!r}: the call has ended")
 
         reply: Reply = waiting.result(look)
-        return reply
+        return answers.encoded(push, reply)
+
+    def share(self, session_id: str, worker: str) -> tuple[segments.Segment, Layout]:
+        """A segment for the pushes of a worker, and where the leaves of a payload lie in either half of it.
+
+        Raises:
+          SessionNotFoundError, SessionFailedError: there is nothing to push to.
+          LimitError: too many bytes of shared memory.
+          UnavailableError: the server is draining.
+        """
+        self._refuse_when_draining()
+        live = self._table.find(id_=session_id)
+        machine.check_alive(live.machine)
+        where = live.held.layout
+        return self.segments.make(session_id, worker, where.nbytes), where
+
+    def _apply_shared(self, claim: segments.Claim, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
+        """As ``_apply``, for as long as the segment is this push's."""
+        with claim.using():
+            return (yield from self._apply(push, digest))
 
     def _apply(self, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
         """On the engine's thread: tells the machine, then does what it says, in order; yields between blocks."""
@@ -137,11 +224,12 @@ class Registry:
             effect, *todo = todo
             match effect:
                 case effects.Hold():
-                    outcome = live.room.hold(push.key.worker, push.landing, push.options)
+                    outcome = live.room.hold(push.key.worker, push.landing, push.options, push.claim)
                 case effects.Apply():
                     todo += self._advance(live, (yield from updates.run(self._engine, push, effect)))
                 case effects.Reply():
-                    outcome = answers.reply(self._engine, live, push.options, effect)
+                    done = not effect.duplicate  # the update wrote them
+                    outcome = answers.reply(self._engine, live, push.options, effect, push.claim, is_written=done)
                 case effects.Answer():
                     answers.tell(self._engine, live, effect)
                 case effects.Fail():
@@ -293,6 +381,18 @@ class Registry:
     def _refuse_when_draining(self) -> None:
         if self._draining:
             raise errors.UnavailableError("the server is draining", subject="server", got="draining")
+
+
+def _check_way(live: LiveSession, what: str) -> None:
+    """Raises UnsupportedError where gradients or parameters come and go in a way that leaves their codecs out."""
+    used = [str(codec) for codec in (live.grads_codec, live.params_codec) if codec != codecs.RAW]
+    if what and used:
+        raise errors.UnsupportedError(
+            f"session {live.machine.name!r}: a push in {what}, which codecs ({', '.join(used)}) do not go with",
+            subject=live.machine.name,
+            expected="a push in messages",
+            got=what,
+        )
 
 
 def check_incarnation(session: machine.Session, incarnation: int) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import concurrent.futures
+import os
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from optwire_proto import limits
 from optwire_server import config as configs
-from optwire_server import registry
+from optwire_server import registry as registries
+from optwire_server import segments
 from optwire_server.engine import engine
-from optwire_server.transport import boundary, servicer, streams
+from optwire_server.transport import boundary, handover, servicer, streams
 
 SERVICE = "optwire.v1.OptimizerService"
 
@@ -30,12 +32,17 @@ _OPTIONS = (
 
 
 class Server:
-    """A running server. ``stop`` drains and ends it."""
+    """A running server. ``stop`` drains and ends it.
+
+    Attributes:
+      handover: what hands shared memory over; None where none is shared.
+      unshared_reason: why none is.
+    """
 
     def __init__(self, config: configs.ServerConfig) -> None:
         self.config = config
         self.engine = engine.Engine(allow_programs=config.allow_programs, state_bytes_max=config.state_bytes_max)
-        self.registry = registry.Registry(self.engine, config)
+        self.registry = registries.Registry(self.engine, config)
         self.streams = streams.StreamTable(streams_max=config.streams_max, stall_s=config.stall_s, idle_s=config.idle_s)
         self._health = health.HealthServicer()
         self._pool = concurrent.futures.ThreadPoolExecutor(config.threads, thread_name_prefix="optwire-rpc")
@@ -45,12 +52,21 @@ class Server:
             options=_OPTIONS,
             maximum_concurrent_rpcs=config.threads,
         )
-        servicer.Servicer(self.registry, self.engine, self.streams, config).register(self._grpc)
+        self.handover, self.unshared_reason = _handover(self.registry, config)
+        path = self.handover.path if self.handover else ""
+        servicer.Servicer(self.registry, self.engine, self.streams, config, path).register(self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        self.addresses = tuple(self._bind(address) for address in config.listen)
+        try:
+            self.addresses = tuple(self._bind(address) for address in config.listen)
+        except OSError:
+            if self.handover:
+                self.handover.close()
+            raise
 
     def start(self) -> None:
         """Starts serving."""
+        if self.handover:
+            self.handover.start()
         self._grpc.start()
         for service in ("", SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -62,6 +78,8 @@ class Server:
         self.streams.drain()
         self._grpc.stop(self.config.drain_s).wait()
         self.streams.close()
+        if self.handover:
+            self.handover.close()
         self.engine.close()
         # Not waited for: a handler may be compiling, for a client that has been told to go away.
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -72,3 +90,23 @@ class Server:
         except RuntimeError as exc:
             raise OSError(f"cannot listen on {address}: in use, or not an address or folder of this host") from exc
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _handover(registry: registries.Registry, config: configs.ServerConfig) -> tuple[handover.Handover | None, str]:
+    """What hands shared memory over; or None, and why there is none.
+
+    Raises:
+      OSError: the configuration asks for a folder in which there can be no socket.
+    """
+    if config.handover_dir == "none":
+        return None, "handover_dir is 'none'"
+    if why := segments.missing():
+        return None, why
+    sockets = [address.removeprefix("unix:") for address in config.listen if address.startswith("unix:")]
+    folder = config.handover_dir or (os.path.dirname(os.path.abspath(sockets[0])) if sockets else "")
+    try:
+        return handover.Handover(registry, folder, config.shared_segments_max), ""
+    except OSError as exc:
+        if config.handover_dir:
+            raise
+        return None, f"there can be no socket: {exc}"

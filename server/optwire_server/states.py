@@ -16,7 +16,7 @@ from optwire_proto import errors, limits, nests, sessions, tensors, trees
 from optwire_server import answers
 from optwire_server import plans as planning
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing, slots
+from optwire_server.engine import landing, layout, slots
 from optwire_server.live import LiveSession, Load, StateRead
 from optwire_server.session import effects, events, loads, machine
 
@@ -84,7 +84,7 @@ class States:
         _check(tree, _leaves(live))
         if slots.SKIPPED not in event.names and not loads.is_retry(live.machine.loaded, event):
             _check_sums(live, event)
-        self._landings.check_size(tree, "load it in parts: a mapping of some of its arrays at a time")
+        self._landings.check_size(layout.aligned(tree), "load it in parts: a mapping of some of its arrays at a time")
         with contextlib.closing(self._landings.land(tree)) as lent:
             yield Load(live, tree, key, lent)
 

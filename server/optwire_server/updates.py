@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from optwire_proto import errors, sessions, tensors
+from optwire_proto import errors, sessions
 from optwire_server import plans
 from optwire_server.engine import engine as engines
-from optwire_server.engine import device, mean, program
+from optwire_server.engine import device, landing, mean, program
 from optwire_server.live import LiveSession, Push
 from optwire_server.session import effects, events
 
@@ -21,6 +21,14 @@ _log = logging.getLogger("optwire.updates")
 def check_options(live: LiveSession, options: sessions.PushOptions) -> None:
     """Raises InvalidArgumentError unless a push brings along exactly what the optimizer needs and can do without."""
     _check_extras(live, options)
+    if options.codec not in (None, live.grads_codec.kind):
+        raise errors.UnsupportedError(
+            f"session {live.machine.name!r}: a push with codec {options.codec.name.lower()}, expected "
+            f"{live.grads_codec}, as the session says",
+            subject="codec",
+            expected=str(live.grads_codec),
+            got=options.codec.name.lower(),
+        )
     leaves = live.tree.leaves
     if not options.absent:
         return
@@ -124,19 +132,21 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work
     plan = _plan(push, apply)
     live.added = None
     try:
-        grads = _grads(push, apply)
+        lent = _gathered(push, apply)
         rate = plan.learning_rate(apply.index, live.machine.skipped)
         closing = _closes(plan, live, apply)
         live.held.program = plan.program
         operands = _operands(plan, apply, len(live.tree.leaves))
-        notes, added = yield from engine.update(live.held, _variant(apply.options, closing=closing), operands, grads)
+        variant = _variant(apply.options, closing=closing)
+        out = push.claim.params if push.claim and push.options.reply is sessions.ReplyContent.PARAMS else None
+        notes, added = yield from engine.update(live.held, variant, operands, lent, out)
     except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
         _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
         state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost
         return events.UpdateFailed(str(exc), state_lost)
     skipped = notes.get("finite") == 0.0
     if skipped and plan.program.rejects:
-        return events.UpdateRefused(_not_finite(live, grads))
+        return events.UpdateRefused(_not_finite(live, lent, apply.options.absent))
     if push.change:
         live.plans = push.change.plans
     live.added = (apply.index + 1, added) if added else None
@@ -144,13 +154,13 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work
     return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped, change)
 
 
-def _grads(push: Push, apply: effects.Apply) -> Sequence[tensors.Array]:
+def _gathered(push: Push, apply: effects.Apply) -> landing.Landing:
     """What the update takes: the gradients of a push, or the mean of several, in the place of the first of them."""
     live = push.session
     lent = [push.landing if worker == push.key.worker else live.room.kept(worker) for worker in apply.workers]
     if lent:
         mean.into_first([each.arrays() for each in lent])
-    return (lent or [push.landing])[0].grads(live.tree, apply.options.absent)
+    return (lent or [push.landing])[0]
 
 
 def _operands(plan: plans.Plan, apply: effects.Apply, leaves: int) -> program.Operands:
@@ -174,9 +184,10 @@ def _metrics(
     return tuple(sorted(metrics.items()))
 
 
-def _not_finite(live: LiveSession, grads: Sequence[tensors.Array]) -> errors.NonFiniteError:
+def _not_finite(live: LiveSession, lent: landing.Landing, absent: Sequence[int]) -> errors.NonFiniteError:
     """The refusal of a push, with the name of the first leaf at fault."""
-    for leaf, grad in zip(live.tree.leaves, grads, strict=True):
+    there = live.tree.without(absent).leaves if absent else live.tree.leaves
+    for leaf, grad in zip(there, lent.arrays(), strict=True):
         bad = grad.size - np.count_nonzero(np.isfinite(np.asarray(grad, np.float64 if leaf.dtype == "f64" else None)))
         if bad:
             where = f"grads[{leaf.name!r}]" if leaf.name else "grads"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optwire_proto import sessions
+from optwire_server import segments
 from optwire_server.engine import landing
 
 # How often a call that waits looks whether it is still wanted, in seconds.
@@ -20,10 +21,14 @@ _LOOK_S = 0.2
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
-    """One call that waits for what becomes of its push; ``outcome`` holds the reply, or the error, then."""
+    """One call that waits for what becomes of its push; ``outcome`` holds the reply, or the error, then.
+
+    With a ``claim`` the parameters of the reply go to shared memory.
+    """
 
     landing: landing.Landing
     options: sessions.PushOptions
+    claim: segments.Claim | None = None
     outcome: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
 
     def result(self, look: Callable[[], None]) -> Any:
@@ -42,9 +47,15 @@ class WaitingRoom:
         self._left: set[landing.Landing] = set()  # of those kept, the ones whose calls have ended
         self._waiting: dict[str, list[Waiting]] = {}
 
-    def hold(self, worker: str, lent: landing.Landing, options: sessions.PushOptions) -> Waiting:
+    def hold(
+        self,
+        worker: str,
+        lent: landing.Landing,
+        options: sessions.PushOptions,
+        claim: segments.Claim | None = None,
+    ) -> Waiting:
         """Keeps a payload, in the place of one that is kept for this worker; gives what its call is to wait for."""
-        waiting = Waiting(lent, options)
+        waiting = Waiting(lent, options, claim)
         with self._lock:
             if (replaced := self._let_go(worker)) is not None:
                 replaced.close()  # at once: its call waits on, and needs it no more

@@ -29,13 +29,18 @@ def channel(server: testing.Serving):
     channel.close()
 
 
-def test_a_push_without_memory_for_its_reply_ends_its_stream(channel: _rpc.Channel):
-    too_large = trees.TreeSpec((trees.LeafSpec("w", (2**40, 2**10), "f32"),))
-    key = sessions.PushKey(session_id="0" * 32, incarnation=1, worker="0" * 32, seq=1, base_step=0)
+def test_a_push_without_memory_for_its_reply_ends_its_stream(channel: _rpc.Channel, server: testing.Serving):
+    def no_memory(ack: sessions.Ack) -> _payload.Incoming:
+        raise MemoryError(str(ack.step))
+
+    with optwire.connect(server.target) as client:
+        session = client.create_session({"w": np.zeros(4, np.float32)}, opt.sgd(0.1))
+    key = sessions.PushKey(session_id=session.id, incarnation=1, worker="0" * 32, seq=1, base_step=0)
     stream = channel.open_stream()
     assert stream.is_open
-    with pytest.raises(MemoryError):
-        stream.push(_deadlines.Deadline(10.0), key, sessions.PLAIN, _payload.Outgoing([]), too_large)
+    with pytest.raises(MemoryError, match="1"):
+        grads = _payload.Outgoing([np.ones(4, np.float32)])
+        stream.push(_deadlines.Deadline(10.0), key, sessions.PLAIN, grads, no_memory)
     assert not stream.is_open
 
 
@@ -66,7 +71,7 @@ def test_a_damaged_reply_is_asked_for_again():
     channel = _rpc.Channel(_options.Options(target=target, timeout_s=10.0, transport=_options.Transport.AUTO))
     deadline = _deadlines.Deadline(10.0)
     (array,) = _deadlines.retried(
-        lambda _: channel.read_params(deadline, id="0" * 32, worker="", tree=TREE, which=""), deadline, "params"
+        lambda _: channel.read_params(deadline, id="0" * 32, worker="", incoming=_payload.Incoming(_payload.fresh(TREE)), which=""), deadline, "params"
     )[2]
     assert array.tolist() == [1.0] * 4
     assert servicer.reads == 2

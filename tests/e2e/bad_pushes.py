@@ -159,7 +159,7 @@ PUSHES = [
         "a unary payload over the limit",
         "RESOURCE_EXHAUSTED",
         "LIMIT_EXCEEDED",
-        "payload of 2097153 bytes in a unary Step",
+        "payload of 2097153 bytes in one message",
         lambda b: b.peer.step(b.begin(), bytes(2**21 + 1)),
     ),
     refused(

@@ -217,5 +217,5 @@ def before(target: str) -> Iterator[Proxy]:
 
 def threads() -> set[threading.Thread]:
     """Living threads but the server's own, which come when they are needed and stay."""
-    own = ("optwire-rpc", "optwire-device", "optwire-streams")
+    own = ("optwire-rpc", "optwire-device", "optwire-streams", "optwire-handover")
     return {thread for thread in threading.enumerate() if not thread.name.startswith(own)}

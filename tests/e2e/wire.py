@@ -143,7 +143,13 @@ def params_of(frames: list[pb.StreamStepsResponse]) -> bytes:
     return payload
 
 
-_FIELDS = {pb.PushBegin: "begin", pb.CreateSessionBegin: "begin", tensor_pb.Chunk: "chunk", pb.PayloadEnd: "end"}
+_FIELDS = {
+    pb.PushStage: "stage",
+    pb.PushBegin: "begin",
+    pb.CreateSessionBegin: "begin",
+    tensor_pb.Chunk: "chunk",
+    pb.PayloadEnd: "end",
+}
 
 
 def _field(frame: Any) -> str:

@@ -49,8 +49,11 @@ def running() -> Iterator[engine.Engine]:
     made.close()
 
 
-def full(value: float) -> list[np.ndarray]:
-    return [np.full(leaf.shape, value, np.float32) for leaf in TREE.leaves]
+def full(value: float, compiled: program.Program) -> landing.Landing:
+    lent = landing.Landings(bytes_max=1 << 30, keep_bytes=0).land(TREE, compiled.layout)
+    for array in lent.arrays():
+        array[...] = value
+    return lent
 
 
 @pytest.mark.parametrize(
@@ -112,14 +115,16 @@ def test_a_session_made_with_a_constant_schedule_steps_like_one_made_with_the_nu
 
 
 def test_a_failed_update_that_consumed_nothing_leaves_the_state(running: engine.Engine) -> None:
-    held = running.hold(running.compile(opt.adam(0.1), TREE), full(1.0), ONCE.rates)
+    compiled = running.compile(opt.adam(0.1), TREE)
+    held = running.hold(compiled, full(1.0, compiled), ONCE.rates)
     before = [leaf.copy() for leaf in running.run(lambda: running.params(held))]
+    short = landing.Landing.filled(np.zeros(64, np.uint8), TREE, compiled.layout)
     with pytest.raises(engine.UpdateError) as failed:
-        running.work(running.update(held, program.Variant(), ONCE, [np.zeros(3, np.float32)]))
+        running.work(running.update(held, program.Variant(), ONCE, short))
     assert not failed.value.state_lost
     for ours, theirs in zip(before, running.run(lambda: running.params(held)), strict=True):
         assert ours.tobytes() == theirs.tobytes()
-    running.work(running.update(held, program.Variant(), ONCE, full(1.0)))
+    running.work(running.update(held, program.Variant(), ONCE, full(1.0, compiled)))
 
 
 def test_a_failed_update_that_lost_the_state_fails_the_session_for_everyone_and_no_other_session() -> None:

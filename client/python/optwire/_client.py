@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from optwire import _deadlines, _options, _payload, _rpc, _session
-from optwire_proto import catalogue, errors, limits, sessions, spec_text, specs, trees
+from optwire_proto import catalogue, codecs, errors, limits, sessions, spec_text, specs, trees
 
 
 def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> Client:
@@ -21,8 +21,10 @@ def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> C
       timeout: deadline of every call, retries included, in seconds. A call that carries parameters or gradients gets
         one second more for every 4 MiB, in each direction; creating a session, or pushing with options such as
         telemetry, one for every 10 leaves, as the server may have to compile the update first.
-      transport: how pushes travel. "stream": in chunks on one long-lived stream a session. "unary": in one message
-        each way, at most 2 MiB. "auto": unary up to 64 KiB, otherwise the stream.
+      transport: how pushes travel. "shared_memory": where the server is of this host and user, gradients and parameters
+        do not travel at all (docs/shared-memory.md). "stream": in chunks on one long-lived stream a session. "unary": in
+        one message each way, at most 2 MiB. "auto": in shared memory from 256 KiB on, where the server hands some over;
+        otherwise in one message up to 64 KiB, and in chunks beyond.
 
     Raises:
       InvalidArgumentError: an argument has a value it cannot take.
@@ -52,6 +54,8 @@ class Client:
         aggregation: str | None = None,
         worker: int | None = None,
         turns: int | None = None,
+        grads_codec: str | None = None,
+        params_codec: str | None = None,
     ) -> _session.Session:
         """Creates a session from initial parameters and an optimizer.
 
@@ -74,6 +78,13 @@ class Client:
             session is extended.
           turns: blocks of this session, 1 to 64, that the server's device works off for each one of a session with 1
             when several sessions wait for it. None: as in the session that is extended, otherwise 1.
+          grads_codec: how gradients travel, of all workers. "f32": as they are. "bf16", "f16": rounded to half as many
+            bytes. "int8", "sign", "top_k(0.01)", which sends a hundredth of the values: what they leave behind is kept
+            by the handle, and added to the next gradients. docs/codecs.md says what they do to training. None: as in the
+            session that is extended, otherwise "f32".
+          params_codec: how parameters travel in the replies to pushes; ``params`` is always exact. "int8", "sign" and
+            "top_k(...)" send what has changed, once the handle had its first reply. Of two "top_k(...)", both have one
+            fraction. None: as ``grads_codec``.
 
         Returns:
           A handle at step 0, or at the step of the session that was extended.
@@ -105,7 +116,10 @@ class Client:
             raise _options.wrong("extends", "an optwire.Session", extends)
         extension = extends._extension() if extends is not None else None
         terms = sessions.Terms(
-            aggregation=None if aggregation is None else sessions.parse_aggregation(aggregation), turns=turns
+            aggregation=None if aggregation is None else sessions.parse_aggregation(aggregation),
+            turns=turns,
+            grads_codec=None if grads_codec is None else codecs.parse(grads_codec, "grads_codec"),
+            params_codec=None if params_codec is None else codecs.parse(params_codec, "params_codec"),
         )
         own = _own_worker(worker, terms.aggregation, extends)
         info = _deadlines.retried(

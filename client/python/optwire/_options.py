@@ -12,8 +12,10 @@ import numpy as np
 
 from optwire_proto import errors, limits, sessions
 
-# Below this a push and its reply in one message each beat the stream (one round trip, no frames).
-AUTO_UNARY_BYTES_MAX = 64 * limits.KIB
+# Up to this a push and its reply travel in one message each: no frames.
+WHOLE_BYTES_MAX = 64 * limits.KIB
+# From here on "auto" asks for shared memory: below, what is saved is less than what there is to ask and to map.
+AUTO_SHARED_BYTES_MIN = 256 * limits.KIB
 # Every deadline grows by a second for this many payload bytes, so that `timeout` need not know the model: a link of
 # 32 Mbit/s keeps up.
 BYTES_PER_SECOND_MIN = 4 * limits.MIB
@@ -21,6 +23,11 @@ BYTES_PER_SECOND_MIN = 4 * limits.MIB
 LEAVES_PER_SECOND_MIN = 10
 # How long the thread that watches deadlines outlives the last of them, in seconds.
 WATCHDOG_IDLE_S = 1.0
+# So many small pushes in one call each, before a handle opens a stream for them: on each end that is a thread. Pushes on
+# an open stream take two thirds of the time.
+UNARY_FIRST = 3
+# And so many after the server ended a stream, as it does with idle ones where others want its place.
+UNARY_AFTER_LOSS = 64
 # Pauses between tries: the first is at most this, each next one twice that, up to the longest.
 PAUSE_FIRST_S = 0.05
 PAUSE_MAX_S = 2.0
@@ -39,6 +46,7 @@ class Transport(enum.StrEnum):
     AUTO = "auto"
     STREAM = "stream"
     UNARY = "unary"
+    SHARED_MEMORY = "shared_memory"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

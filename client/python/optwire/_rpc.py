@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import grpc
 
-from optwire import _deadlines, _options, _payload
+from optwire import _deadlines, _options, _payload, _shared, _stages
 from optwire_proto import convert, digests, errors, limits, sessions, specs, tensors, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
@@ -39,6 +40,10 @@ _CHANNEL_OPTIONS = (
 Frame = TypeVar("Frame", pb.CreateSessionRequest, pb.LoadStateRequest, pb.StreamStepsRequest)
 
 
+# What to do with the parameters that follow an ack.
+Receive = Callable[[sessions.Ack], _payload.Incoming]
+
+
 class Channel:
     """One connection to a server and the calls on it; safe to use from several threads. Connects at the first call.
 
@@ -48,15 +53,28 @@ class Channel:
 
     def __init__(self, options: _options.Options) -> None:
         self._channel = grpc.insecure_channel(options.target, options=_CHANNEL_OPTIONS)
-        self._stub = pb_grpc.OptimizerServiceStub(self._channel)
+        self._stub = pb_grpc.OptimizerServiceStub(_Frames(self._channel))
         self._watchdog = _deadlines.Watchdog()
         self._closed = threading.Event()
+        self._sharings: weakref.WeakSet[_shared.Sharing] = weakref.WeakSet()
 
     def close(self) -> None:
         """Ends every call under way and the connection."""
         self._closed.set()
         self._channel.close()
+        for sharing in tuple(self._sharings):
+            sharing.close()
         self._watchdog.close()
+
+    def watch_over(self, sharing: _shared.Sharing) -> None:
+        """Has shared memory of one handle let go of when this is closed."""
+        self._sharings.add(sharing)
+
+    def handover_path(self, deadline: _deadlines.Deadline) -> str:
+        """Where the server hands shared memory over; empty: nowhere."""
+        with self.translated():
+            response = self._stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=deadline.remaining_s)
+        return response.handover_path
 
     def server_info(self, deadline: _deadlines.Deadline) -> sessions.ServerInfo:
         with self.translated():
@@ -141,7 +159,7 @@ class Channel:
             return self._stub.UpdateHyperparams(request, timeout=deadline.remaining_s).from_step
 
     def read_params(
-        self, deadline: _deadlines.Deadline, *, id: str, worker: str, tree: trees.TreeSpec, which: str
+        self, deadline: _deadlines.Deadline, *, id: str, worker: str, incoming: _payload.Incoming, which: str
     ) -> tuple[sessions.SessionInfo, int, list[tensors.Array]]:
         """The session without its tree, the seq of the worker's last applied push, and the newest parameters."""
         request = pb.ReadParamsRequest(session=convert.ref_to_proto(id=id), worker=worker, which=which)
@@ -152,7 +170,7 @@ class Channel:
                 begin = next(frames, pb.ReadParamsResponse())
                 if not begin.HasField("begin"):
                     raise _out_of_order("ReadParams", "begin", f"{begin.WhichOneof('frame')}")
-                arrays = _received(frames, _payload.Incoming(tree), "ReadParams")
+                arrays = _received(frames, incoming, "ReadParams")
         return convert.session_from_proto(begin.begin.session), begin.begin.worker_seq, arrays
 
     def read_state(
@@ -168,7 +186,7 @@ class Channel:
                 if not begin.HasField("begin"):
                     raise _out_of_order("ReadState", "begin", f"{begin.WhichOneof('frame')}")
                 tree = convert.tree_from_proto(begin.begin.tree)
-                arrays = _received(frames, _payload.Incoming(tree), "ReadState")
+                arrays = _received(frames, _payload.Incoming(_payload.fresh(tree)), "ReadState")
         return convert.session_from_proto(begin.begin.session), [leaf.name for leaf in tree.leaves], arrays
 
     def load_state(
@@ -192,20 +210,13 @@ class Channel:
         key: sessions.PushKey,
         options: sessions.PushOptions,
         grads: _payload.Outgoing,
-        tree: trees.TreeSpec,
+        receive: Receive,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         """One push and its reply, in one message each; no arrays where none were asked for."""
-        data, digest = grads.whole()
-        begin = convert.push_to_proto(key, options)
-        request = pb.StepRequest(begin=begin, payload=data, digest=convert.digest_to_proto(digest))
+        request = _whole(pb.StepRequest(), key, options, grads)
         with self.translated():
             response = self._stub.Step(request, timeout=deadline.remaining_s)
-        ack = convert.ack_from_proto(response.ack)
-        if options.reply is sessions.ReplyContent.NONE:
-            return ack, []
-        incoming = _payload.Incoming(tree)
-        incoming.write(0, response.payload)
-        return ack, incoming.finish(response.digest.length)
+        return _answer(response, options, receive)
 
     def open_stream(self) -> Stream:
         """A stream for any number of pushes, one at a time."""
@@ -247,6 +258,7 @@ class Stream:
         if not self._call.add_callback(lambda: pushes.put(None)):
             pushes.put(None)
         self._leaving = False  # the server asked us to go
+        self._begins: queue.SimpleQueue[pb.StreamStepsRequest] = queue.SimpleQueue()  # of what was staged
 
     @property
     def is_open(self) -> bool:
@@ -259,26 +271,77 @@ class Stream:
         key: sessions.PushKey,
         options: sessions.PushOptions,
         grads: _payload.Outgoing,
-        tree: trees.TreeSpec,
+        receive: Receive,
+        *,
+        whole: bool = False,
+        staged: _stages.Feed | None = None,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        """One push and its reply. Whatever interrupts it cancels the call, and the sending with it."""
-        begin = pb.StreamStepsRequest(begin=convert.push_to_proto(key, options))
+        """One push and its reply. Whatever interrupts it cancels the call, and the sending with it.
+
+        Args:
+          deadline: of this try.
+          key: of the push.
+          options: what it says beside its gradients.
+          grads: its payload.
+          receive: where the reply goes.
+          whole: in one message each way; for payloads that fit one.
+          staged: what sends the payload, begun with ``stage``; None: nothing was staged.
+        """
         with (
             self._channel.translated(deadline),
             _cancelled_unless_done(self._call),
             self._watchdog.watch(deadline, self.cancel),
         ):
-            wanted = options.reply is not sessions.ReplyContent.NONE
-            incoming = _payload.Incoming(tree) if wanted else None
-            self._pushes.put(_frames(begin, grads))
+            if whole:
+                request = pb.StreamStepsRequest()
+                _whole(request.whole, key, options, grads)
+                self._pushes.put(iter((request,)))
+                return _answer(self._next("whole").whole, options, receive)
+            begin = pb.StreamStepsRequest(begin=convert.push_to_proto(key, options))
+            if staged is None:
+                self._pushes.put(_frames(begin, grads))
+            else:
+                self._begins.put(begin)
+                staged.push(options.absent)
             ack = convert.ack_from_proto(self._next("ack").ack)
+            if options.reply is sessions.ReplyContent.NONE:
+                self._next("end")
+                return ack, []
+            incoming = receive(ack)
             while True:
-                frame = self._next("chunk", "end") if incoming else self._next("end")
-                if incoming is None:
-                    return ack, []
-                if frame.WhichOneof("frame") == "end":
+                frame = self._next("chunk", "end")
+                chunk = convert.chunk_of(frame)
+                if chunk is None:
                     return ack, incoming.finish(frame.end.digest.length)
-                incoming.write(frame.chunk.offset, frame.chunk.data)
+                incoming.write(chunk.offset, chunk.data)
+                del frame, chunk  # or their memory were held while the next one comes
+
+    def stage(self, session_id: str, incarnation: int, feed: _stages.Feed) -> None:
+        """Sends what ``feed`` gives, for a push that follows; it ends with the call."""
+        if not self._call.add_callback(feed.end):
+            feed.end()
+        stage = pb.StreamStepsRequest(stage=convert.stage_to_proto(session_id, incarnation))
+        self._pushes.put(_staged(stage, feed, self._begins))
+
+    def push_shared(
+        self,
+        deadline: _deadlines.Deadline,
+        key: sessions.PushKey,
+        options: sessions.PushOptions,
+        slot: int,
+        digest: sessions.Digest,
+    ) -> sessions.Ack:
+        """One push whose gradients, and the arrays of its reply, lie in shared memory: a message each way."""
+        request = pb.StreamStepsRequest()
+        request.whole.begin.CopyFrom(convert.slot_into(convert.push_to_proto(key, options), slot))
+        request.whole.digest.CopyFrom(convert.digest_to_proto(digest))
+        with (
+            self._channel.translated(deadline),
+            _cancelled_unless_done(self._call),
+            self._watchdog.watch(deadline, self.cancel),
+        ):
+            self._pushes.put(iter((request,)))
+            return convert.ack_from_proto(self._next("whole").whole.ack)
 
     def close(self) -> None:
         """Tells the server that no push follows, and gives it a moment to end the call."""
@@ -291,19 +354,68 @@ class Stream:
     def cancel(self) -> None:
         _cancel(self._call)
 
-    def _next(self, *expected: str) -> pb.StreamStepsResponse:
+    def _next(self, *expected: str) -> Any:
         """The next frame of one of the kinds ``expected``."""
         for frame in self._call:
-            kind = frame.WhichOneof("frame")
+            kind = convert.kind_of(frame)
             if kind == "go_away":
                 self._leaving = True
-                if "ack" in expected:  # before the ack nothing tells whether this push will still be served
+                if (
+                    "ack" in expected or "whole" in expected
+                ):  # before the ack nothing tells whether this push will still be served
                     raise errors.UnavailableError(f"the server is leaving this stream: {frame.go_away.reason}")
             elif kind in expected:
                 return frame
             else:
                 raise _out_of_order("StreamSteps", " or ".join(expected), f"{kind}")
         raise errors.UnavailableError("the server ended the stream")
+
+
+class _Frames:
+    """A channel, for the stub to make its calls on: in streams, frames are written and read as ``convert`` does."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+
+    def unary_unary(self, *args: Any, **more: Any) -> Any:
+        return self._channel.unary_unary(*args, **more)
+
+    def unary_stream(self, method: str, request_serializer: Any, response_deserializer: Any, **more: Any) -> Any:
+        return self._channel.unary_stream(
+            method, request_serializer, convert.frame_reader(response_deserializer), **more
+        )
+
+    def stream_unary(self, method: str, request_serializer: Any, response_deserializer: Any, **more: Any) -> Any:
+        return self._channel.stream_unary(
+            method, convert.frame_writer(request_serializer), response_deserializer, **more
+        )
+
+    def stream_stream(self, method: str, request_serializer: Any, response_deserializer: Any, **more: Any) -> Any:
+        write, read = convert.frame_writer(request_serializer), convert.frame_reader(response_deserializer)
+        return self._channel.stream_stream(method, write, read, **more)
+
+
+def _whole(
+    request: pb.StepRequest, key: sessions.PushKey, options: sessions.PushOptions, grads: _payload.Outgoing
+) -> pb.StepRequest:
+    """Fills the message that is a whole push."""
+    data, digest = grads.whole()
+    request.begin.CopyFrom(convert.push_to_proto(key, options))
+    request.payload = data
+    request.digest.CopyFrom(convert.digest_to_proto(digest))
+    return request
+
+
+def _answer(
+    response: pb.StepResponse, options: sessions.PushOptions, receive: Receive
+) -> tuple[sessions.Ack, list[tensors.Array]]:
+    """What a message says that is a whole reply."""
+    ack = convert.ack_from_proto(response.ack)
+    if options.reply is sessions.ReplyContent.NONE:
+        return ack, []
+    incoming = receive(ack)
+    incoming.write(0, response.payload)
+    return ack, incoming.finish(response.digest.length)
 
 
 def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame | bytes]:
@@ -319,12 +431,32 @@ def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame | bytes]
     yield kind(end=pb.PayloadEnd(digest=convert.digest_to_proto(digester.digest())))
 
 
+def _staged(
+    stage: pb.StreamStepsRequest, feed: _stages.Feed, begins: queue.SimpleQueue[pb.StreamStepsRequest]
+) -> Iterator[pb.StreamStepsRequest | bytes]:
+    """Stage, chunks, begin, more chunks, end. Does not hold the call, which ends when nobody does."""
+    yield stage
+    for offset, views in feed.staged():
+        yield convert.chunk_to_wire(offset, views)
+    if feed.is_over:  # and so is the call
+        return
+    yield begins.get()
+    for offset, views in feed.rest():
+        yield convert.chunk_to_wire(offset, views)
+    if not feed.is_over:
+        yield pb.StreamStepsRequest(end=pb.PayloadEnd(digest=convert.digest_to_proto(feed.digest())))
+
+
 def _received(frames: Iterator[Any], incoming: _payload.Incoming, method: str) -> list[tensors.Array]:
     """The arrays that chunks bring, up to the end frame."""
     for frame in frames:
-        if frame.HasField("end"):
+        chunk = convert.chunk_of(frame)
+        if chunk is None and convert.kind_of(frame) == "end":
             return incoming.finish(frame.end.digest.length)
-        incoming.write(frame.chunk.offset, frame.chunk.data)
+        if chunk is None:
+            raise _out_of_order(method, "chunk or end", f"{convert.kind_of(frame)}")
+        incoming.write(chunk.offset, chunk.data)
+        del frame, chunk
     raise _out_of_order(method, "end", "nothing more")
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from optwire import _deadlines, _options, _payload, _rpc, _state
-from optwire_proto import errors, limits, sessions, specs, tensors, trees
+from optwire import _background, _codecs, _deadlines, _options, _payload, _rpc, _shared, _stages, _state
+from optwire_proto import codecs, errors, limits, sessions, specs, tensors, trees
+
+# One try of a push: deadline, key, options, payload, where the reply goes.
+Push = Callable[
+    [_deadlines.Deadline, sessions.PushKey, sessions.PushOptions, _payload.Outgoing, _rpc.Receive],
+    tuple[sessions.Ack, list[tensors.Array]],
+]
 
 _UNKNOWN = "the push may or may not have been applied: call step again with the same grads, or params"
 
@@ -52,8 +61,26 @@ class Session:
         self._step = info.step  # of the parameters last received
         self._last_ack: sessions.Ack | None = None
         self._stream: _rpc.Stream | None = None
+        self._stage: _stages.Stage | None = None  # once gradients are to go up before their push
+        self._staged: _rpc.Stream | None = None  # that they go up on
+        self._up = _codecs.Up(codecs.parse(info.grads_codec), tree)
+        self._view = _codecs.View(codecs.parse(info.params_codec), tree)
+        used = [str(codec) for codec in (self._up.codec, self._view.codec) if codec != codecs.RAW]
+        self._sharing = _shared.Sharing(
+            options.transport,
+            info.id,
+            worker,
+            tree,
+            channel.handover_path,
+            unless=f"codecs ({', '.join(used)}) make messages shorter, and shared memory has none" if used else "",
+        )
+        channel.watch_over(self._sharing)
+        self._unary_left = _options.UNARY_FIRST  # small pushes before they get a stream
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._closed = False
+        self._pushing: _background.Background | None = None
+        self._own: tuple[list[tensors.Array], list[tensors.Array]] | None = None  # buffers, once asked for
 
     @property
     def id(self) -> str:
@@ -85,6 +112,7 @@ class Session:
         hyperparams: Mapping[str, float | specs.Spec] | None = None,
         telemetry: bool = False,
         reply: str = "params",
+        out: Any = None,
     ) -> Any:
         """Pushes gradients, applies one update, and returns the new parameters.
 
@@ -104,17 +132,20 @@ class Session:
           hyperparams: new values from this step on, as ``set_hyperparams`` takes them; applied with the push or not.
           telemetry: whether ``last_ack.metrics`` reports norms and the like, at the price of computing them.
           reply: "params", "updates" (what the optimizer added to the parameters), or "none".
+          out: a nest of the session's structure whose arrays are filled with the reply: NumPy's, writable, apart from
+            those of ``grads``, such as ``param_buffers()``. Saves the time that new memory costs. After an error they
+            hold anything.
 
         Returns:
-          The parameters after the update, or the updates: new NumPy arrays in the structure given at creation. None
-          where nothing was asked for.
+          The parameters after the update, or the updates: ``out`` where it was given, else new NumPy arrays in the
+          structure given at creation. None where nothing was asked for.
 
         Raises:
           InvalidArgumentError: the loss is missing, or not wanted; a loss or scale that is no finite number; a gradient
             is absent that the optimizer needs; hyperparameters as in ``set_hyperparams``.
           SpecError: a value that a hyperparameter cannot take.
           NonFiniteError: the session rejects gradients that are not finite; nothing was applied.
-          TreeMismatchError: the gradients differ from the session's tree; nothing was sent.
+          TreeMismatchError: the gradients, or ``out``, differ from the session's tree; nothing was sent.
           StaleStepError: another worker pushed since; call ``params`` and compute again.
           FutureStepError: ``base_step`` lies beyond the session's step.
           DivergentRetryError: an earlier push of unknown outcome was applied, with other gradients; call ``params``.
@@ -122,7 +153,7 @@ class Session:
           SessionFailedError: the session lost its state in a failed update.
         """
         arrays = trees.match_present(self._tree, grads)
-        payload = _payload.Outgoing([array for array in arrays if array is not None])
+        present = [array for array in arrays if array is not None]
         options = sessions.PushOptions(
             grad_scale=_options.positive("grad_scale", grad_scale),
             extras=() if loss is None else (("loss", _options.finite("loss", loss)),),
@@ -131,6 +162,8 @@ class Session:
             telemetry=bool(telemetry),
             reply=_options.reply(reply),
         )
+        wanted = options.reply is not sessions.ReplyContent.NONE
+        filled = self._targets(out, present) if wanted else []
         with self._using():
             base = self._step if base_step is None else _step_number(base_step)
             key = sessions.PushKey(
@@ -140,19 +173,75 @@ class Session:
                 seq=self._seq + 1,
                 base_step=base,
             )
-            push = self._push_unary if self._goes_unary(self._tree.payload_bytes) else self._push_on_stream
+            push = self._way()
             # The server may have to compile what a push asks for beside a plain update, the first time.
             compiles = dataclasses.replace(options, extras=()) != sessions.PLAIN
             deadline = self._deadline(2 * self._tree.payload_bytes, len(self._tree.leaves) if compiles else 0)
-            ack, answer = _deadlines.retried(
-                lambda _: push(deadline, key, options, payload), deadline, f"push on step {base} of {self}", _UNKNOWN
-            )
+            receive: _rpc.Receive = lambda _: _payload.Incoming(filled)
+            if options.reply is sessions.ReplyContent.PARAMS:
+                options = dataclasses.replace(options, view_step=self._view.step)
+                receive = functools.partial(self._view.incoming, filled=filled)
+            payload = self._up.outgoing(arrays, options.grad_scale)
+            with self._sharing.settled(), self._up.settling(key.seq, payload):
+                ack, answer = _deadlines.retried(
+                    lambda _: push(deadline, key, options, payload, receive),
+                    deadline,
+                    f"push on step {base} of {self}",
+                    _UNKNOWN,
+                )
+            self._up.applied(payload, ack)
             self._seq, self._step, self._last_ack = key.seq, ack.step, ack
-        if options.reply is sessions.ReplyContent.NONE:
+        if not wanted:
             return None
-        return trees.unflatten(self._tree, answer, self._types)
+        return trees.unflatten(self._tree, answer, self._types) if out is None else out
 
-    def params(self, which: str = "") -> Any:
+    def step_async(self, grads: Any, base_step: int | None = None, **arguments: Any) -> concurrent.futures.Future[Any]:
+        """Does what ``step`` does, on a thread of the handle, and returns at once.
+
+        Several wait for each other in the order in which they were asked for, and other calls on the handle wait for
+        all that were asked for before them. ``base_step`` is ``step_count`` when the turn comes. Do not change the
+        gradients, nor read ``out``, before the future is done.
+
+        Example:
+          >>> future = session.step_async(grads)  # doctest: +SKIP
+          >>> params = future.result()  # doctest: +SKIP
+
+        Args:
+          grads: as ``step`` takes them.
+          base_step: as ``step`` takes it.
+          **arguments: as ``step`` takes them.
+
+        Returns:
+          A future of what ``step`` returns or raises. It can be cancelled until its turn comes; a cancelled push was
+          never sent.
+
+        Raises:
+          DetachedError: the handle was closed.
+        """
+        with self._asking:
+            self._check_open()
+            if self._pushing is None:
+                self._pushing = _background.Background(f"optwire-{self._name}")
+                weakref.finalize(self, self._pushing.end)
+            return self._pushing.submit(functools.partial(self.step, grads, base_step, **arguments))
+
+    def grad_buffers(self) -> Any:
+        """Arrays to write gradients to, in the structure given at creation; always the same ones. Zeros at first.
+
+        They save a copy where a push would need one; ``step`` takes any others as well. Where memory is shared with the
+        server they lie in it: do not write to them while a ``step`` with them is under way.
+        """
+        return trees.unflatten(self._tree, self._buffers()[0], self._types)
+
+    def param_buffers(self) -> Any:
+        """Arrays for ``step(..., out=)`` to fill, in the structure given at creation; always the same ones.
+
+        Zeros, until a step has filled them. Where memory is shared with the server they lie in it, and every step writes
+        to them, whatever its ``out``.
+        """
+        return trees.unflatten(self._tree, self._buffers()[1], self._types)
+
+    def params(self, which: str = "", *, out: Any = None) -> Any:
         """The newest parameters: new NumPy arrays in the structure given at creation.
 
         The next ``step`` builds on them, whatever became of an earlier push.
@@ -161,23 +250,30 @@ class Session:
           which: "" for the ones that gradients are computed on; others that the spec keeps beside them: "ema" for the
             moving average of ``ema_params``, "eval" for the parameters that a schedule-free or lookahead optimizer is
             to be judged by. ``describe().views`` says which there are.
+          out: a nest of arrays to be filled and returned, as in ``step``.
 
         Raises:
           InvalidArgumentError: the spec keeps no such parameters.
         """
         if not isinstance(which, str):
             raise _options.wrong("which", "text", which)
+        filled = self._targets(out)
         with self._using():
             deadline = self._deadline(self._tree.payload_bytes)
             info, seq, arrays = _deadlines.retried(
                 lambda _: self._channel.read_params(
-                    deadline, id=self._id, worker=self._worker, tree=self._tree, which=which
+                    deadline, id=self._id, worker=self._worker, incoming=_payload.Incoming(filled), which=which
                 ),
                 deadline,
                 f"params of {self}",
             )
+            if info.incarnation == self._incarnation:
+                self._up.learned(seq)
+            else:
+                self._up.forget()
+                self._view.forget()
             self._incarnation, self._seq, self._step = info.incarnation, seq, info.step
-        return trees.unflatten(self._tree, arrays, self._types)
+        return trees.unflatten(self._tree, arrays, self._types) if out is None else out
 
     def state(self) -> _state.State:
         """The whole state, parameters and slots, of one step: new NumPy arrays by name.
@@ -237,15 +333,19 @@ class Session:
                 f"load_state of {self}",
                 "the state may or may not have been loaded",
             )
+            self._up.forget()
+            self._view.forget()
             self._incarnation, self._seq, self._step = info.incarnation, 0, info.step
 
     def info(self) -> sessions.SessionInfo:
         """What the server says about the session now; changes nothing here, ``step_count`` included."""
         with self._using():
             deadline = self._deadline()
-            return _deadlines.retried(
+            info, _ = _deadlines.retried(
                 lambda _: self._channel.get_session(deadline, id=self._id), deadline, f"info of {self}"
-            )[0]
+            )
+            transport, reason = self._sharing.transport
+            return dataclasses.replace(info, transport=transport, transport_reason=reason)
 
     def describe(self) -> sessions.OptimizerInfo:
         """The session's optimizer as its next step will run it, and what every leaf gets."""
@@ -307,12 +407,22 @@ class Session:
             return sessions.Extension(self._id, self._incarnation, self._step)
 
     def close(self) -> None:
-        """Releases the handle; the session lives on and can be attached to. Waits for a call under way; idempotent."""
+        """Releases the handle; the session lives on and can be attached to. Waits for a call under way; idempotent.
+
+        What ``step_async`` was asked for and has not begun ends with ``DetachedError``.
+        """
+        with self._asking:
+            self._closed = True  # from here on nothing begins
+        if self._pushing is not None:
+            self._pushing.close()
         with self._lock:
-            self._closed = True
             stream, self._stream = self._stream, None
             if stream is not None:
                 stream.close()
+            staged, self._staged = self._staged, None
+            if staged is not None:
+                staged.cancel()
+            self._sharing.close()
 
     def __enter__(self) -> Self:
         return self
@@ -330,18 +440,42 @@ class Session:
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
+        if self._pushing is not None:
+            self._pushing.wait()
         with self._lock:
-            if self._closed:
-                raise errors.DetachedError(f"{self}: this handle was closed; attach again", subject=self._name)
+            self._check_open()
             try:
                 yield
             except errors.SessionNotFoundError as exc:  # the server was asked by id; users know the name
                 raise errors.SessionNotFoundError(f"{self}: {exc}", subject=self._name) from exc
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise errors.DetachedError(f"{self}: this handle was closed; attach again", subject=self._name)
+
+    def _targets(self, out: Any, grads: Sequence[tensors.Array] = ()) -> list[tensors.Array]:
+        """The arrays that a reply goes to: those of ``out``, none of which may lie over another or the gradients."""
+        if out is None:
+            return _payload.fresh(self._tree)  # before anything is sent: there may be no memory
+        arrays = trees.match_into(self._tree, out)
+        if _payload.overlap(arrays, grads):
+            raise errors.InvalidArgumentError(
+                "out: arrays that share memory with each other or with grads, expected ones that lie apart; a push "
+                "that has to be sent again would be another",
+                subject="out",
+                expected="memory of its own",
+                got="shared memory",
+            )
+        return arrays
+
     def _deadline(self, payload_bytes: int = 0, leaves: int = 0) -> _deadlines.Deadline:
         return _deadlines.Deadline(self._options.timeout_s, payload_bytes, leaves)
 
-    def _goes_unary(self, length: int) -> bool:
+    def _way(self) -> Push:
+        """How the next push travels."""
+        if self._sharing.segment(self._deadline()) is not None:
+            return self._push_shared
+        length = self._tree.payload_bytes
         transport = self._options.transport
         if transport is _options.Transport.UNARY and length > limits.UNARY_PAYLOAD_BYTES_MAX:
             raise errors.LimitError(
@@ -351,18 +485,24 @@ class Session:
                 expected=str(limits.UNARY_PAYLOAD_BYTES_MAX),
                 got=str(length),
             )
-        if transport is _options.Transport.AUTO:
-            return length <= _options.AUTO_UNARY_BYTES_MAX
-        return transport is _options.Transport.UNARY
+        if transport is _options.Transport.UNARY:
+            return self._channel.step
+        if length > _options.WHOLE_BYTES_MAX:
+            return self._push_on_stream
+        if transport is _options.Transport.AUTO and (self._stream is None or not self._stream.is_open):
+            if self._stream is not None:
+                self._stream, self._unary_left = None, _options.UNARY_AFTER_LOSS
+            if self._unary_left > 0:
+                self._unary_left -= 1
+                return self._channel.step
+        return functools.partial(self._push_on_stream, whole=True)
 
-    def _push_unary(
-        self,
-        deadline: _deadlines.Deadline,
-        key: sessions.PushKey,
-        options: sessions.PushOptions,
-        payload: _payload.Outgoing,
-    ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        return self._channel.step(deadline, key, options, payload, self._tree)
+    def _goes_in_frames(self) -> bool:
+        """Whether pushes travel in frames on a stream."""
+        is_unary = self._options.transport is _options.Transport.UNARY
+        is_encoded = self._up.codec != codecs.RAW  # with a residual, once all of it is there
+        is_long = self._tree.payload_bytes > _options.WHOLE_BYTES_MAX
+        return is_long and not is_unary and not is_encoded and not self._sharing.is_used
 
     def _push_on_stream(
         self,
@@ -370,11 +510,96 @@ class Session:
         key: sessions.PushKey,
         options: sessions.PushOptions,
         payload: _payload.Outgoing,
+        receive: _rpc.Receive,
+        *,
+        whole: bool = False,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        stream, self._stream = self._stream, None  # put back only after a whole reply
-        if stream is None or not stream.is_open:
-            stream = self._channel.open_stream()
-        reply = stream.push(deadline, key, options, payload, self._tree)
+        if self._stage is not None and not whole and self._stage.owns(payload.arrays):
+            return self._push_staged(self._stage, deadline, key, options, payload, receive)
+        stream = self._taken_stream()
+        reply = stream.push(deadline, key, options, payload, receive, whole=whole)
+        self._stream = stream
+        return reply
+
+    def _push_shared(
+        self,
+        deadline: _deadlines.Deadline,
+        key: sessions.PushKey,
+        options: sessions.PushOptions,
+        payload: _payload.Outgoing,
+        receive: _rpc.Receive,
+    ) -> tuple[sessions.Ack, list[tensors.Array]]:
+        """One try by shared memory; in a stream, where the segment is lost."""
+
+        def send(deadline: _deadlines.Deadline, slot: int, digest: sessions.Digest) -> sessions.Ack:
+            stream = self._taken_stream()
+            ack = stream.push_shared(deadline, key, options, slot, digest)
+            self._stream = stream
+            return ack
+
+        while self._sharing.segment(deadline) is not None:
+            with contextlib.suppress(_shared.SegmentLostError):
+                return self._sharing.push(deadline, options, payload, receive, send)
+        return self._push_on_stream(deadline, key, options, payload, receive)
+
+    def _buffers(self) -> tuple[list[tensors.Array], list[tensors.Array]]:
+        """The arrays of ``grad_buffers`` and ``param_buffers``: in shared memory, or else in some of our own."""
+        if self._own is None:
+            with self._using():
+                segment = self._sharing.segment(self._deadline())
+                if self._own is None and segment is not None:
+                    self._own = segment.grads, segment.params
+                elif self._own is None:
+                    self._own = _payload.aligned(self._tree), _payload.aligned(self._tree)
+        return self._own
+
+    def _taken_stream(self) -> _rpc.Stream:
+        """An open stream, to be put back only after a whole reply."""
+        stream, self._stream = self._stream, None
+        return stream if stream is not None and stream.is_open else self._channel.open_stream()
+
+    def _staging(self) -> _stages.Stage:
+        """A stage for the next push; what is copied to it goes up at once where that push travels in frames.
+
+        A push of its buffers, and no other, ends it.
+        """
+        buffers, _ = self._buffers()
+        with self._using():
+            if self._stage is None:
+                self._stage = _stages.Stage(self._tree, buffers)
+            if not self._stage.is_sending and self._goes_in_frames():
+                self._staged = stream = self._taken_stream()
+                self._stage.send_by(lambda feed: stream.stage(self._id, self._incarnation, feed))
+            return self._stage
+
+    def _push_staged(
+        self,
+        stage: _stages.Stage,
+        deadline: _deadlines.Deadline,
+        key: sessions.PushKey,
+        options: sessions.PushOptions,
+        payload: _payload.Outgoing,
+        receive: _rpc.Receive,
+    ) -> tuple[sessions.Ack, list[tensors.Array]]:
+        """One try of a push whose payload was staged; the first, unless its stream is lost, sends only what is left."""
+
+        def heard(ack: sessions.Ack) -> _payload.Incoming:
+            incoming = receive(ack)
+            incoming.heard = functools.partial(stage.heard, ack.step)
+            return incoming
+
+        feed, stream, self._staged = stage.taken(), self._staged, None
+        if feed is None or stream is None or not stream.is_open:
+            if stream is not None:
+                stream.cancel()
+            feed, stream = None, self._taken_stream()
+        try:
+            reply = stream.push(deadline, key, options, payload, heard, staged=feed)
+        finally:
+            if feed is not None:
+                stage.resent_bytes += feed.end()
+        if feed is not None:
+            stage.resent_bytes -= payload.length
         self._stream = stream
         return reply
 

@@ -4,7 +4,7 @@ The only shared part that knows generated code. What a message names and this ve
 with UnsupportedError, never ignored.
 """
 
-from optwire_proto.convert.chunks import Chunk, chunk_of, chunk_to_wire, frame_reader, frame_writer
+from optwire_proto.convert.chunks import Chunk, chunk_of, chunk_to_wire, frame_reader, frame_writer, kind_of
 from optwire_proto.convert.errors import cut, error_from_proto, error_to_proto
 from optwire_proto.convert.pushes import (
     ack_from_proto,
@@ -17,6 +17,8 @@ from optwire_proto.convert.pushes import (
     push_to_proto,
     slot_from_proto,
     slot_into,
+    stage_from_proto,
+    stage_to_proto,
 )
 from optwire_proto.convert.served import refuse_unknown_fields, served
 from optwire_proto.convert.sessions import (
@@ -74,6 +76,7 @@ __all__ = [
     "frame_reader",
     "frame_writer",
     "hyperparams_from_proto",
+    "kind_of",
     "load_from_proto",
     "load_to_proto",
     "optimizer_from_proto",
@@ -92,6 +95,8 @@ __all__ = [
     "slot_into",
     "spec_from_proto",
     "spec_to_proto",
+    "stage_from_proto",
+    "stage_to_proto",
     "terms_from_proto",
     "terms_into",
     "tree_from_proto",

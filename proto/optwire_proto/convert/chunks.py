@@ -77,6 +77,14 @@ def chunk_of(frame: Any) -> Chunk | None:
     return Chunk(chunk.offset, memoryview(chunk.data), chunk.shard)
 
 
+def kind_of(frame: Any) -> str | None:
+    """Which kind of frame it is; None where it is none. ``frame`` is what ``frame_reader`` gave."""
+    if type(frame) is Chunk:
+        return "chunk"
+    kind: str | None = frame.WhichOneof("frame")
+    return kind
+
+
 def _chunk(data: bytes) -> Chunk | None:
     """The chunk that a message is, or None where the generated code is to say what it is."""
     size = len(data)

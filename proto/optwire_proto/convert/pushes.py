@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
-from optwire_proto import errors, limits, sessions, specs
+from optwire_proto import codecs, errors, limits, sessions, specs
 from optwire_proto.convert.served import served
+from optwire_proto.convert.sessions import codec_from_proto, codec_to_proto
 from optwire_proto.convert.specs import changes_from_proto, value_from_proto, value_to_proto
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
@@ -35,6 +36,8 @@ def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = session
         absent_leaves=options.absent,
         telemetry=options.telemetry,
         reply=_REPLIES[options.reply],
+        codec=tensor_pb.CODEC_UNSPECIFIED if options.codec is None else codec_to_proto(options.codec),
+        view_step=options.view_step,
     )
 
 
@@ -57,7 +60,6 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.P
       UnsupportedError: a capability that this version does not serve.
     """
     for field, value, allowed in (
-        ("codec", message.codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
         ("weight", message.weight, (0.0, 1.0)),
         ("reply", message.reply, (pb.REPLY_CONTENT_UNSPECIFIED, *_REPLIES.values())),
         ("key.worker_epoch", message.key.worker_epoch, (0,)),
@@ -103,6 +105,8 @@ def _options(message: pb.PushBegin) -> sessions.PushOptions:
         absent=_absent(message.absent_leaves),
         telemetry=message.telemetry,
         reply=next((ours for ours, theirs in _REPLIES.items() if theirs == message.reply), _Reply.PARAMS),
+        codec=codec_from_proto(message.codec, "push.codec"),
+        view_step=message.view_step if message.HasField("view_step") else None,
     )
 
 
@@ -118,6 +122,15 @@ def _absent(positions: Sequence[int]) -> tuple[int, ...]:
     return absent
 
 
+def stage_to_proto(session_id: str, incarnation: int) -> pb.PushStage:
+    return pb.PushStage(session_id=session_id, incarnation=incarnation)
+
+
+def stage_from_proto(message: pb.PushStage) -> tuple[str, int]:
+    """The session that is going to be pushed to, and its incarnation; raises InvalidArgumentError."""
+    return sessions.check_id(message.session_id, "stage.session_id"), message.incarnation
+
+
 def ack_to_proto(ack: sessions.Ack) -> pb.PushAck:
     return pb.PushAck(
         step=ack.step,
@@ -130,6 +143,7 @@ def ack_to_proto(ack: sessions.Ack) -> pb.PushAck:
         payload_bytes=ack.payload_bytes,
         metrics=ack.metrics,
         changes=ack.changes,
+        params_codec=codec_to_proto(ack.params_codec),
     )
 
 
@@ -145,6 +159,7 @@ def ack_from_proto(message: pb.PushAck) -> sessions.Ack:
         payload_bytes=message.payload_bytes,
         metrics=dict(message.metrics),
         changes=message.changes,
+        params_codec=codec_from_proto(message.params_codec, "PushAck.params_codec") or codecs.Kind.RAW,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from optwire_proto import errors, limits, sessions, specs, trees
+from optwire_proto import codecs, errors, limits, sessions, specs, trees
 from optwire_proto.convert.served import served
 from optwire_proto.convert.specs import (
     arguments_from_proto,
@@ -39,8 +39,9 @@ def session_to_proto(info: sessions.SessionInfo) -> pb.Session:
         learning_rate_scheduled=info.learning_rate_scheduled,
         durability=pb.Durability.ValueType(info.durability),
         aggregation=aggregation_to_proto(info.aggregation),
-        grads_codec=tensor_pb.CODEC_RAW,
-        params_codec=tensor_pb.CODEC_RAW,
+        grads_codec=codec_to_proto(codecs.parse(info.grads_codec).kind),
+        params_codec=codec_to_proto(codecs.parse(info.params_codec).kind),
+        top_k_fraction=codecs.fraction(codecs.parse(info.grads_codec), codecs.parse(info.params_codec)),
         payload_bytes=info.payload_bytes,
         state_bytes=info.state_bytes,
         created_s=info.created_s,
@@ -74,6 +75,8 @@ def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
             sessions.Change(change.from_step, arguments_from_proto(change.hyperparams)) for change in message.changes
         ),
         aggregation=aggregation_from_proto(message.aggregation),
+        grads_codec=str(_codec(message.grads_codec, message.top_k_fraction, "Session.grads_codec") or codecs.RAW),
+        params_codec=str(_codec(message.params_codec, message.top_k_fraction, "Session.params_codec") or codecs.RAW),
         turns=message.turns or 1,
     )
 
@@ -170,8 +173,6 @@ def check_begin(message: pb.CreateSessionBegin) -> None:
     """Raises UnsupportedError where a session asks for what this version does not serve."""
     for field, value, allowed in (
         ("durability", message.durability, (pb.DURABILITY_UNSPECIFIED, pb.DURABILITY_MEMORY)),
-        ("grads_codec", message.grads_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
-        ("params_codec", message.params_codec, (tensor_pb.CODEC_UNSPECIFIED, tensor_pb.CODEC_RAW)),
     ):
         served("CreateSession", field, value, allowed)
 
@@ -181,6 +182,12 @@ def terms_into(begin: pb.CreateSessionBegin, terms: sessions.Terms) -> None:
     if terms.aggregation is not None:
         begin.aggregation.CopyFrom(aggregation_to_proto(terms.aggregation))
     begin.turns = terms.turns or 0
+    asked = [codec for codec in (terms.grads_codec, terms.params_codec) if codec is not None]
+    if terms.grads_codec is not None:
+        begin.grads_codec = codec_to_proto(terms.grads_codec.kind)
+    if terms.params_codec is not None:
+        begin.params_codec = codec_to_proto(terms.params_codec.kind)
+    begin.top_k_fraction = codecs.fraction(*asked)
 
 
 def terms_from_proto(message: pb.CreateSessionBegin) -> sessions.Terms:
@@ -188,7 +195,25 @@ def terms_from_proto(message: pb.CreateSessionBegin) -> sessions.Terms:
     return sessions.Terms(
         aggregation=aggregation_from_proto(message.aggregation) if message.HasField("aggregation") else None,
         turns=message.turns or None,
+        grads_codec=_codec(message.grads_codec, message.top_k_fraction, "CreateSession.grads_codec"),
+        params_codec=_codec(message.params_codec, message.top_k_fraction, "CreateSession.params_codec"),
     )
+
+
+def codec_to_proto(kind: codecs.Kind) -> tensor_pb.Codec.ValueType:
+    return tensor_pb.Codec.ValueType(kind)
+
+
+def codec_from_proto(number: int, where: str) -> codecs.Kind | None:
+    """The kind of a codec; None where none is said. Raises UnsupportedError."""
+    message, _, field = where.rpartition(".")
+    served(message, field, number, (tensor_pb.CODEC_UNSPECIFIED, *codecs.Kind))
+    return codecs.Kind(number) if number else None
+
+
+def _codec(number: int, fraction: float, where: str) -> codecs.Codec | None:
+    kind = codec_from_proto(number, where)
+    return codecs.of(kind, fraction or codecs.TOP_K_FRACTION) if kind is not None else None
 
 
 def extension_to_proto(extends: sessions.Extension) -> pb.Extension:

@@ -19,7 +19,7 @@ from optwire_proto import catalogue, errors, patterns, specs, tensors, trees
 from optwire_proto.entries import Entry, Parameter
 from optwire_proto.specs import Spec
 from optwire_server import optimizers
-from optwire_server.engine import imported, leafwise, rates, rule, signatures
+from optwire_server.engine import imported, leafwise, rates, reductions, rule, signatures, transformations
 from optwire_server.engine.rule import Rule
 from optwire_server.optimizers import torch_rules
 
@@ -67,15 +67,15 @@ def schedule(value: Spec) -> Callable[[Any], Any]:
     return _Builder(Site((), {})).schedule(value, "")
 
 
-def build(spec: Spec, site: Site) -> Rule:
-    """The rule of a checked spec.
+def build(spec: Spec, site: Site, only: Sequence[int] | None = None) -> Rule:
+    """The rule of a checked spec, for all leaves, or only those at some positions.
 
     Raises:
       SpecError: an optimizer stands where only a transformation can, or optax refuses an argument.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that optax still has
-        return _Builder(site).rule(spec, "", range(len(site.names)))
+        return _Builder(site).rule(spec, "", range(len(site.leaves)) if only is None else only)
 
 
 class _Builder:
@@ -213,7 +213,9 @@ class _Builder:
         wide = jnp.dtype(spec["dtype"])
         name = tensors.dtype_name(wide)
         assert name is not None, "checks admits element types of the protocol only"
-        within = [dataclasses.replace(leaf, dtype=name) for leaf in self._site.leaves]
+        within = list(self._site.leaves)
+        for i in leaves:
+            within[i] = dataclasses.replace(within[i], dtype=name)
         inner = _Builder(dataclasses.replace(self._site, leaves=tuple(within)))._inner(spec, inside, leaves)
         dtypes = [tensors.numpy_dtype(self._site.leaves[i].dtype) for i in leaves]
         return rule.master_weights(inner, wide, dtypes)
@@ -225,10 +227,6 @@ class _Builder:
     # ------------------------------------------------------------------------------------------- optax's
 
     def _optax(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
-        if spec.name == "clip_by_leaf_norm":
-            return _by_leaf_norm(spec["max_norm"])
-        if spec.name == "clip_grads":
-            return optax.stateless(lambda grads, _: optimizers.clip_grads(grads, spec["max_norm"]))
         arguments = self._arguments(spec, inside, leaves)
         if "args" in arguments:  # named_chain
             return optax.named_chain(*arguments["args"])
@@ -327,8 +325,16 @@ def skippable(spec: Spec) -> bool:
 def _tried(data: bytes, leaves: tuple[trees.LeafSpec, ...]) -> imported.Imported:
     """A program that was run once for these leaves, in a process of its own; those tried last are remembered."""
     program = imported.load(data)
-    imported.attempt(program, leaves)
+    program.check_leaves(leaves)
+    _try(data, tuple(dataclasses.replace(leaf, name="") for leaf in leaves))
     return program
+
+
+@functools.lru_cache(maxsize=256)
+def _try(data: bytes, leaves: tuple[trees.LeafSpec, ...]) -> None:
+    """Leaves are those of a block, whose size other sessions have, too; their names make no difference."""
+    if leaves:
+        imported.attempt(imported.load(data), leaves)
 
 
 def is_elementwise(spec: Spec) -> bool:
@@ -363,6 +369,8 @@ def exported_rule(program: imported.Imported, rate: Callable[[Any], Any]) -> Rul
 
 
 def _maker(name: str) -> Callable[..., Any]:
+    if name in transformations.OURS:
+        return transformations.OURS[name]
     bare = name.removeprefix("optax.")
     module = optax.contrib if CATALOGUE[name].origin == "optax.contrib" else optax
     maker: Callable[..., Any] = getattr(module, bare)
@@ -384,35 +392,27 @@ def _callable(made: Any) -> Callable[[Any], Any]:
     return function
 
 
-def _by_leaf_norm(max_norm: float) -> Any:
-    """``g * min(1, max_norm / |g|)`` for each leaf by itself, the norm taken in 32 bits at least."""
-
-    def clipped(g: Any) -> Any:
-        wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-        norm = jnp.sqrt(jnp.sum(jnp.square(jnp.abs(wide))))
-        return jnp.where(norm <= max_norm, g, (wide * (max_norm / norm)).astype(g.dtype))
-
-    return optax.stateless(lambda grads, _: jax.tree.map(clipped, grads))
-
-
-def clips(spec: Spec, site: Site, state: Any, *, closing: bool) -> Callable[[list[Any], list[Any]], Any] | None:
-    """What share of the gradients' elements the leading clip of a checked spec changes.
+def clips(
+    spec: Spec, site: Site, state: Any, *, closing: bool, only: Sequence[int] | None = None
+) -> Callable[[list[Any], list[Any]], list[Any]] | None:
+    """Which of the gradients' elements the leading clip of a checked spec changes: (gradients, params) -> flags.
 
     None where there is no clip, or where the push is only gathered and meets none. ``state`` is that of the spec's rule
-    before the push: a clip inside an accumulation meets the mean of what was gathered.
+    before the push, for the leaves ``only``, by position: a clip inside an accumulation meets the mean of what was
+    gathered. Sums over all leaves that it needs are those of the update.
     """
     found = _leading_clip(spec)
     if found is None or (not closing and not _meets_each_push(spec)):
         return None
-    made = _Builder(site).transformation(found, "", range(len(site.names)))
+    made = _Builder(site).transformation(found, "", range(len(site.names)) if only is None else only)
 
-    def fraction(grads: list[Any], params: list[Any]) -> Any:
+    def changed(grads: list[Any], params: list[Any]) -> list[Any]:
         grads = _met(spec, grads, state)
-        after, _ = made.update(grads, made.init(params), params)
-        changed = sum(jnp.sum(a != b, dtype=jnp.float32) for a, b in zip(after, grads, strict=True))
-        return changed / max(sum(g.size for g in grads), 1)
+        with reductions.repeating():
+            after, _ = made.update(grads, made.init(params), params)
+        return [a != b for a, b in zip(after, grads, strict=True)]
 
-    return fraction
+    return changed
 
 
 def _meets_each_push(spec: Spec) -> bool:

@@ -8,7 +8,7 @@ import threading
 import jax
 
 from optwire_proto import checks, specs, trees
-from optwire_server.engine import build, program, rates
+from optwire_server.engine import build, executables, program, rates
 
 
 class ProgramCache:
@@ -18,6 +18,8 @@ class ProgramCache:
         self._device = device
         self._state_bytes_max = state_bytes_max
         self._programs_max = programs_max
+        # Of all programs: what two of them have in common is compiled once.
+        self._compiled = executables.Executables()
         self._lock = threading.Lock()
         self._programs: collections.OrderedDict[tuple[object, ...], program.Program] = collections.OrderedDict()
         self._compiling: dict[tuple[object, ...], threading.Lock] = {}
@@ -44,7 +46,7 @@ class ProgramCache:
                     return self._programs[key]
             made = None
             try:
-                made = program.Program(spec, tree, self._device, self._state_bytes_max)
+                made = program.Program(spec, tree, self._device, self._state_bytes_max, self._compiled)
                 return made
             finally:
                 with self._lock:

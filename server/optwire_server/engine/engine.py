@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,9 +11,12 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, build, cache, device, program, slots
+from optwire_server.engine import admission, build, cache, device, held, landing, program
 
 T = TypeVar("T")
+
+Held = held.Held
+UpdateError = held.UpdateError
 
 
 def own_process() -> None:
@@ -23,28 +25,6 @@ def own_process() -> None:
     The device's thread waits for each update anyway; on a CPU, handing it to yet another thread only adds time.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-class UpdateError(Exception):
-    """An update raised. ``state_lost`` says whether the old state was consumed before it did."""
-
-    def __init__(self, problem: str, *, state_lost: bool) -> None:
-        super().__init__(problem)
-        self.state_lost = state_lost
-
-
-@dataclasses.dataclass(slots=True)
-class Held:
-    """One session's arrays on the device. Only functions run by ``Engine.run`` may read or replace ``state``."""
-
-    program: program.Program
-    state: Any
-    lane: device.Lane = dataclasses.field(default_factory=device.Lane)
-
-    @property
-    def state_bytes(self) -> int:
-        """Size of parameters and slots."""
-        return self.program.state_bytes
 
 
 class Engine:
@@ -103,83 +83,80 @@ class Engine:
         return self._programs.get(spec, tree)
 
     def hold(
-        self, compiled: program.Program, params: Sequence[tensors.Array], rates: tuple[float, ...] = (), seed: int = 0
+        self, compiled: program.Program, lent: landing.Landing, rates: tuple[float, ...] = (), seed: int = 0
     ) -> Held:
-        """Makes the state before the first step; copies ``params``.
+        """Makes the state before the first step; copies the parameters.
 
         Args:
           compiled: the program of the first step.
-          params: the leaves.
+          lent: holds the parameters, in the layout of the program.
           rates: its learning rates, in the order of ``rate_paths``.
           seed: of the session's randomness.
         """
-        held = Held(compiled, None)
-
-        def init() -> None:
-            held.state = jax.block_until_ready(compiled.init(params, rates, seed))
-
-        self.run(init)
-        return held
+        made = held.Held(compiled)
+        self.run(lambda: made.fill(lent.memory, rates, seed))
+        return made
 
     def update(
-        self, held: Held, variant: program.Variant, operands: program.Operands, grads: Sequence[tensors.Array]
+        self,
+        holding: Held,
+        variant: program.Variant,
+        operands: program.Operands,
+        lent: landing.Landing,
+        out: np.ndarray | None = None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, yielding between blocks. On the device's thread only.
 
-        ``grads`` are read until this returns; afterwards their memory may be reused.
+        Args:
+          holding: the session's arrays.
+          variant: which of its program's updates to run; prepared.
+          operands: what it takes beside gradients.
+          lent: holds the gradients, in the session's layout; is read until this returns.
+          out: where the new parameters are written, in the session's layout, each block as soon as it is there; None:
+            nowhere. shape=(layout.nbytes,), uint8
 
         Returns:
-          Notes of the update, and what it added to the parameters, where the variant has it.
+          Notes of the update, and what it added to the parameters (segments in payload order), where the variant has it.
 
         Raises:
           UpdateError: nothing or everything of the old state is left, as it says.
         """
-        yield
-        old = held.state
-        try:
-            # As NumPy arrays: aligned ones are adopted, at half the cost of putting them on the device first.
-            new, notes, added = jax.block_until_ready(held.program.update(variant, operands, list(grads), old))
-            held.state = new
-        except Exception as exc:
-            lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-            held.state = None if lost else old
-            raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
-        return {name: float(value) for name, value in notes.items()}, [np.asarray(leaf) for leaf in added]
+        return holding.update(variant, operands, lent.memory, out)
 
-    def params(self, held: Held, which: str = "") -> list[np.ndarray]:
-        """The parameters, or those of a view that was prepared, as NumPy arrays. On the device's thread only.
+    def write_params(self, holding: Held, out: np.ndarray) -> None:
+        """Writes the parameters to memory, in the session's layout. On the device's thread only.
 
-        On a CPU they are views of the state: while one is alive, the next update copies instead of writing over it.
+        Args:
+          holding: the session's arrays.
+          out: shape=(layout.nbytes,), uint8
         """
-        return [np.asarray(leaf) for leaf in held.program.params(held.state, which)]
+        holding.write_params(out)
 
-    def arrays(self, held: Held) -> list[np.ndarray]:
-        """All arrays of the state, in JAX's order. On the device's thread only; views as those of ``params``."""
-        with held.program.precision():
-            return [slots.to_numpy(array) for array in jax.tree.leaves(held.state)]
+    def params(self, holding: Held, which: str = "") -> list[np.ndarray]:
+        """The parameters, or those of a view that was prepared: flat segments, in the order of a payload.
 
-    def replace(self, held: Held, arrays: Mapping[int, tensors.Array]) -> None:
+        On the device's thread only. On a CPU they are views of the state: while one is alive, the next update copies
+        instead of writing over it.
+        """
+        return holding.params(which)
+
+    def arrays(self, holding: Held) -> list[np.ndarray]:
+        """All arrays of the state, in the order that their program names them: flat segments, as those of ``params``."""
+        return holding.arrays()
+
+    def replace(self, holding: Held, arrays: Mapping[int, tensors.Array]) -> None:
         """Puts copies of arrays in the place of those of the state, by position. On the device's thread only.
 
         Whatever it raises, the state is the old one.
         """
-        leaves, structure = jax.tree.flatten(held.state)
-        with held.program.precision(), jax.default_device(self._device):
-            for position, array in arrays.items():
-                leaves[position] = slots.from_numpy(array, leaves[position])
-            held.state = jax.block_until_ready(jax.tree.unflatten(structure, leaves))
+        holding.replace(arrays)
 
     def carry(self, old: Held, new: Held, pairs: Sequence[tuple[int, int]]) -> None:
-        """Puts arrays of one state in the place of those of another, by position. On the device's thread only.
+        """Copies arrays of one state to the place of those of another, by position. On the device's thread only.
 
-        What is of another type there is left out. The arrays are shared: one of both must be freed before an update.
+        What is of another type there is left out.
         """
-        theirs = jax.tree.leaves(old.state)
-        leaves, structure = jax.tree.flatten(new.state)
-        for i, k in pairs:
-            if theirs[i].dtype == leaves[k].dtype:
-                leaves[k] = theirs[i]
-        new.state = jax.tree.unflatten(structure, leaves)
+        old.carry(new, pairs)
 
     def describe(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
         """Library versions, and (name, kind) of each device."""

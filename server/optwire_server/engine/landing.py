@@ -13,12 +13,15 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from optwire_proto import digests, errors, limits, sessions, tensors, trees
 from optwire_server.engine import layout as layouts
 from optwire_server.engine.layout import Layout
+
+L = TypeVar("L", bound="Landing")
 
 
 def buffer_bytes(layout: Layout) -> int:
@@ -36,11 +39,16 @@ class Landings:
         self._free: collections.deque[_Buffer] = collections.deque()
         self._free_bytes = 0
         self._lent_bytes = 0
+        self._yielding: dict[Landing, Callable[[], object]] = {}  # landings that give way, the oldest first
 
     @property
     def lent_bytes(self) -> int:
         """Bytes of buffers lent now."""
         return self._lent_bytes
+
+    def land_as(self, kind: Callable[..., L], tree: trees.TreeSpec, layout: Layout, scratch_bytes: int) -> L:
+        """As ``land``, of a kind that needs memory beside the payload's: its ``memory`` has that at the end."""
+        return self._land(kind, tree, layout, is_first=True, scratch_bytes=scratch_bytes)
 
     def land(self, tree: trees.TreeSpec, layout: Layout | None = None) -> Landing:
         """Lends a buffer for one payload of ``tree``; the caller must ``close`` the landing.
@@ -52,10 +60,36 @@ class Landings:
         Raises:
           LimitError: the payloads in flight would exceed the limit.
         """
-        layout = layout or layouts.aligned(tree)
-        size = buffer_bytes(layout)
+        return self._land(Landing, tree, layout or layouts.aligned(tree), is_first=True)
+
+    def land_early(self, kind: type[L], tree: trees.TreeSpec, layout: Layout, give_way: Callable[[], object]) -> L:
+        """As ``land``, for a payload whose push may be far off: it gives way to all that is to be done now.
+
+        Args:
+          kind: of the landing.
+          tree: of the payload.
+          layout: where its leaves go.
+          give_way: called, from another thread, where somebody lacks the room: the landing is to be closed soon.
+
+        Raises:
+          LimitError: the payloads in flight would exceed the limit; none of them gives way to this one.
+        """
+        made = self._land(kind, tree, layout, is_first=False)
         with self._lock:
-            self._count(size)
+            self._yielding[made] = give_way
+        return made
+
+    def keep(self, early: Landing) -> bool:
+        """What was lent early gives way no more; False where somebody had asked it to."""
+        with self._lock:
+            return self._yielding.pop(early, None) is not None
+
+    def _land(
+        self, kind: Callable[..., L], tree: trees.TreeSpec, layout: Layout, *, is_first: bool, scratch_bytes: int = 0
+    ) -> L:
+        size = buffer_bytes(layout) + scratch_bytes
+        with self._lock:
+            self._count(size, is_first=is_first)
             buffer = self._take(size, layout.gaps)
         if buffer is None:
             buffer = _Buffer(np.empty(size, np.uint8), None)
@@ -63,7 +97,7 @@ class Landings:
         if buffer.gaps != layout.gaps:
             for start, stop in layout.gaps:
                 memory[start:stop] = 0
-        return Landing(tree, layout, memory, functools.partial(self._give_back, _Buffer(buffer.whole, layout.gaps)))
+        return kind(tree, layout, memory, functools.partial(self._give_back, _Buffer(buffer.whole, layout.gaps)))
 
     def check_size(self, layout: Layout, advice: str) -> None:
         """Raises LimitError, with advice, where a payload that is laid out so could never land."""
@@ -87,9 +121,11 @@ class Landings:
             with self._lock:
                 self._lent_bytes -= size
 
-    def _count(self, size: int, *, alone: bool = False) -> None:
+    def _count(self, size: int, *, alone: bool = False, is_first: bool = True) -> None:
         passes = alone and self._lent_bytes == 0
         if self._lent_bytes + size > self._bytes_max and not passes:
+            if is_first and (alone or size <= self._bytes_max):
+                self._make_room(self._lent_bytes + size - self._bytes_max)
             raise errors.LimitError(
                 f"payload of {size} bytes: {self._lent_bytes} of {self._bytes_max} bytes of landing buffers are in use",
                 subject="landing_bytes_max",
@@ -99,6 +135,13 @@ class Landings:
                 retry_after_s=0.1 if size <= self._bytes_max or alone else 0.0,
             )
         self._lent_bytes += size
+
+    def _make_room(self, lacking: int) -> None:
+        """Asks those that give way to do so: whoever is refused now finds the room when it comes again."""
+        while lacking > 0 and self._yielding:
+            early = next(iter(self._yielding))
+            lacking -= early.memory.nbytes
+            self._yielding.pop(early)()
 
     def _give_back(self, buffer: _Buffer) -> None:
         with self._lock:
@@ -158,22 +201,7 @@ class Landing:
           PayloadError: the chunk is empty, leaves a gap, overlaps, or goes past the end.
         """
         end = offset + len(data)
-        if not data or offset != self._received or end > self._tree.payload_bytes:
-            problem = (
-                "is empty"
-                if not data
-                else f"leaves a gap: expected offset {self._received}"
-                if offset > self._received
-                else f"overlaps: expected offset {self._received}"
-                if offset < self._received
-                else f"goes past the end of the payload, {self._tree.payload_bytes} bytes"
-            )
-            raise errors.PayloadError(
-                f"chunk of {len(data)} bytes at offset {offset} {problem}",
-                subject="chunk",
-                expected=f"offset {self._received}, at most {self._tree.payload_bytes - self._received} bytes",
-                got=f"offset {offset}, {len(data)} bytes",
-            )
+        self._check_chunk(offset, len(data))
         assert self._memory is not None, "written to after close"
         offsets = self._tree.offsets
         source = np.frombuffer(data, np.uint8)
@@ -188,17 +216,37 @@ class Landing:
         self._digester.update(data)
         self._received = end
 
+    def _check_chunk(self, offset: int, length: int) -> None:
+        """Raises PayloadError unless a chunk is the next one of the payload."""
+        if length and offset == self._received and offset + length <= self.payload_bytes:
+            return
+        problem = (
+            "is empty"
+            if not length
+            else f"leaves a gap: expected offset {self._received}"
+            if offset > self._received
+            else f"overlaps: expected offset {self._received}"
+            if offset < self._received
+            else f"goes past the end of the payload, {self.payload_bytes} bytes"
+        )
+        raise errors.PayloadError(
+            f"chunk of {length} bytes at offset {offset} {problem}",
+            subject="chunk",
+            expected=f"offset {self._received}, at most {self.payload_bytes - self._received} bytes",
+            got=f"offset {offset}, {length} bytes",
+        )
+
     def finish(self, digest: sessions.Digest) -> None:
         """Checks that all bytes came, and came unharmed.
 
         Raises:
           PayloadError: the payload ended early, or its digest is another.
         """
-        if self._received != self._tree.payload_bytes:
+        if self._received != self.payload_bytes:
             raise errors.PayloadError(
-                f"payload ended after {self._received} of {self._tree.payload_bytes} bytes",
+                f"payload ended after {self._received} of {self.payload_bytes} bytes",
                 subject="end",
-                expected=f"{self._tree.payload_bytes} bytes",
+                expected=f"{self.payload_bytes} bytes",
                 got=f"{self._received} bytes",
             )
         came = self._digester.digest()
@@ -209,6 +257,17 @@ class Landing:
                 expected=str(digest),
                 got=str(came),
             )
+
+    def copy(self, memory: np.ndarray) -> None:
+        """Takes the whole payload at once, from memory with the same layout; no digest is taken of it."""
+        for leaf, start in zip(self._tree.leaves, self._layout.offsets, strict=True):
+            self.memory[start : start + leaf.nbytes] = memory[start : start + leaf.nbytes]
+        self._received = self._tree.payload_bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the payload."""
+        return self._tree.payload_bytes
 
     def arrays(self) -> Sequence[tensors.Array]:
         """The leaves as views of the memory, valid until ``close``; bf16 as ``ml_dtypes`` has it."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optwire_server.engine import rule
+from optwire_server.engine import reductions, rule
 from optwire_server.optimizers import torch_rules
 
 
@@ -42,7 +42,8 @@ def per_leaf(rules: Sequence[rule.Rule], *, counted: bool) -> rule.Rule:
         def one(at: int, own: rule.State) -> rule.State:
             index = call.index if state.counts is None else state.counts[at]
             alone = dataclasses.replace(call, index=index, present=None, added=None)
-            return rules[at].update([grads[at]], own, alone)
+            with reductions.alone():  # a norm in here is of one leaf
+                return rules[at].update([grads[at]], own, alone)
 
         new = PerLeaf(
             [one(at, own) for at, own in enumerate(state.leaves)],

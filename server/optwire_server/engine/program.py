@@ -1,88 +1,68 @@
-"""Compiled updates: one program per rule and tree, shared by all sessions that have both."""
+"""Programs: an optimizer for one tree, as the kernels that it is cut into; shared by all sessions that have both."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from optwire_proto import checks, errors, specs, tensors, trees
-from optwire_server.engine import build, granularity, rates, rule, slots, telemetry
+from optwire_proto import checks, errors, patterns, specs, trees
+from optwire_server.engine import build, cut, executables, kernel, rates, slots
+from optwire_server.engine.granularity import Granularity
+from optwire_server.engine.kernel import LEAF, Kernel
+from optwire_server.engine.layout import Layout
 
-# What JAX takes apart as the optimizer's state; it holds the parameters.
-OptState = Any
-# The new state, notes by name, what was added to the parameters.
-Updated = tuple[OptState, dict[str, Any], list[Any]]
+Variant = kernel.Variant
+Operands = kernel.Operands
+OPTAX_EXTRAS = kernel.OPTAX_EXTRAS
 
 _WIDE = ("f64", "c128")
-# What a push brings along beside gradients, and what optax calls it.
-OPTAX_EXTRAS = {"loss": "value"}
-# How often a state's element types are followed to a fixed point: a 16-bit slot may become 32 bits wide, once.
-_PROMOTIONS_MAX = 4
+# From here on one program for all tensors compiles sooner than one for each.
+_TENSORS_MAX = 64
+# The time to compile a whole tree grows faster than the number of its leaves.
+TREE_LEAVES_MAX = 2048
+
+_log = logging.getLogger("optwire.program")
 
 
-class Variant(NamedTuple):
-    """Which of a program's compiled updates a push runs.
-
-    Attributes:
-      closing: whether the push closes a step; others are only gathered (``accumulate``).
-      scaled: whether gradients are divided by a ``grad_scale`` first.
-      telemetry: whether norms are computed.
-      absent: whether some leaves have no gradient; ``Operands.present`` says which do.
-      updates: whether what was added to the parameters is returned.
-    """
-
-    closing: bool = True
-    scaled: bool = False
-    telemetry: bool = False
-    absent: bool = False
-    updates: bool = False
-
-
-class Operands(NamedTuple):
-    """What an update takes beside gradients and state. Python numbers, so that 16-bit leaves are not promoted.
+class Place(NamedTuple):
+    """Where an array of a whole state is.
 
     Attributes:
-      rates: learning rates, in the order of ``Program.rate_paths``.
-      push: index of the push, from 0.
-      grad_scale: what gradients are divided by; None where they are not.
-      extras: what the push brought along, by optax's names.
-      present: whether each leaf has a gradient; None: all have. An operand a leaf: picking from one array makes XLA
-        compile for ten times as long.
+      leaf: the leaf that it belongs to; None: to none.
+      array: which of the arrays of that leaf's kernel it is, or of the first kernel's.
+      name: with ``LEAF`` for the name of the leaf.
     """
 
-    rates: tuple[float, ...]
-    push: int
-    grad_scale: float | None = None
-    extras: Mapping[str, float] = {}
-    present: tuple[bool, ...] | None = None
+    leaf: int | None
+    array: int
+    name: str
 
 
 class Program:
     """An optimizer compiled for one tree and device.
 
-    Every update has the form ``(operands, grads, state) -> (state, notes, added)`` with the whole state donated and
-    returned in the order it came, so that XLA writes the new state over the old. Learning rates, index, scale and
-    extras are operands: none of them compiles anew.
+    Every update of a block has the form ``(operands, sums, gradients, common, own) -> (own, common, ...)`` with all own
+    arrays donated and returned in the order they came, so that XLA writes the new state over the old. Learning rates,
+    index, scale and extras are operands: none of them compiles anew.
     """
 
     def __init__(
-        self, spec: specs.Spec, tree: trees.TreeSpec, device: jax.Device, state_bytes_max: int = 2**63
+        self,
+        spec: specs.Spec,
+        tree: trees.TreeSpec,
+        device: jax.Device,
+        state_bytes_max: int = 2**63,
+        compiled: executables.Executables | None = None,
     ) -> None:
         self.spec = spec
-        self._leaves = tree.leaves
-        # Of leaves, or of slots that the spec asks for: without, JAX would quietly make 32 bits of them.
-        self._wide = any(leaf.dtype in _WIDE for leaf in tree.leaves) or specs.any_inside(
-            spec, lambda found: "float64" in (value for _, value in found.arguments)
-        )
-        self.device = device
+        self.tree = tree
         self.rate_paths = tuple(rates.rates(spec))
         self.extras = checks.extras(spec, build.CATALOGUE)
         # Whether what is not finite leaves the parameters alone and counts as a step.
@@ -91,73 +71,226 @@ class Program:
         self.rejects = specs.any_inside(
             spec, lambda found: found.name == "on_nonfinite" and found["policy"] == "reject"
         )
-        self._grads = [jax.ShapeDtypeStruct(leaf.shape, tensors.numpy_dtype(leaf.dtype)) for leaf in tree.leaves]
+        self._recipe = kernel.Recipe(
+            spec=spec,
+            leaves=tree.leaves,
+            rate_paths=self.rate_paths,
+            extras=self.extras,
+            restores=self.rejects or not _inside_accumulation(spec),
+            # Of leaves, or of slots that the spec asks for: without, JAX would quietly make 32 bits of them.
+            wide=any(leaf.dtype in _WIDE for leaf in tree.leaves)
+            or specs.any_inside(spec, lambda found: "float64" in (value for _, value in found.arguments)),
+            device=device,
+            compiled=compiled or executables.Executables(),
+        )
         self._lock = threading.Lock()
         self._named = slots.Known()
-        self._updates: dict[Variant, Callable[..., Updated]] = {}
-        self._views: dict[str, Callable[[OptState], list[Any]]] = {}
-        # Paths of learning rates that the update does not look at, as only the first state depends on them.
-        self.idle_rates: frozenset[str] = frozenset()
-        with self._building():
-            probe = self._rule(tuple(0.0 for _ in self.rate_paths))
-            self.every = probe.every
-            # How many pushes a skipped update is the end of: those gathered for it, where it is inside an accumulation.
-            self.forfeits = probe.every if _inside_accumulation(spec) else 1
-            self.views = tuple(sorted(probe.views))
-            self._state = self._settled()
-            self.sums = rule.sums(self._state)
-            self.state_bytes: int = sum(_bytes(leaf) for leaf in jax.tree.leaves(self._state))
-            if self.state_bytes > state_bytes_max:  # before the compiler is asked for as much
-                raise errors.LimitError(
-                    f"state_bytes_max: {self.state_bytes}, expected at most {state_bytes_max}",
-                    subject="state_bytes_max",
-                    expected=f"at most {state_bytes_max}",
-                    got=str(self.state_bytes),
-                )
-            self._params = probe.params
-            self._owns_params = not jax.make_jaxpr(probe.params)(self._state).eqns
-            found = rates.first_rate(spec)
-            scheduled = found is not None and rates.constant_rate(spec) is None
-            schedule = build.schedule(found[1]) if found and scheduled else None
-            self._schedule = jax.jit(schedule).lower(0).compile() if schedule else None
+        self._ready: set[Variant] = set()
+        self._state_bytes_max = state_bytes_max
+        self.cut, self._kernels = self._fitting()
+        first = next(iter(self._kernels.values()))
+        self.every = first.every
+        # How many pushes a skipped update is the end of: those gathered for it, where it is inside an accumulation.
+        self.forfeits = self.every if _inside_accumulation(spec) else 1
+        self.views = first.views
+        self._schedule = self._compiled_schedule()
         for closing in (True, False)[: 1 if self.every == 1 else 2]:
             self.prepare(Variant(closing=closing))
-        if not self._owns_params:
-            self.prepare_view("")
+        self.prepare_view("")
+
+    # ------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def layout(self) -> Layout:
+        """Where the leaves of a payload lie."""
+        return self.cut.layout
+
+    @property
+    def granularity(self) -> Granularity:
+        """How finely the state is cut."""
+        return self.cut.granularity
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it computes with 64 bits."""
+        return self._recipe.wide
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """What the calling thread must be in: 64 bits for trees that have them, without changing any other program."""
-        context: contextlib.AbstractContextManager[Any] = jax.enable_x64(self._wide)
+        """What a thread that runs its executables must be in."""
+        return self._recipe.precision()
+
+    def placing(self) -> contextlib.AbstractContextManager[Any]:
+        """What a thread that makes arrays for it must be in."""
+        context: contextlib.AbstractContextManager[Any] = jax.default_device(self._recipe.device)
         return context
 
-    def init(self, params: Sequence[tensors.Array], rates: tuple[float, ...], seed: int) -> OptState:
-        """The state before the first step; copies ``params``."""
-        with self.precision(), jax.default_device(self.device):
-            state = self._rule(rates, seed).init([jnp.array(leaf, copy=True) for leaf in params])
-            return _owned(state, self._state)
+    @functools.cached_property
+    def elements(self) -> int:
+        """Elements of all leaves."""
+        return sum(math.prod(leaf.shape) for leaf in self.tree.leaves)
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether one block is the whole tree."""
+        return self.granularity is Granularity.TREE
+
+    def kernel(self, span: cut.Span, block: cut.Block) -> Kernel:
+        """What updates a block."""
+        return self._kernels[span.kind, block.parts[0].size if self.cut.is_flat else 0]
+
+    def kernel_of(self, leaf: int) -> Kernel:
+        """What updates the first block of a leaf."""
+        span = self._span_of[leaf]
+        return self.kernel(span, span.blocks[0])
+
+    @functools.cached_property
+    def _span_of(self) -> dict[int, cut.Span]:
+        return {leaf: span for span in self.cut.spans for leaf in span.leaves}
+
+    @functools.cached_property
+    def skippable(self) -> bool:
+        """Whether a push may leave gradients out: every leaf is treated by itself."""
+        return build.skippable(self.spec)
+
+    @functools.cached_property
+    def idle_rates(self) -> frozenset[str]:
+        """Paths of learning rates that no update looks at, as only the first state depends on them."""
+        used = frozenset[str]().union(*(each.used_rates for each in self._kernels.values()))
+        return frozenset(self.rate_paths) - used
+
+    @functools.cached_property
+    def update_text(self) -> int:
+        """A digest of what the update computes, equal for programs that do not differ; traces it once more."""
+        return hash(tuple(each.digest() for each in self._kernels.values()))
+
+    @functools.cached_property
+    def held_bytes(self) -> int:
+        """Bytes of a state in memory, padding included."""
+        return _held_bytes(self.cut, self._kernels)
+
+    @functools.cached_property
+    def state_bytes(self) -> int:
+        """Bytes of all arrays of a state, as they can be read."""
+        total = 0
+        for place in self.places:
+            holder = self.kernel_of(place.leaf or 0)
+            array = holder.arrays[place.array]
+            size = kernel.nbytes(array)
+            if self.cut.is_flat and place.leaf is not None and array.shape:
+                size = math.prod(self.tree.leaves[place.leaf].shape) * array.dtype.itemsize
+            total += size
+        return total
+
+    @functools.cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Every array of a state: of each slot those of all leaves, in order."""
+        if self.is_tree:
+            names = self.kernel_of(0).names([leaf.name for leaf in self.tree.leaves])
+            return tuple(Place(None, array, name) for array, name in enumerate(names))
+        kernels = [self._kernels_of_kind[kind] for kind in range(len(self.cut.kinds))]
+        kinds = {leaf: span.kind for leaf, span in self._span_of.items()}
+        places: list[Place] = []
+        for name in dict.fromkeys(name for each in kernels for name in each.templates):
+            at = [each.position(name) for each in kernels]
+            if LEAF not in name:
+                places.append(Place(None, next(array for array in at if array is not None), name))
+                continue
+            found = ((leaf, at[kinds[leaf]]) for leaf in range(len(self.tree.leaves)))
+            places += [Place(leaf, array, name) for leaf, array in found if array is not None]
+        return tuple(places)
+
+    def array_dtype(self, position: int) -> Any:
+        """Element type of an array, by position among places."""
+        place = self.places[position]
+        return self.kernel_of(place.leaf or 0).arrays[place.array].dtype
+
+    def array_shape(self, position: int) -> tuple[int, ...]:
+        """Shape of an array as it travels, by position among places."""
+        place = self.places[position]
+        shape = self.kernel_of(place.leaf or 0).specs[place.array].shape
+        return self.tree.leaves[place.leaf].shape if self.cut.is_flat and place.leaf is not None and shape else shape
+
+    @functools.cached_property
+    def _kernels_of_kind(self) -> dict[int, Kernel]:
+        return {span.kind: self.kernel(span, span.blocks[0]) for span in reversed(self.cut.spans)}
+
+    @functools.cached_property
+    def sums(self) -> tuple[int, ...]:
+        """Positions, among all arrays, of what ``accumulate`` has gathered for the update to come."""
+        return tuple(
+            position
+            for position, place in enumerate(self.places)
+            if place.array in self.kernel_of(place.leaf or 0).gathered
+        )
+
+    def arrays(self, leaves: Sequence[str]) -> tuple[trees.LeafSpec, ...]:
+        """Name, shape and element type of every array of a state, for leaves of these names, in the order of places.
+
+        Raises:
+          TreeError: an array that cannot be sent.
+        """
+        if (known := self._named.get(leaves)) is not None:
+            return known
+        if self.is_tree:
+            names = self.kernel_of(0).names(leaves)
+            return self._named.put(leaves, slots.leaf_specs(self.kernel_of(0).state, names))
+        made: dict[str, trees.LeafSpec] = {}
+        for place in self.places:
+            form = self.kernel_of(place.leaf or 0).specs[place.array]
+            shape = form.shape
+            if self.cut.is_flat and place.leaf is not None and shape:
+                shape = self.tree.leaves[place.leaf].shape
+            name = _filled(place.name, None if place.leaf is None else leaves[place.leaf])
+            while name in made:
+                name = f"{name}_"
+            made[name] = trees.LeafSpec(name, shape, form.dtype)
+        return self._named.put(leaves, tuple(made.values()))
+
+    def same_state(self, other: Program) -> bool:
+        """Whether a state of one is a state of the other."""
+        if self is other:
+            return True
+        return self.cut == other.cut and all(
+            each.form == other._kernels[key].form for key, each in self._kernels.items()
+        )
+
+    def learning_rate(self, index: int) -> float | None:
+        """What the schedule of the first learning rate gives for a step, or None where no schedule gives it."""
+        if self._schedule is None:
+            return None
+        with self._recipe.precision():
+            return float(self._schedule(index)[0])
+
+    # ------------------------------------------------------------------------------------------- what is compiled
 
     def has(self, variant: Variant) -> bool:
         """Whether an update is compiled. Waits for nothing."""
-        return variant in self._updates
+        return variant in self._ready
 
     def has_view(self, which: str) -> bool:
-        """Whether the reading of a view is compiled, or needs no compiling. Waits for nothing."""
-        return which in self._views or (not which and self._owns_params)
+        """Whether the reading of a view is compiled. Waits for nothing."""
+        return all(each.has_view(which) for each in self._kernels.values())
 
     def prepare(self, variant: Variant) -> None:
         """Compiles an update, unless it is; on the calling thread."""
         with self._lock:
             if self.has(variant):
                 return
-            with self._building(), _compiling():
-                jitted = jax.jit(self._traced(variant), donate_argnums=2)
-                traced = jitted.trace(self._zeros(variant), self._grads, self._state)
-                if variant == Variant():
-                    self.idle_rates = self._idle(traced.jaxpr.jaxpr)
-                self._updates[variant] = traced.lower().compile()
+            for each in self._kernels.values():
+                for own in self.variants(each, variant):
+                    each.prepare(own)
+            self._ready.add(variant)
+
+    def variants(self, each: Kernel, variant: Variant) -> tuple[Variant, ...]:
+        """What a variant needs of a kernel: first for leaves that have gradients, then for those that have none."""
+        if not variant.absent or self.is_tree:
+            return (variant,)
+        there = variant._replace(absent=False)
+        stays = each.is_alone and not variant.telemetry and not variant.updates
+        return (there,) if stays else (there, variant)
 
     def prepare_view(self, which: str) -> None:
-        """Compiles the reading of parameters that are not simply part of the state, unless it is.
+        """Compiles the reading of parameters, unless it is.
 
         Raises:
           InvalidArgumentError: the spec keeps no such parameters.
@@ -170,172 +303,147 @@ class Program:
                 expected=there,
                 got=which[:80],
             )
-        with self._lock:
-            if self.has_view(which):
-                return
-            with self._building():
-                made = self._rule(tuple(0.0 for _ in self.rate_paths))
-                read = made.views[which] if which else made.params
-                self._views[which] = jax.jit(read).lower(self._state).compile()
+        for each in self._kernels.values():
+            each.prepare_view(which)
 
-    def update(self, variant: Variant, operands: Operands, grads: Any, state: OptState) -> Updated:
-        """Starts one update that ``prepare`` made; ``state`` is consumed.
+    @property
+    def flaws(self) -> tuple[str, ...]:
+        """Why updates do not write all of the state in place."""
+        steps = (each.step(variant) for each in self._kernels.values() for variant in self._ready if each.has(variant))
+        return tuple(step.flaw for step in steps if step.flaw)
 
-        Returns:
-          The new state, notes about the update, and what it added to the parameters, where the variant has it.
-        """
-        with self.precision():
-            return self._updates[variant](operands, grads, state)
-
-    def params(self, state: OptState, which: str = "") -> list[jax.Array]:
-        """Parameters in a state; those of ``which == ""`` mostly share its memory."""
-        with self.precision():  # for casts that change nothing, too: they are no part of a jaxpr, and would narrow here
-            read = self._params if not which and self._owns_params else self._views[which]
-            return list(read(state))
-
-    def learning_rate(self, index: int) -> float | None:
-        """What the schedule of the first learning rate gives for a step, or None where no schedule gives it."""
-        if self._schedule is None:
+    def _compiled_schedule(self) -> Any:
+        found = rates.first_rate(self.spec)
+        if found is None or rates.constant_rate(self.spec) is not None:
             return None
-        with self.precision():
-            return float(self._schedule(index))
+        with self._recipe.building():
+            closed = jax.make_jaxpr(build.schedule(found[1]))(0)
+            made = self._recipe.compiled.get(closed, (0,))
+        return made.run if made.used else lambda index: made.run()
 
-    @functools.cached_property
-    def update_text(self) -> int:
-        """A digest of what the update computes, equal for programs that do not differ; traces it once more."""
-        with self._building():
-            closed = jax.make_jaxpr(self._traced(Variant()))(self._zeros(Variant()), self._grads, self._state)
-        constants = tuple(np.asarray(constant).tobytes() for constant in closed.consts)
-        return hash((str(closed.jaxpr), constants))
+    # ------------------------------------------------------------------------------------------- how it is cut
 
-    def _idle(self, jaxpr: Any) -> frozenset[str]:
-        used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
-        return frozenset(
-            path for path, variable in zip(self.rate_paths, jaxpr.invars, strict=False) if id(variable) not in used
-        )
+    def _fitting(self) -> tuple[cut.Cut, dict[tuple[int, int], Kernel]]:
+        """The finest cut that the rule computes the same in, and its kernels."""
+        verdicts = _verdicts(self.spec, tuple(leaf.name for leaf in self.tree.leaves))
+        few = Kernel(self._recipe, *self._sample(verdicts), is_flat=False)
+        finest = self._derived(few)
+        for found in Granularity:
+            if list(Granularity).index(found) < list(Granularity).index(finest):
+                continue
+            made = cut.make(self.tree, found, verdicts)
+            try:
+                return made, self._cut_into(made, few)
+            except kernel.UnfitError as exc:
+                _log.info("%s is not cut into %ss: %s", self.spec.name, found, exc)
+        raise AssertionError("a whole tree always fits")
 
-    @functools.cached_property
-    def skippable(self) -> bool:
-        """Whether a push may leave gradients out: every leaf is treated by itself."""
-        return build.skippable(self.spec)
+    def _sample(self, verdicts: Sequence[Hashable]) -> tuple[list[int], list[trees.LeafSpec]]:
+        """Leaves that show how all are treated: rules look at verdicts, element types, ranks and the length of sides."""
+        alike: dict[Hashable, list[int]] = {}
+        for index, leaf in enumerate(self.tree.leaves):
+            alike.setdefault((verdicts[index], leaf.dtype, len(leaf.shape)), []).append(index)
+        chosen: set[int] = set()
+        for members in alike.values():
+            members.sort(key=lambda index: sorted(self.tree.leaves[index].shape)[-2:])
+            chosen |= {members[0], members[-1]}
+        positions = sorted(chosen)
+        return positions, [self.tree.leaves[index] for index in positions]
 
-    def arrays(self, leaves: Sequence[str]) -> tuple[trees.LeafSpec, ...]:
-        """Name, shape and element type of every array of a state, for leaves of these names.
-
-        Raises:
-          TreeError: an array that cannot be sent.
-        """
-        if (known := self._named.get(leaves)) is not None:
-            return known
-        with self._building():
-            named = slots.names(self._state, self._rule(tuple(0.0 for _ in self.rate_paths)).params, leaves)
-        return self._named.put(leaves, slots.leaf_specs(self._state, named))
-
-    def same_state(self, other: Program) -> bool:
-        """Whether a state of one is a state of the other."""
-        if self is other:
-            return True
-        return _form(self._state) == _form(other._state)
-
-    @functools.cached_property
-    def granularity(self) -> granularity.Granularity:
-        """How finely the state may be cut, derived from the update."""
-        with self._building():
-            step = self._traced(Variant())
-            operands = self._zeros(Variant())
-            found = granularity.derive(lambda grads, state: step(operands, grads, state)[0], self._grads, self._state)
-        if found is granularity.Granularity.ELEMENT and not build.is_elementwise(self.spec):
-            return granularity.Granularity.TENSOR
+    def _derived(self, few: Kernel) -> Granularity:
+        if any(
+            parameter.takes == "seed"
+            for _, found in specs.places(self.spec)
+            if isinstance(found, specs.Spec)
+            for parameter in build.CATALOGUE[found.name].parameters
+        ):
+            return Granularity.TREE
+        found = few.granularity()
+        if found is Granularity.ELEMENT and not build.is_elementwise(self.spec):
+            return Granularity.TENSOR
         return found
 
-    @contextlib.contextmanager
-    def _building(self) -> Iterator[None]:
-        with self.precision(), _refusing(self.spec), jax.default_device(self.device):
-            yield
+    def _cut_into(self, made: cut.Cut, few: Kernel) -> dict[tuple[int, int], Kernel]:
+        """The kernels of a cut, their updates compiled; raises UnfitError."""
+        if made.granularity is Granularity.TREE and len(self.tree.leaves) > TREE_LEAVES_MAX:
+            raise _over("leaves_max", len(self.tree.leaves), TREE_LEAVES_MAX, ", as its leaves are updated together")
+        many = len(made.kinds) > _TENSORS_MAX and len(self.tree.leaves) <= TREE_LEAVES_MAX
+        if made.granularity is Granularity.TENSOR and many:
+            raise kernel.UnfitError(f"{len(made.kinds)} kinds of tensors")
+        kernels: dict[tuple[int, int], Kernel] = {}
+        for span in made.spans:
+            for size in _sizes(made, span, build.skippable(self.spec)):
+                if (span.kind, size) not in kernels:
+                    kernels[span.kind, size] = self._kernel(made, span, size)
+        if made.granularity is not Granularity.TREE:
+            self._check_names(made, kernels, few)
+        held = _held_bytes(made, kernels)
+        if held > self._state_bytes_max:  # before the compiler is asked for as much
+            raise _over("state_bytes_max", held, self._state_bytes_max)
+        is_many = made.granularity is not Granularity.TREE
+        for each in kernels.values():
+            each.prepare(Variant(), is_one_of_many=is_many)
+        if len({len(each.step(Variant()).partials) for each in kernels.values()}) > 1:
+            raise kernel.UnfitError("kinds of leaves take another number of sums")
+        return kernels
 
-    def _rule(self, rates: tuple[Any, ...], seed: int = 0) -> rule.Rule:
-        site = build.Site(self._leaves, dict(zip(self.rate_paths, rates, strict=True)), seed)
-        return build.build(self.spec, site)
+    def _kernel(self, made: cut.Cut, span: cut.Span, size: int) -> Kernel:
+        leaves = [self.tree.leaves[index] for index in span.leaves]
+        if not made.is_flat:
+            return Kernel(self._recipe, span.leaves, leaves, is_flat=False)
+        block = trees.LeafSpec(leaves[0].name, (size,), leaves[0].dtype)
+        return Kernel(self._recipe, span.leaves[:1], [block], is_flat=True)
 
-    def _zeros(self, variant: Variant) -> Operands:
-        """Operands of a variant to trace with."""
-        return Operands(
-            rates=tuple(0.0 for _ in self.rate_paths),
-            push=0,
-            grad_scale=1.0 if variant.scaled else None,
-            extras={OPTAX_EXTRAS[name]: 0.0 for name in self.extras},
-            present=(True,) * len(self._leaves) if variant.absent else None,
-        )
-
-    def _traced(self, variant: Variant) -> Callable[..., Updated]:
-        """The update of a variant, to be traced."""
-
-        def update(operands: Operands, grads: list[Any], state: OptState) -> Updated:
-            made = self._rule(operands.rates)
-            call = rule.Call(
-                operands.push, variant.closing, operands.extras, present=operands.present, rounded=variant.updates
-            )
-            if variant.scaled:
-                grads = [_unscaled(g, operands.grad_scale) for g in grads]
-            new = jax.tree.map(_kept, made.update(grads, state, call), state)
-            whole = self.rejects or self.forfeits == 1  # what is around the policy keeps its state, too
-            if whole and "finite" in call.notes:
-                finite = call.notes["finite"]
-                new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-            if variant.telemetry:
-                clip = build.clips(self.spec, build.Site(self._leaves, {}), state, closing=variant.closing)
-                call.notes.update(telemetry.measure(grads, made.params(state), made.params(new), clip))
-            new, added = _with_added(call, state, new, made.params) if variant.updates else (new, [])
-            return new, call.notes, added
-
-        return update
-
-    def _settled(self) -> OptState:
-        """The state's shapes and element types, such that an update returns what it was given."""
-        rates = tuple(0.0 for _ in self.rate_paths)
-        state = jax.eval_shape(lambda leaves: self._rule(rates).init(leaves), self._grads)
-        for _ in range(_PROMOTIONS_MAX):
-            new = jax.eval_shape(self._once, rates, self._grads, state)
-            if _form(new) == _form(state):
-                return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-            state = new
-        raise TypeError("the update changes the structure, shape or type of its state at every step")
-
-    def _once(self, rates: tuple[float, ...], grads: list[Any], state: OptState) -> OptState:
-        extras = {OPTAX_EXTRAS[name]: 0.0 for name in self.extras}
-        return self._rule(rates).update(grads, state, rule.Call(0, True, extras))
+    def _check_names(self, made: cut.Cut, kernels: dict[tuple[int, int], Kernel], few: Kernel) -> None:
+        """Raises UnfitError where the arrays of single leaves are not, by name, those of several together."""
+        kinds = {leaf: span for span in made.spans for leaf in span.leaves}
+        named = few.names([self.tree.leaves[leaf].name for leaf in few.positions])
+        together = {(name, array.shape) for name, array in zip(named, few.arrays, strict=True)}
+        alone: set[tuple[str, tuple[int, ...]]] = set()
+        for leaf in few.positions:
+            span = kinds[leaf]
+            each = kernels[span.kind, span.blocks[0].parts[0].size if made.is_flat else 0]
+            for name, array in zip(each.templates, each.arrays, strict=True):
+                shape = self.tree.leaves[leaf].shape if made.is_flat and array.shape else array.shape
+                alone.add((_filled(name, self.tree.leaves[leaf].name), shape))
+        if together != alone:
+            raise kernel.UnfitError(f"arrays of single leaves have other names: {sorted(together ^ alone)[:4]}")
 
 
-# Compilers at work at once, in the whole process: specs that take long must not take every thread and all memory.
-_COMPILERS = threading.BoundedSemaphore(4)
-_COMPILER_WAIT_S = 60.0
+def _sizes(made: cut.Cut, span: cut.Span, is_skippable: bool) -> list[int]:
+    """The sizes of a span's flat blocks, also after it is split; 0 where blocks are not flat."""
+    if not made.is_flat:
+        return [0]
+    sizes = {block.parts[0].size for block in span.blocks}
+    return sorted(sizes | {cut.SMALL} if is_skippable else sizes)
 
 
-@contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    if not _COMPILERS.acquire(timeout=_COMPILER_WAIT_S):
-        raise errors.LimitError(
-            f"other updates have been compiling for {_COMPILER_WAIT_S:.0f} s", subject="compilers", retry_after_s=1.0
-        )
-    try:
-        yield
-    finally:
-        _COMPILERS.release()
+def _held_bytes(made: cut.Cut, kernels: dict[tuple[int, int], Kernel]) -> int:
+    total = 0
+    for span in made.spans:
+        for position, block in enumerate(span.blocks):
+            each = kernels[span.kind, block.parts[0].size if made.is_flat else 0]
+            arrays = (*each.own, *each.common) if position == 0 else each.own
+            total += sum(kernel.nbytes(each.arrays[at]) for at in arrays)
+    return total
 
 
-def _with_added(
-    call: rule.Call, state: OptState, new: OptState, read: Callable[[OptState], list[Any]]
-) -> tuple[OptState, list[Any]]:
-    """The new state, and what its update added to the parameters: the optimizer's own word, or the difference.
+def _verdicts(spec: specs.Spec, names: tuple[str, ...]) -> Sequence[Hashable]:
+    """What masks, groups and positions of a checked spec say of each leaf."""
+    columns: list[Sequence[Hashable]] = []
+    for path, value, takes in checks.by_takes(spec, build.CATALOGUE):
+        if takes == "mask" and not isinstance(value, bool):
+            columns.append(patterns.mask(value, names, path))
+        elif takes == "groups":
+            columns.append(patterns.groups(tuple(pattern for pattern, _ in value), names, path))
+        elif takes == "positions":
+            columns.append(value.numbers)
+    return list(zip(*columns, strict=True)) if columns else [()] * len(names)
 
-    A difference is rounded; parameters in the state become the old ones plus it, as whoever adds it elsewhere has them.
-    """
-    before, after = read(state), read(new)
-    if call.added is not None:
-        return new, rule.like(call.added, before)
-    added = [rule.rounded(b - a, call.index) for a, b in zip(before, after, strict=True)]
-    sums = {id(b): a + change for a, b, change in zip(before, after, added, strict=True)}
-    return jax.tree.map(lambda leaf: sums.get(id(leaf), leaf), new), added
+
+def _filled(template: str, leaf: str | None) -> str:
+    """A name for a leaf; that of a tree which is a single array is empty."""
+    return template.replace(LEAF, leaf) if leaf else template.replace(f"/{LEAF}", "")
 
 
 def _inside_accumulation(spec: specs.Spec) -> bool:
@@ -345,53 +453,7 @@ def _inside_accumulation(spec: specs.Spec) -> bool:
     return any("accumulate.optimizer" in path for path in skips)
 
 
-def _unscaled(g: Any, scale: Any) -> Any:
-    """A gradient divided by what it was multiplied by, in 32 bits at least: 65,536 is infinite in f16."""
-    wide = jnp.promote_types(g.dtype, jnp.float32)
-    return g.astype(wide) / jnp.asarray(scale, wide)
-
-
-def _kept(new: Any, old: Any) -> Any:
-    """A part of the state in the element type that it has for good."""
-    if jnp.issubdtype(old.dtype, jax.dtypes.extended):
-        return new
-    return lax.convert_element_type(new, old.dtype)
-
-
-def _form(state: OptState) -> tuple[Any, list[Any]]:
-    """Structure, shapes and element types."""
-    leaves, structure = jax.tree.flatten(state)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-
-def _owned(state: OptState, like: OptState) -> OptState:
-    """A first state of the shapes and element types of ``like``, in which no two arrays share memory."""
-    seen: set[int] = set()
-
-    def own(leaf: Any, kind: Any) -> Any:
-        if jnp.issubdtype(kind.dtype, jax.dtypes.extended):
-            return leaf
-        array = jnp.reshape(lax.convert_element_type(leaf, kind.dtype), kind.shape)
-        if id(array) in seen:
-            array = jnp.array(array, copy=True)
-        seen.add(id(array))
-        return array
-
-    return jax.tree.map(own, state, like)
-
-
-def _bytes(leaf: Any) -> int:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # a key of randomness
-        return 8
-    return int(leaf.size * leaf.dtype.itemsize)
-
-
-@contextlib.contextmanager
-def _refusing(spec: specs.Spec) -> Iterator[None]:
-    """Turns what tracing raises into an error of the request: the rule cannot take these shapes."""
-    try:
-        yield
-    except errors.OptwireError:
-        raise
-    except (TypeError, ValueError, ArithmeticError, AssertionError, IndexError, NotImplementedError) as exc:
-        raise errors.TreeError(f"{spec.name} cannot take these parameters: {exc}"[:800], got=str(exc)[:200]) from exc
+def _over(what: str, count: int, most: int, why: str = "") -> errors.LimitError:
+    return errors.LimitError(
+        f"{what}: {count}, expected at most {most}{why}", subject=what, expected=f"at most {most}", got=str(count)
+    )

@@ -10,7 +10,8 @@ therefore serves several programs:
         return new, reducer.partials
 
 - Partial program `k` of R returns `partials[k]` alone, needs no more of `reduced` than the first `k`, donates nothing.
-- `combine` adds what it gave for each block, in the order of blocks, on the host: that is `reduced[k]`.
+- `combine` adds what it gave for each block, in the order of blocks, on the host: that is `reduced[k]`. Partials are of
+  64 bits in every program, sums of those that the program has.
 - The apply program takes all of `reduced` and returns the new state.
 
 R is the number of partials of a trace with `reducing(())`, whose sums are zeros; it depends on the variant, and must be
@@ -25,6 +26,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
@@ -32,38 +35,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 
-# Sums are taken in so many columns first. XLA would otherwise give each of its threads a part of the elements, and the
-# last bit would depend on how many there are; it parallelises over columns, whose sums do not.
-_COLUMNS: Final = 1024
+# Arrays are folded, half onto half, until so many elements are left, and these are added in 64 bits. XLA gives each of
+# its threads a part of the elements of a reduction, so that the last bit depends on how many there are; with additions
+# of whole arrays it has no choice. And a sum so wide is rounded once, all but the same however leaves are cut.
+_FOLDED: Final = 4096
 
 
 class Reducer:
     """What takes the partials of one trace.
 
     Attributes:
-      partials: the block's part of each sum, in the order the rule asked for them. shape=(), of ``dtype()``, each
+      partials: the block's part of each sum, in the order the rule asked for them. shape=(), float64, each
       values: what was summed, of all the sums, before any padding was masked; one or more arrays a sum.
+      reduced: the sums.
+      valid: how many elements of the block count.
     """
 
     def __init__(self, reduced: Sequence[Any], valid: Any) -> None:
         self.partials: list[Any] = []
         self.values: list[Any] = []
-        self._reduced = tuple(reduced)
+        self.reduced = tuple(reduced)
         self.valid = valid
-        self._trace = jax.core.get_opaque_trace_state()
+        self._trace = core.get_opaque_trace_state()
 
     @property
     def is_inside(self) -> bool:
         """Whether the trace that is running is one inside that of the reducer, whose values cannot leave it."""
-        return bool(jax.core.get_opaque_trace_state() != self._trace)
+        return bool(core.get_opaque_trace_state() != self._trace)
 
-    def total(self, arrays: Sequence[Any]) -> Any:
-        """The sum over all blocks of arrays of this one."""
+    def total(self, arrays: Sequence[Any], values: Sequence[Any]) -> Any:
+        """The sum over all blocks of arrays of this one, which are made of values."""
         position = len(self.partials)
-        self.values.extend(arrays)
+        self.values.extend(values)
         self.partials.append(_local(arrays, self.valid))
-        return jnp.asarray(self._reduced[position] if position < len(self._reduced) else 0, dtype())
+        return jnp.asarray(self.reduced[position] if position < len(self.reduced) else 0, dtype())
 
 
 _active: contextvars.ContextVar[Reducer | None] = contextvars.ContextVar("reducer", default=None)
@@ -96,6 +103,20 @@ def alone() -> Iterator[None]:
         _active.reset(token)
 
 
+@contextlib.contextmanager
+def repeating() -> Iterator[None]:
+    """Gives the sums of the update again, from the first one on, and takes no partials: for what its first stage did.
+
+    For figures, which are made after the update, of the gradients that it was given.
+    """
+    active = _active.get()
+    token = _active.set(active and Reducer(active.reduced, active.valid))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
 def summed(arrays: Sequence[Any]) -> Any:
     """The sum of all elements of some arrays, over all leaves of the session that the rule is given.
 
@@ -105,10 +126,7 @@ def summed(arrays: Sequence[Any]) -> Any:
     Returns:
       The sum, taken in 32 bits at least. shape=(), of ``dtype()``
     """
-    reducer = _active.get()
-    if reducer is None or reducer.is_inside:
-        return jnp.asarray(_local(arrays, None), dtype())
-    return reducer.total(arrays)
+    return _crossing(arrays, arrays)
 
 
 def square_norm(leaves: Sequence[Any]) -> Any:
@@ -118,17 +136,20 @@ def square_norm(leaves: Sequence[Any]) -> Any:
 
 def all_finite(leaves: Sequence[Any]) -> Any:
     """Whether every element of every floating array is finite, over all leaves. shape=(), bool"""
-    floating = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return summed([~jnp.isfinite(leaf) for leaf in floating]) == 0
+    flags = [~jnp.isfinite(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    # One pass for all arrays of a shape: most are the slots and gradients of one block.
+    shapes = dict.fromkeys(flag.shape for flag in flags)
+    merged = [functools.reduce(operator.or_, (flag for flag in flags if flag.shape == shape)) for shape in shapes]
+    return _crossing(merged, flags) == 0
 
 
 def partial(arrays: Sequence[Any]) -> Any:
-    """The sum of all elements of some arrays that are not padding, of this block or tree alone.
+    """The sum of all elements of some arrays that are not padding, of this block or tree alone. shape=(), float64
 
     For figures that leave the apply program and are added afterwards: the rule cannot have their sum.
     """
     reducer = _active.get()
-    return jnp.asarray(_local(arrays, reducer.valid if reducer else None), dtype())
+    return _local(arrays, reducer.valid if reducer else None)
 
 
 def square(leaf: Any) -> Any:
@@ -143,13 +164,14 @@ def dtype() -> Any:
     return jnp.result_type(float)
 
 
-def combine(partials: Iterable[Any]) -> np.floating[Any]:
-    """Partials added one after the other, in their element type; 0 in float32 for none of them."""
-    total: Any = None
-    for value in map(np.asarray, partials):
-        total = value[()] if total is None else (total + value)[()]
-    with_type: np.floating[Any] = np.float32(0) if total is None else total
-    return with_type
+def combine(partials: Iterable[Any], kind: Any) -> np.generic:
+    """The sum of partials, added one after the other in 64 bits, as an operand of the element type of ``dtype()``."""
+    total = np.float64(0)
+    for value in partials:
+        total += np.float64(value)
+    with np.errstate(over="ignore"):
+        operand: np.generic = total.astype(kind)
+    return operand
 
 
 def opaque(update: Callable[[Any, Any], Any], grads: Any, state: Any) -> tuple[Callable[[Any, Any], Any], Any]:
@@ -174,13 +196,20 @@ def opaque(update: Callable[[Any, Any], Any], grads: Any, state: Any) -> tuple[C
     return seen, (state, values)
 
 
+def _crossing(arrays: Sequence[Any], values: Sequence[Any]) -> Any:
+    reducer = _active.get()
+    if reducer is None or reducer.is_inside:
+        return jnp.asarray(_local(arrays, None), dtype())
+    return reducer.total(arrays, values)
+
+
 def _local(arrays: Sequence[Any], valid: Any) -> Any:
-    """The sum of the elements at hand. A number that is no tracer where there are none."""
-    kind = dtype()
-    total: Any = np.zeros((), kind)
+    """The sum of the elements at hand. A number that is no tracer where there are none. shape=(), float64"""
+    total: Any = np.float64(0)
     for position, array in enumerate(arrays):
-        own = _sum(_masked(array, valid)).astype(kind)
-        total = own if position == 0 else total + own
+        own = _sum(_masked(array, valid))
+        with jax.enable_x64(True):
+            total = own if position == 0 else total + own
     return total
 
 
@@ -193,12 +222,18 @@ def _masked(array: Any, valid: Any) -> Any:
 
 
 def _sum(array: Any) -> Any:
-    """The sum of all elements, the same whatever the number of threads."""
-    if array.size <= _COLUMNS:
-        return jnp.sum(array)
+    """The sum of all elements, the same whatever the number of threads. shape=(), float64"""
     flat = array.reshape(-1)
-    whole = flat.size // _COLUMNS * _COLUMNS
-    # The barrier keeps XLA from making one reduction of the two.
-    columns = lax.optimization_barrier(jnp.sum(flat[:whole].reshape(-1, _COLUMNS), axis=0))
-    total = jnp.sum(columns)
-    return total if whole == flat.size else total + jnp.sum(flat[whole:])
+    whole = flat.size // _FOLDED * _FOLDED
+    parts = [flat[whole:]] if whole < flat.size or not whole else []
+    rows = flat[:whole].reshape(-1, _FOLDED)
+    while rows.shape[0] > 1:
+        if rows.shape[0] % 2:
+            parts.append(rows[-1])
+        half = rows.shape[0] // 2
+        rows = rows[:half] + rows[half : 2 * half]
+    parts.extend(rows)
+    with jax.enable_x64(True):
+        # The barrier keeps XLA from doing the additions above in 64 bits, too, at four times the cost.
+        wide = [lax.convert_element_type(lax.optimization_barrier(part), np.float64) for part in parts]
+        return sum((jnp.sum(part) for part in wide[1:]), jnp.sum(wide[0]))

@@ -15,6 +15,8 @@ import optax
 import optax.contrib
 from jax import lax
 
+from optwire_server.engine import reductions
+
 Leaves = list[Any]
 State = Any
 
@@ -227,7 +229,7 @@ def on_nonfinite(rule: Rule, policy: str) -> Rule:
             return Guarded(taken + 1, rule.update(grads, inner, call))
         new = rule.update(grads, inner, dataclasses.replace(call, index=taken))
         # Parameters may be narrower than the state: what master weights hold can be infinite in f16.
-        finite = all_finite([*grads, *jax.tree.leaves(new), *rule.params(new)])
+        finite = reductions.all_finite([*grads, *jax.tree.leaves(new), *rule.params(new)])
         call.notes["finite"] = finite & call.notes.get("finite", True)
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, inner)
         return Guarded(taken + finite.astype(taken.dtype), kept)
@@ -312,12 +314,6 @@ def rounded(leaf: Any, index: Any) -> Any:
         return leaf
     bits = lax.bitcast_convert_type(leaf, f"uint{leaf.dtype.itemsize * 8}")
     return lax.bitcast_convert_type(bits ^ (jnp.asarray(index) < 0).astype(bits.dtype), leaf.dtype)
-
-
-def all_finite(leaves: Sequence[Any]) -> Any:
-    """Whether every element of every floating leaf is finite. shape=(), bool"""
-    floating = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floating]).all() if floating else jnp.array(True)
 
 
 def like(leaves: Leaves, others: Leaves) -> Leaves:

@@ -43,9 +43,19 @@ def clip_grads(grad_tree: Tree, max_norm: Scalar) -> Tree:
         The gradients in the same structure, shapes and dtypes.
     """
     with own_precision(*jax.tree.leaves(grad_tree)):
-        norm = l2_norm(grad_tree)
-        limit = scalar_like(max_norm, norm)
-        return jax.tree.map(lambda g: _scaled(g, norm < limit, limit / norm), grad_tree)
+        return clip_by_norm(grad_tree, l2_norm(grad_tree), max_norm)
+
+
+def clip_by_norm(grad_tree: Tree, norm: jax.Array, max_norm: Scalar) -> Tree:
+    """The same as `clip_grads` where the length is known already, such as that of more gradients than are at hand.
+
+    Args:
+        grad_tree: arrays of any shapes.
+        norm: the length, shape ().
+        max_norm: the greatest length allowed; a positive scalar.
+    """
+    limit = scalar_like(max_norm, norm)
+    return jax.tree.map(lambda g: _scaled(g, norm < limit, limit / norm), grad_tree)
 
 
 def _scaled(g: Any, fits: jax.Array, factor: jax.Array) -> Any:

@@ -562,7 +562,9 @@ def _lifted(
             c = lax.optimization_barrier(made[i if alone else 0][0])
             moved.append(_moved(element, -g if maximize else g, x, own, c))
         afters = [(step + 1, *after) for (step, *_), (_, after) in zip(counts, made, strict=True)]
-        after = [list(numbers) for numbers in zip(*afters, strict=True)] if alone else afters[0]
+        after = afters[0] if afters else [[] for _ in shared]  # of a rule that keeps each leaf by itself, and has none
+        if alone and afters:
+            after = [list(numbers) for numbers in zip(*afters, strict=True)]
         arrays = {name: [own[k] for _, own in moved] for k, name in enumerate(kept)}
         return [x for x, _ in moved], slots._replace(**dict(zip(("step", *scalars), after, strict=True)), **arrays)
 

@@ -25,10 +25,13 @@ def next_begin(messages: Iterator[Any]) -> Any:
       MalformedRequestError: another frame came.
     """
     message = next(messages, None)
-    if message is not None:
-        _expect(message, "begin")
-        return message.begin
-    return None
+    return None if message is None else begin_of(message)
+
+
+def begin_of(message: Any) -> Any:
+    """The content of a frame that must be a begin; raises MalformedRequestError where it is another."""
+    _expect(message, "begin")
+    return message.begin
 
 
 def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream) -> sessions.Digest:
@@ -42,7 +45,7 @@ def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream)
             stream.progressed()
             chunk = convert.chunk_of(message)
             if chunk is not None:
-                lent.write(chunk.offset, _chunk_data(chunk))
+                lent.write(chunk.offset, chunk_data(chunk))
             else:
                 _expect(message, "end")
                 return convert.end_from_proto(message.end)
@@ -51,8 +54,18 @@ def land(messages: Iterator[Any], lent: landing.Landing, stream: streams.Stream)
     )
 
 
+def end(messages: Iterator[Any], stream: streams.Stream) -> sessions.Digest:
+    """The digest of the end frame that must follow the begin of a push whose payload does not travel."""
+    with stream.transferring():
+        message = next(messages, None)
+    if message is None:
+        raise errors.MalformedRequestError("the stream ended before the push did", expected="end", got="end of stream")
+    _expect(message, "end")
+    return convert.end_from_proto(message.end)
+
+
 def _expect(message: Any, kind: str) -> None:
-    came = "chunk" if convert.chunk_of(message) else message.WhichOneof("frame")
+    came = convert.kind_of(message)
     if came != kind:
         raise errors.MalformedRequestError(
             f"frame {came or 'without content'!r}, expected {kind!r}",
@@ -62,7 +75,8 @@ def _expect(message: Any, kind: str) -> None:
         )
 
 
-def _chunk_data(chunk: convert.Chunk) -> memoryview:
+def chunk_data(chunk: convert.Chunk) -> memoryview:
+    """The bytes of a chunk; raises LimitError, UnsupportedError where it cannot be taken."""
     data = chunk.data
     if len(data) > limits.CHUNK_BYTES_MAX:
         raise errors.LimitError(

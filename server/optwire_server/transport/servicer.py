@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 
 import optwire_server
-from optwire_proto import convert, errors, limits, payloads, sessions
+from optwire_proto import codecs, convert, errors, limits, sessions
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
@@ -19,7 +19,7 @@ from optwire_server import live, waiting
 from optwire_server import registry as registries
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.transport import frames, streams
+from optwire_server.transport import frames, stages, streams
 
 F = TypeVar("F")
 
@@ -33,11 +33,13 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         engine: engines.Engine,
         table: streams.StreamTable,
         config: ServerConfig,
+        handover_path: str = "",
     ) -> None:
         self._registry = registry
         self._engine = engine
         self._streams = table
         self._config = config
+        self._handover_path = handover_path
 
     def register(self, server: grpc.Server) -> None:
         """Adds the service to a server that has not started."""
@@ -61,7 +63,14 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 "landing_bytes_max": self._config.landing_bytes_max,
             },
             catalogue=self._engine.catalogue,
-            features=("stream", "unary", "sync", *(("programs",) if self._config.allow_programs else ())),
+            features=(
+                "stream",
+                "unary",
+                "sync",
+                *(("shared_memory",) if self._handover_path else ()),
+                *(("programs",) if self._config.allow_programs else ()),
+            ),
+            handover_path=self._handover_path,
         )
         return convert.server_to_proto(info)
 
@@ -172,23 +181,30 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         return pb.LoadStateResponse(session=_without_tree(info))
 
     def Step(self, request: pb.StepRequest, context: grpc.ServicerContext) -> pb.StepResponse:
+        return self._whole(request, self._streams.waiting(context.cancel), context)
+
+    def _whole(
+        self, request: pb.StepRequest, wait: contextlib.AbstractContextManager[None], context: grpc.ServicerContext
+    ) -> pb.StepResponse:
+        """A push and its reply in one message each."""
         key, options = convert.push_from_proto(request.begin)
         if not request.HasField("digest"):
             raise errors.PayloadError("push without a digest", subject="digest", expected="a digest", got="nothing")
-        most = limits.UNARY_PAYLOAD_BYTES_MAX
+        slot = convert.slot_from_proto(request.begin)
+        most = 0 if slot else limits.UNARY_PAYLOAD_BYTES_MAX
         if len(request.payload) > most:
             raise errors.LimitError(
-                f"payload of {len(request.payload)} bytes in a unary Step, expected at most {most}; use StreamSteps",
+                f"payload of {len(request.payload)} bytes in one message, expected at most {most}; send it in chunks",
                 subject="payload",
                 expected=f"at most {most} bytes",
                 got=str(len(request.payload)),
             )
-        with self._registry.pushing(key, options, payload_bytes_max=most) as push:
+        with self._registry.pushing(key, options, payload_bytes_max=most or None, slot=slot) as push:
             if request.payload:
                 push.landing.write(0, request.payload)
             digest = convert.digest_from_proto(request.digest)
-            reply = self._pushed(push, digest, self._streams.waiting(context.cancel), context)
-        payload = b"".join(payloads.pieces(reply.params))
+            reply = self._pushed(push, digest, wait, context)
+            payload = b"".join(map(b"".join, codecs.payload_views(reply.codec, reply.params)))
         length = tensor_pb.PayloadDigest(length=len(payload))
         return pb.StepResponse(ack=convert.ack_to_proto(reply.ack), payload=payload, digest=length)
 
@@ -196,19 +212,37 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         self, request_iterator: Iterator[pb.StreamStepsRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.StreamStepsResponse]:
         with self._streams.open(context.cancel) as stream:
-            while (begin := frames.next_begin(request_iterator)) is not None:
-                with stream.busy():
-                    key, options = convert.push_from_proto(begin)
-                    with self._registry.pushing(key, options) as push:
-                        digest = frames.land(request_iterator, push.landing, stream)
-                        reply = self._pushed(push, digest, stream.waiting(), context)
-                        # The landing stays lent until the reply is out: its bytes stand for the reply's.
+            while (start := next(request_iterator, None)) is not None:
+                if convert.kind_of(start) == "whole":
+                    with stream.busy():
+                        whole = self._whole(start.whole, stream.waiting(), context)
                         with stream.transferring():
-                            yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
-                            yield from _payload(reply.params, pb.StreamStepsResponse, stream)
+                            yield pb.StreamStepsResponse(whole=whole)
+                else:
+                    yield from self._framed(start, request_iterator, stream, context)
                 if self._streams.draining:
                     yield pb.StreamStepsResponse(go_away=pb.GoAway(reason="DRAINING"))
                     return
+
+    def _framed(
+        self,
+        start: pb.StreamStepsRequest,
+        messages: Iterator[pb.StreamStepsRequest],
+        stream: streams.Stream,
+        context: grpc.ServicerContext,
+    ) -> Iterator[pb.StreamStepsResponse | bytes]:
+        """A push and its reply in frames."""
+        begun = stages.begun(start, messages, self._registry, stream, context.cancel)
+        with begun as (begin, stage), stream.busy():
+            key, options = convert.push_from_proto(begin)
+            slot = convert.slot_from_proto(begin)
+            with self._registry.pushing(key, options, stage=stage, slot=slot) as push:
+                digest = frames.end(messages, stream) if slot else frames.land(messages, push.landing, stream)
+                reply = self._pushed(push, digest, stream.waiting(), context)
+                # The landing stays lent until the reply is out: its bytes stand for the reply's.
+                with stream.transferring():
+                    yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
+                    yield from _payload(reply.params, pb.StreamStepsResponse, stream, reply.codec)
 
     def _pushed(
         self,
@@ -238,10 +272,15 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         raise _not_served("RollbackSession")
 
 
-def _payload(params: list[np.ndarray[Any, Any]], response: Callable[..., F], stream: streams.Stream) -> Iterator[F | bytes]:
+def _payload(
+    params: list[np.ndarray[Any, Any]],
+    response: Callable[..., F],
+    stream: streams.Stream,
+    codec: codecs.Codec = codecs.RAW,
+) -> Iterator[F | bytes]:
     """Chunks and the end of the parameters; empties ``params``."""
     offset = 0
-    for piece in payloads.views(params):
+    for piece in codecs.payload_views(codec, params):
         length = sum(view.nbytes for view in piece)
         yield convert.chunk_to_wire(offset, piece)
         offset += length

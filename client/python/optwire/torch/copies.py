@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import copy
+import weakref
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
 
 from optwire.torch import amp as amps
+from optwire.torch import overlap as overlaps
 from optwire.torch import ranks, recipes, remote
 from optwire_proto import errors, sessions
 
@@ -30,12 +32,14 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
     """An optimizer with a session that copies do not share, until they are told to."""
 
     _remote: remote.Remote
+    _overlap: overlaps.Overlap | None
     _recipe: recipes.Recipe
     _amp: str
     _distributed: str | None
     _is_detached: bool
     _pending: dict[str, Any] | None
     _rejoined: dict[str, Any] | None
+    _last: ranks.Outcome
 
     @abc.abstractmethod
     def _show_handles(self) -> None:
@@ -58,9 +62,31 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
             self._remote.name = sessions.check_name(session)
         self._is_detached = False
 
+    def synchronize(self) -> None:
+        """Waits for the push that is on its way, and writes the new parameters; with ``overlap=True`` only.
+
+        Raises:
+          OptwireError: what ``step`` would have raised.
+        """
+        if self._overlap is not None:
+            self._overlap.wait()
+            if self._overlap.outcome.ack is not None:
+                self._last = self._overlap.outcome
+
     def close(self) -> None:
         """Releases the session's handle, and the connection where it was made from ``target``. The session lives on."""
-        self._remote.close()
+        try:
+            self.synchronize()
+        finally:
+            if self._overlap is not None:
+                self._overlap.remove()
+            self._remote.close()
+
+    def _set_up_overlap(self) -> None:
+        """For a new optimizer with ``overlap=True``: watches its parameters, for as long as it lives."""
+        self._overlap = overlaps.Overlap(self._remote)
+        weakref.finalize(self, self._overlap.end)
+        self._overlap.watch()
 
     def __enter__(self) -> Self:
         return self
@@ -71,6 +97,7 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
         self._show_handles()
         return {
             **super().__getstate__(),
@@ -82,12 +109,15 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
             "_name": self._remote.name,
             "_known": self._remote.hyperparams.known,
             "_leaf_names": [leaf.name for leaf in self._remote.leaves],
+            "_overlaps": self._overlap is not None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         way, name, names, loaded = (state.pop(key) for key in ("_way", "_name", "_leaf_names", "_loaded"))
         known, origin, unsent = (state.pop(key) for key in ("_known", "_origin", "_unsent"))
+        overlaps_too = state.pop("_overlaps")
+        self._overlap = None
         super().__setstate__(state)
         amps.mark(self, self._amp, self._distributed)
         self._last = ranks.Outcome()
@@ -97,6 +127,8 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
         self._pending = self._rejoined = None
         self._name_leaves()
         self._remote.leaves = [leaf._replace(name=own) for leaf, own in zip(self._remote.leaves, names, strict=True)]
+        if overlaps_too:
+            self._set_up_overlap()
 
     def __copy__(self) -> Self:
         return self._detached(self.__getstate__())

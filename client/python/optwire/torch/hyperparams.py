@@ -74,7 +74,7 @@ class Hyperparams:
         served = self._recipe.served([knobs[at] for at in range(len(kinds))], kinds)
         edits = self.edits(groups)
         self.known = self._begun(groups) | served
-        _show(groups, {key: value for key, value in served.items() if key not in edits})
+        show(groups, {key: value for key, value in served.items() if key not in edits})
         first = (min(kind.group for kind in kinds), translation.RATE)
         self._scheduled = None if first in served else first
         self._pending = tuple(c.from_step for c in session.info().changes if c.from_step > described.step)
@@ -89,7 +89,7 @@ class Hyperparams:
         keys = list(self.known) if isinstance(self._recipe, recipes.Given) else [self._scheduled]
         new = {key: (rate,) for key in keys if key is not None and not _is_close(self.known.get(key), rate)}
         self.known = self.known | new
-        _show(groups, new)
+        show(groups, new)
 
     def _begun(self, groups: recipes.Groups) -> recipes.Values:
         """What a session has in effect that begins with these groups; a schedule owns what it said last."""
@@ -104,7 +104,8 @@ def _is_close(value: tuple[float, ...] | None, rate: float) -> bool:
     return value is not None and np.float32(value[0]) == np.float32(rate)
 
 
-def _show(groups: recipes.Groups, values: Mapping[tuple[int, str], tuple[float, ...]]) -> None:
+def show(groups: recipes.Groups, values: Mapping[tuple[int, str], tuple[float, ...]]) -> None:
+    """Writes values into the groups, in the form that theirs have."""
     for (index, name), value in values.items():
         group = groups[index]
         if recipes.floats(group[name], name, len(value)) == value:

@@ -64,6 +64,11 @@ class Link:
         return self._session
 
     @property
+    def tree(self) -> trees.TreeSpec | None:
+        """Of the session."""
+        return self._tree
+
+    @property
     def client(self) -> _client.Client:
         """The user's client, or one of our own, which ends with us."""
         self._leave_parent()

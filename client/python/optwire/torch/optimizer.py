@@ -36,7 +36,7 @@ class RemoteOptimizer(copies.Detachable):
         model gets its parameters. None: the server makes a name.
       distributed: where several processes train together: "replicated" (gradients are averaged; rank 0 pushes) or
         "workers" (each rank pushes its own, the server averages).
-      overlap: not served yet.
+      overlap: whether gradients go up while backward runs, and parameters come down until they are needed.
       amp: who divides by the scale of a ``GradScaler``: the "client", as torch does, or the "server".
       missing_grad: what None in the place of a gradient means: "skip" leaves parameter and slots alone; "error".
       state: what ``state_dict`` holds: a "handle" on the session, or the "full" state in torch's layout.
@@ -49,7 +49,7 @@ class RemoteOptimizer(copies.Detachable):
     Raises:
       TypeError: an argument that the optimizer does not have, or as torch raises it.
       ValueError: a value that torch refuses; as InvalidArgumentError where the refusal is ours.
-      UnsupportedError: what is not served: some optimizers of torch, ``overlap``, ``distributed="shards"``.
+      UnsupportedError: what is not served: some optimizers of torch, ``distributed="shards"``.
       SpecError, TreeError: a text that is no spec; a parameter that cannot be served.
     """
 
@@ -74,12 +74,14 @@ class RemoteOptimizer(copies.Detachable):
         telemetry: bool = False,
         **arguments: Any,
     ) -> None:
-        if overlap:
+        self._distributed = ranks.check(distributed)
+        if overlap and self._distributed == "replicated":
             raise errors.UnsupportedError(
-                "overlap=True: sending gradients while backward runs comes with the data plane; leave it out",
+                "overlap=True with distributed='replicated': gradients are averaged after they were accumulated, when "
+                "they would have gone up already; leave overlap out, or use distributed='workers'",
                 subject="overlap",
             )
-        self._distributed = ranks.check(distributed)
+        self._overlap = None
         self._form = _one_of("state", state, _FORMS)
         self._amp = _one_of("amp", amp, amps.CHOICES)
         self._missing_grad = _one_of("missing_grad", missing_grad, gradients.MISSING)
@@ -100,6 +102,8 @@ class RemoteOptimizer(copies.Detachable):
         )
         amps.mark(self, self._amp, self._distributed)
         super().__init__(params, dict(self._recipe.defaults))
+        if overlap:
+            self._set_up_overlap()
         if session is not None:
             self._find()
 
@@ -125,6 +129,7 @@ class RemoteOptimizer(copies.Detachable):
         """
         self._check_attached()
         self._distributed = ranks.check(self._distributed)
+        self.synchronize()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -132,6 +137,8 @@ class RemoteOptimizer(copies.Detachable):
         with amps.cleared(self):
             scale = amps.scale(self, self._amp, self._distributed, self._parameters())
             if scale is None:
+                if self._overlap is not None:
+                    self._overlap.skip()
                 return loss
             told = gradients.loss(loss, is_wanted=self._recipe.wants_loss)
             if self._distributed == "replicated":
@@ -150,6 +157,8 @@ class RemoteOptimizer(copies.Detachable):
           DetachedError: a copy that was not attached.
         """
         self._check_attached()
+        if self._overlap is not None:
+            self._overlap.abandon()
         if self._distributed == "replicated":
             ranks.from_rank_0(lambda: ranks.Outcome(written=self._pull()), self._parameters())
         else:
@@ -165,12 +174,19 @@ class RemoteOptimizer(copies.Detachable):
         self._check_attached()
         if self._follows:
             raise errors.DetachedError("distributed='replicated': rank 0 has the session, the others have none")
+        self.synchronize()
         return self._open()
 
     @property
     def last_reply(self) -> sessions.Ack | None:
         """What the server said to the last push: ``step``, ``durable_step``, ``learning_rate``, ``metrics``."""
+        self.synchronize()
         return self._last.ack
+
+    @property
+    def resent_bytes(self) -> int:
+        """Bytes of gradients that ``overlap=True`` sent in vain so far, as they were changed before ``step``."""
+        return self._overlap.resent_bytes if self._overlap is not None else 0
 
     @property
     def _follows(self) -> bool:
@@ -188,6 +204,9 @@ class RemoteOptimizer(copies.Detachable):
         if not self._allow_zero:
             gradients.refuse_phantom(self.param_groups, grads)
         is_new = self._remote.session is None
+        if self._overlap is not None and not is_new:
+            self._overlap.push(self.param_groups, grads, grad_scale=grad_scale, loss=loss, telemetry=self._telemetry)
+            return ranks.Outcome()
         written = self._remote.push(
             self.param_groups, grads, grad_scale=grad_scale, loss=loss, telemetry=self._telemetry
         )
@@ -230,6 +249,7 @@ class RemoteOptimizer(copies.Detachable):
           InvalidArgumentError: a value that cannot be meant, or with a spec, any value at all.
           TreeError: a name that there is already, or a parameter that cannot be served.
         """
+        self.synchronize()
         self._settle()
         if self._rejoined is not None and _ids(param_group) == _ids(self._rejoined):
             self._rejoined = None  # the call before this one did it
@@ -279,6 +299,7 @@ class RemoteOptimizer(copies.Detachable):
         """A handle on the session as it is, small and of plain types; ``full_state_dict`` with ``state="full"``."""
         if self._form == "full":
             return self.full_state_dict()
+        self.synchronize()
         self._show_handles()
         return super().state_dict()
 
@@ -290,6 +311,7 @@ class RemoteOptimizer(copies.Detachable):
         """
         if self._follows:
             raise errors.DetachedError("full_state_dict: distributed='replicated', and rank 0 has the session")
+        self.synchronize()
         self._settle()
         handles, slots = self.state, self._remote.slots()
         try:
@@ -310,6 +332,7 @@ class RemoteOptimizer(copies.Detachable):
           OutOfStepError: a handle of another step than the session's.
           InvalidArgumentError: a handle of another session.
         """
+        self.synchronize()
         self._settle()
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

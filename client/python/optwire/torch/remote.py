@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optwire import _session
-from optwire.torch import arrays, checkpoints, fit, leaves, link, ranks, recipes
+from optwire.torch import arrays, checkpoints, fit, hyperparams, leaves, link, ranks, recipes
 from optwire_proto import errors, tensors, trees
 
 
@@ -258,6 +258,22 @@ class Remote(link.Link):
           StaleStepError: the session has other parameters than the gradients were computed on.
           TreeMismatchError: there are more parameters, or less, or one of another element type.
         """
+        session, tree, edits, changes = self.prepare(groups)
+        nest = trees.unflatten(tree, [grads.get(leaf.name) for leaf in tree.leaves])
+        self.hyperparams.sent(edits)
+        pushed = session.step(nest, loss=loss, grad_scale=grad_scale, hyperparams=changes, telemetry=telemetry)
+        written = self._write(trees.match(tree, pushed, "params"), only=grads.keys())
+        self.follow(groups, edits)
+        return written
+
+    def prepare(
+        self, groups: recipes.Groups
+    ) -> tuple[_session.Session, trees.TreeSpec, recipes.Values, dict[str, float]]:
+        """All that comes before a push; raises as ``push`` does.
+
+        Returns:
+          The session, its tree, the edits that are to go up, and the hyperparameters that they change there.
+        """
         is_new, self._is_surprised = self.session is None, False
         session = self.open(groups)
         if is_new and self._is_surprised:
@@ -269,16 +285,31 @@ class Remote(link.Link):
         edits = self.hyperparams.edits(groups)
         changes = self._recipe.changes(edits, self._kinds())
         self._upload_changes()
-        nest = trees.unflatten(self._tree, [grads.get(leaf.name) for leaf in self._tree.leaves])
-        self.hyperparams.sent(edits)
-        pushed = session.step(nest, loss=loss, grad_scale=grad_scale, hyperparams=changes, telemetry=telemetry)
-        answer = trees.match(self._tree, pushed, "params")
-        written = self._write(answer, only=grads.keys())
-        assert session.last_ack is not None
-        if self.hyperparams.applied(edits, session.last_ack):
+        return session, self._tree, edits, changes
+
+    def follow(self, groups: recipes.Groups, edits: recipes.Values, since: recipes.Values | None = None) -> None:
+        """After a push: the groups say what the server has.
+
+        Args:
+          groups: of the optimizer; changed.
+          edits: that the push brought.
+          since: what the groups said when it was made: what they say otherwise by now stays. None: it was just made.
+        """
+        assert self.session is not None and self.session.last_ack is not None
+        ack, now = self.session.last_ack, {} if since is None else self.values(groups)
+        if self.hyperparams.applied(edits, ack):
             self._learn(groups)
-        self.hyperparams.follow(groups, session.last_ack.learning_rate)
-        return written
+        self.hyperparams.follow(groups, ack.learning_rate)
+        hyperparams.show(groups, {key: value for key, value in now.items() if value != (since or {}).get(key)})
+
+    def values(self, groups: recipes.Groups) -> recipes.Values:
+        """What the groups say."""
+        return self._recipe.values(groups)
+
+    def write(self, leaf: leaves.Leaf, values: tensors.Array) -> None:
+        """Gives one parameter the values that the server has."""
+        arrays.write(leaf.parameter, values)
+        self._mirror.remember([leaf])
 
     def check_fixed(self, groups: recipes.Groups) -> None:
         """Raises InvalidArgumentError where a group says something else than when the session was made."""

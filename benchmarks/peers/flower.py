@@ -1,0 +1,138 @@
+"""Flower's FedAdam, one client: a round is a step. The client sends weights, and their difference is the gradient.
+
+Over its own stream of gRPC messages (``start_server`` and ``start_client``); the newer SuperLink polls, which is slower.
+FedAdam counts its steps from 2 and has its epsilon elsewhere than Adam, so it brings a reference of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+
+import flwr
+import numpy as np
+from flwr import client as clients
+from flwr.common import ndarrays_to_parameters
+from flwr.compat.client.app import start_client
+from flwr.compat.server.app import start_server
+from flwr.server import ServerConfig
+from flwr.server.strategy import FedAdam
+
+from optwire_bench import models, roles
+
+_BYTES_MAX = 2**31 - 1
+
+
+class Client(clients.NumPyClient):
+    """Waits in ``fit`` until the next step is asked for."""
+
+    def __init__(self) -> None:
+        self.arrived: queue.Queue[list[np.ndarray]] = queue.Queue()
+        self.answer: queue.Queue[list[np.ndarray]] = queue.Queue()
+        self.grads: list[np.ndarray] = []
+
+    def fit(self, parameters: list[np.ndarray], config: Any) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+        self.arrived.put(parameters)
+        self.answer.get()
+        return [leaf - grad for leaf, grad in zip(parameters, self.grads, strict=True)], 1, {}
+
+
+class Flower:
+    """The worker."""
+
+    def __init__(self) -> None:
+        self.client = Client()
+        self.ports: queue.Queue[int] = queue.Queue()
+
+    def open(self, model: models.Model) -> dict[str, Any]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, __file__, "serve", str(port), model.label, str(model.tensors)]
+        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.client.grads = list(models.grads(model).values())
+        self._reference = [np.array(leaf) for leaf in models.params(model).values()]
+        self._slots = [(np.zeros_like(leaf), np.zeros_like(leaf)) for leaf in self._reference]
+        self._steps = 0
+        self.ports.put(port)
+        self._params = self.client.arrived.get(timeout=60)
+        return {"pids": [self._server.pid], "says": f"flwr {flwr.__version__}, FedAdam", "reference": True}
+
+    def step(self) -> None:
+        self.client.answer.put([])
+        self._params = self.client.arrived.get(timeout=120)
+
+    def produce(self, factor: float) -> None:
+        """Also takes the step that should have been taken: Reddi et al., "Adaptive federated optimization"."""
+        self._steps += 1
+        rate = models.LEARNING_RATE * (1 - models.B2 ** (self._steps + 1)) ** 0.5 / (1 - models.B1 ** (self._steps + 1))
+        for leaf, grad, (mu, nu) in zip(self._reference, self.client.grads, self._slots, strict=True):
+            delta = (leaf - grad) - leaf
+            mu *= np.float32(models.B1)
+            mu += np.float32(1 - models.B1) * delta
+            nu *= np.float32(models.B2)
+            nu += np.float32(1 - models.B2) * np.square(delta)
+            leaf += np.float32(rate) * mu / (np.sqrt(nu) + np.float32(models.EPS))
+            np.multiply(grad, np.float32(factor), out=grad)
+
+    def saved(self, what: str) -> Iterable[np.ndarray]:
+        return self._reference if what == "reference" else self._params
+
+    def close(self) -> None:
+        self._server.kill()
+        self._server.wait(30)
+
+
+def serve(port: int, label: str, tensors: int) -> None:
+    """Flower's server, for as many rounds as there may be."""
+    start_server(
+        server_address=f"127.0.0.1:{port}",
+        config=ServerConfig(num_rounds=1_000_000),
+        grpc_max_message_length=_BYTES_MAX,
+        strategy=FedAdam(
+            fraction_evaluate=0.0,
+            min_fit_clients=1,
+            min_evaluate_clients=0,
+            min_available_clients=1,
+            initial_parameters=ndarrays_to_parameters(list(models.params(models.model(label, tensors)).values())),
+            eta=models.LEARNING_RATE,
+            beta_1=models.B1,
+            beta_2=models.B2,
+            tau=models.EPS,
+        ),
+    )
+
+
+def main() -> None:
+    """The worker: Flower's client wants the main thread."""
+    role = Flower()
+
+    def answer() -> None:
+        roles.serve(role)
+        os._exit(0)
+
+    threading.Thread(target=answer).start()
+    port = role.ports.get()
+    start_client(
+        server_address=f"127.0.0.1:{port}",
+        client=role.client.to_client(),
+        grpc_max_message_length=_BYTES_MAX,
+        insecure=True,
+        max_wait_time=60,
+    )
+
+
+if __name__ == "__main__":
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    if sys.argv[1:2] == ["serve"]:
+        serve(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    else:
+        main()

@@ -1,0 +1,346 @@
+"""What a handle keeps of what codecs leave behind: the residual of its gradients, and its view of the parameters.
+
+Knows neither gRPC nor protobuf. Used under the handle's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from optwire import _payload
+from optwire_proto import codecs, digests, errors, payloads, sessions, tensors, trees
+
+Floats = npt.NDArray[np.float32]
+# After these it is not known whether a push was applied. Of our own errors, that is.
+_UNKNOWN = (
+    errors.DeadlineError,
+    errors.UnavailableError,
+    errors.DetachedError,
+    errors.InternalError,
+    errors.LimitError,
+)
+
+
+class Encoded(_payload.Outgoing):
+    """Gradients of one push as they travel.
+
+    Args:
+      arrays: the gradients.
+      encoded: what they became; held until the outcome of the push is known, so that a retry has the same bytes.
+      left: for each leaf of the session, what the codec left behind; None where it has no gradient, or is not encoded.
+      scale: what the gradients were multiplied by, and so what was left behind.
+    """
+
+    def __init__(
+        self,
+        arrays: Sequence[tensors.Array],
+        encoded: Sequence[tensors.Array],
+        left: Sequence[Floats | None],
+        scale: float,
+    ) -> None:
+        super().__init__(arrays)
+        self.length = sum(array.nbytes for array in encoded)
+        self.left = left
+        self.scale = scale
+        self._encoded = encoded
+
+    def views(self) -> Iterator[list[memoryview]]:
+        return payloads.views(list(self._encoded))
+
+    def whole(self) -> tuple[bytes, sessions.Digest]:
+        return _joined(self)
+
+    def digest(self) -> sessions.Digest:
+        """Of the payload."""
+        digester = digests.Digester()
+        for array in self._encoded:
+            digester.update(tensors.wire_bytes(array))
+        return digester.digest()
+
+
+class Cast(_payload.Outgoing):
+    """Gradients that are cast as they leave, each time anew.
+
+    Args:
+      how: the codec.
+      arrays: the gradients.
+      leaves: one for each.
+    """
+
+    def __init__(self, how: codecs.Codec, arrays: Sequence[tensors.Array], leaves: Sequence[trees.LeafSpec]) -> None:
+        super().__init__(arrays)
+        self.length = sum(map(how.encoded_bytes, leaves))
+        self._codec = how
+
+    def views(self) -> Iterator[list[memoryview]]:
+        return codecs.payload_views(self._codec, list(self.arrays))
+
+    def whole(self) -> tuple[bytes, sessions.Digest]:
+        return _joined(self)
+
+
+def _joined(payload: _payload.Outgoing) -> tuple[bytes, sessions.Digest]:
+    data = b"".join(map(b"".join, payload.views()))
+    return data, digests.digest(data)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pending:
+    """A push of unknown outcome; without ``payload`` where there were several under one seq, with other bytes."""
+
+    seq: int
+    digest: sessions.Digest | None
+    payload: Encoded | None
+
+
+class Up:
+    """How a handle's gradients travel, and their residual: what was left behind, to be added to the next ones.
+
+    The residual changes with the push that it belongs to, and only once that is known to be applied. Until then the
+    same gradients make the same bytes, so that a push made again is the same push. One that was refused, or that the
+    server skipped for gradients that are not finite, leaves the residual as it was.
+
+    Args:
+      how: the codec.
+      tree: of the session.
+    """
+
+    def __init__(self, how: codecs.Codec, tree: trees.TreeSpec) -> None:
+        self.codec = how
+        self._leaves = tree.leaves
+        self._residuals: list[Floats | None] = [None] * len(tree.leaves)  # None: nothing
+        self._scales = [1.0] * len(tree.leaves)  # of the gradients that the residual is of
+        self._spare: list[Floats | None] = [None] * len(tree.leaves)  # memory for the next one
+        self._pending: _Pending | None = None
+
+    @property
+    def residuals(self) -> list[Floats | None]:
+        """Of each leaf, flat, in units of a gradient that is not scaled; None: nothing was left behind so far."""
+        return [
+            None if residual is None else residual / np.float32(scale)
+            for residual, scale in zip(self._residuals, self._scales, strict=True)
+        ]
+
+    def outgoing(self, arrays: Sequence[tensors.Array | None], scale: float) -> _payload.Outgoing:
+        """The payload of a push.
+
+        Args:
+          arrays: one for each leaf, as ``trees.match_present`` returns them; read as long as the payload is used.
+          scale: what they were multiplied by.
+        """
+        present = [array for array in arrays if array is not None]
+        if self.codec == codecs.RAW:
+            return _payload.Outgoing(present)
+        if self.codec.casts:
+            leaves = [leaf for leaf, array in zip(self._leaves, arrays, strict=True) if array is not None]
+            return Cast(self.codec, present, leaves)
+        encoded: list[tensors.Array] = []
+        left: list[Floats | None] = [None] * len(arrays)
+        for index, (leaf, array) in enumerate(zip(self._leaves, arrays, strict=True)):
+            if array is None:
+                continue
+            if not self.codec.bears_on(leaf.dtype):
+                encoded.append(array)
+                continue
+            parts = [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in self.codec.encoded(leaf)]
+            behind, self._spare[index] = self._spare[index], None
+            behind = left[index] = np.empty(leaf.elements, np.float32) if behind is None else behind
+            read = codecs.reader(array.reshape(-1), self._residuals[index], scale / self._scales[index])
+            self.codec.encode(leaf.elements, read, parts, behind)
+            encoded += parts
+        return Encoded(present, encoded, left, scale)
+
+    @contextlib.contextmanager
+    def settling(self, seq: int, payload: _payload.Outgoing) -> Iterator[None]:
+        """Inside, a push is made; whatever is raised decides about what was left behind of it."""
+        try:
+            yield
+        except BaseException as exc:
+            if isinstance(payload, Encoded):
+                self._failed(seq, payload, exc)
+            raise
+
+    def applied(self, payload: _payload.Outgoing, ack: sessions.Ack) -> None:
+        """A push is known to be applied."""
+        if isinstance(payload, Encoded):
+            self._pending = None
+            if ack.metrics.get("skipped"):
+                self._discard(payload)
+            else:
+                self._keep(payload)
+
+    def learned(self, seq: int) -> None:
+        """The worker's last applied push is known, whatever became of the answer to it."""
+        if self._pending is None or self._pending.seq != seq:
+            return
+        pending, self._pending = self._pending, None
+        if pending.payload is not None:
+            self._keep(pending.payload)
+        else:  # one of several: what was left behind is given up rather than sent twice
+            self.forget()
+
+    def forget(self) -> None:
+        """The history that the residual belongs to is none any more."""
+        self._residuals = [None] * len(self._leaves)
+        self._pending = None
+
+    def _failed(self, seq: int, payload: Encoded, exc: BaseException) -> None:
+        pending = self._pending
+        if isinstance(exc, errors.OptwireError) and not isinstance(exc, _UNKNOWN):
+            self._discard(payload)
+            if isinstance(exc, errors.DivergentRetryError) and pending and exc.expected == str(pending.digest):
+                self.learned(pending.seq)
+            return
+        digest = payload.digest()
+        if pending is None or pending.seq != seq:
+            self._pending = _Pending(seq, digest, payload)
+        elif pending.digest != digest:
+            self._pending = _Pending(seq, None, None)
+
+    def _keep(self, payload: Encoded) -> None:
+        for index, left in enumerate(payload.left):
+            if left is not None:
+                self._spare[index], self._residuals[index] = self._residuals[index], left
+                self._scales[index] = payload.scale
+
+    def _discard(self, payload: Encoded) -> None:
+        for index, left in enumerate(payload.left):
+            if left is not None:
+                self._spare[index] = left
+
+
+class View:
+    """The parameters that a handle has of a session whose replies carry what has changed; and where replies go.
+
+    Attributes:
+      codec: of the parameters.
+      step: whose parameters the view has; None: it has none, and the next reply must be whole.
+
+    Args:
+      how: the codec.
+      tree: of the session.
+    """
+
+    def __init__(self, how: codecs.Codec, tree: trees.TreeSpec) -> None:
+        self.codec = how
+        self.step: int | None = None
+        self._tree = tree
+        self._arrays: list[tensors.Array] = []
+
+    def incoming(self, ack: sessions.Ack, filled: Sequence[tensors.Array]) -> _payload.Incoming:
+        """Where the parameters of a reply go.
+
+        Args:
+          ack: of the reply.
+          filled: arrays for the decoded parameters.
+
+        Raises:
+          UnavailableError: they are encoded in another way than the session says.
+        """
+        if ack.params_codec is codecs.Kind.RAW:
+            return _Whole(self, filled, ack.step) if self.codec.loses else _payload.Incoming(filled)
+        if ack.params_codec is not self.codec.kind:
+            raise _payload.damaged("their codec", self.codec, ack.params_codec.name.lower())
+        if self.codec.casts:
+            return _Decoded(self.codec, self._tree, filled)
+        return _Change(self, filled, ack.step)
+
+    def forget(self) -> None:
+        """The history that the view belongs to is none any more."""
+        self.step = None
+
+    def take(self, arrays: Sequence[tensors.Array], step: int) -> None:
+        """Takes whole parameters."""
+        self.step = None
+        if not self._arrays:
+            self._arrays = _payload.fresh(self._tree)
+        for own, array in zip(self._arrays, arrays, strict=True):
+            np.copyto(own, array)
+        self.step = step
+
+    def encoded(self) -> list[tensors.Array]:
+        """New arrays for what has changed, encoded."""
+        parts = [part for leaf in self._tree.leaves for part in self.codec.encoded(leaf)]
+        return [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in parts]
+
+    def add(self, change: Sequence[tensors.Array], filled: Sequence[tensors.Array], step: int) -> None:
+        """Takes what has changed, and writes the parameters that come of it to ``filled``.
+
+        Raises:
+          UnavailableError: it means no values; the view is void.
+        """
+        self.step = None
+        rest = iter(change)
+        for leaf, own, array in zip(self._tree.leaves, self._arrays, filled, strict=True):
+            parts = [next(rest) for _ in self.codec.encoded(leaf)]
+            if self.codec.bears_on(leaf.dtype):
+                try:
+                    self.codec.add(parts, own.reshape(-1), codecs.where("params", leaf))
+                except errors.PayloadError as exc:
+                    raise _payload.damaged(f"{exc.subject}, a value", exc.expected, exc.got) from exc
+            else:
+                np.copyto(own, parts[0])
+            np.copyto(array, own)
+        self.step = step
+
+
+class _Whole(_payload.Incoming):
+    """Whole parameters, of which the view is to have a copy."""
+
+    def __init__(self, view: View, filled: Sequence[tensors.Array], step: int) -> None:
+        super().__init__(filled)
+        self._view = view
+        self._step = step
+
+    def finish(self, length: int) -> list[tensors.Array]:
+        arrays = super().finish(length)
+        self._view.take(arrays, self._step)
+        return arrays
+
+
+class _Change(_payload.Incoming):
+    """What has changed; the view takes it once all of it is there."""
+
+    def __init__(self, view: View, filled: Sequence[tensors.Array], step: int) -> None:
+        super().__init__(view.encoded())
+        self._view = view
+        self._filled = list(filled)
+        self._step = step
+
+    def _tell(self) -> None:
+        """Nothing of the parameters is there yet."""
+
+    def finish(self, length: int) -> list[tensors.Array]:
+        self._view.add(super().finish(length), self._filled, self._step)
+        _tell_all(self, self._filled)
+        return self._filled
+
+
+class _Decoded(_payload.Incoming):
+    """Parameters that are cast as they come."""
+
+    def __init__(self, how: codecs.Codec, tree: trees.TreeSpec, filled: Sequence[tensors.Array]) -> None:
+        super().__init__(filled)
+        self._decoder = codecs.Decoder(how, tree.leaves, filled, "params")
+        self._length = self._decoder.payload_bytes
+
+    def _take(self, data: bytes | memoryview) -> None:
+        self._decoder.write(data)
+
+    def _tell(self) -> None:
+        """Offsets are those of the encoded payload."""
+
+    def finish(self, length: int) -> list[tensors.Array]:
+        arrays = super().finish(length)
+        _tell_all(self, arrays)
+        return arrays
+
+
+def _tell_all(incoming: _payload.Incoming, arrays: Sequence[tensors.Array]) -> None:
+    if incoming.heard is not None:
+        incoming.heard(sum(array.nbytes for array in arrays))

@@ -1,0 +1,384 @@
+"""Shared memory with a server on this host: how a handle gets it, and what goes through it. No gRPC, no protobuf.
+
+The server makes a segment and hands it over on a Unix socket; the push that names its slot travels as a message. While a
+push is under way its gradients are the server's to read: they are not written over before it is known that the server
+has finished with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import os
+import secrets
+import socket
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import numpy as np
+
+from optwire import _deadlines, _options, _payload
+from optwire_proto import digests, errors, handover, limits, sessions, tensors, trees
+
+# What a send gets: the try's deadline, the slot, and what stands for the payload.
+Send = Callable[[_deadlines.Deadline, int, sessions.Digest], sessions.Ack]
+
+_HANDOVER_S: Final = 10.0  # in which a segment must be handed over; the server has to find the memory first
+_MESSAGE_S: Final = 5.0
+_PAGE: Final = mmap.PAGESIZE
+
+
+class Refused(Exception):
+    """There is no segment; says why, for people."""
+
+
+class Sharing:
+    """What one handle has to do with shared memory. Used by one thread at a time.
+
+    Args:
+      transport: what the user asked for.
+      session_id: of the handle's session.
+      worker: the handle's.
+      tree: the session's.
+      find_path: asks the server where its handover socket is; empty: nowhere.
+      unless: why the session's pushes cannot go through shared memory; empty: they can.
+
+    Attributes:
+      reason: why pushes go through shared memory, or not; empty as long as nothing was tried.
+    """
+
+    def __init__(
+        self,
+        transport: _options.Transport,
+        session_id: str,
+        worker: str,
+        tree: trees.TreeSpec,
+        find_path: Callable[[_deadlines.Deadline], str],
+        *,
+        unless: str = "",
+    ) -> None:
+        self._transport = transport
+        self._session_id = session_id
+        self._worker = worker
+        self._tree = tree
+        self._find_path = find_path
+        self._segment: Segment | None = None
+        self._unanswered: _Unanswered | None = None
+        self._pid = os.getpid()
+        self._is_closed = False
+        self.reason = unless or self._refusal()
+
+    def segment(self, deadline: _deadlines.Deadline) -> Segment | None:
+        """The segment of this handle, which is asked for at the first call; None where there is none.
+
+        Raises:
+          UnsupportedError: the user wants no other transport.
+        """
+        if self._segment is not None and os.getpid() != self._pid:
+            self._lose("this process was forked off the one that the memory was handed over to")
+        if not self.reason:
+            try:
+                path = self._find_path(_deadlines.Deadline(min(_MESSAGE_S, deadline.remaining_s / 2)))
+                self._segment = attach(path, self._session_id, self._worker, self._tree)
+                self.reason = f"handed over on {path}"
+            except Refused as exc:
+                self.reason = str(exc)
+            except errors.OptwireError as exc:
+                self.reason = f"the server could not be asked: {exc}"
+        if self._segment is None and self._transport is _options.Transport.SHARED_MEMORY and not self._is_closed:
+            raise errors.UnsupportedError(
+                f"transport='shared_memory': {self.reason}; connect with transport='auto'",
+                subject="transport",
+                expected="a server of this host and user that hands over shared memory",
+                got=self.reason[:200],
+            )
+        return self._segment
+
+    @property
+    def transport(self) -> tuple[str, str]:
+        """How pushes travel, and why."""
+        if self.is_used:
+            return _options.Transport.SHARED_MEMORY, self.reason
+        if not self.reason:
+            return self._transport, "nothing was pushed yet"
+        is_unary = self._transport is _options.Transport.UNARY
+        return _options.Transport.UNARY if is_unary else _options.Transport.STREAM, self.reason
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a segment."""
+        return self._segment is not None
+
+    def push(
+        self,
+        deadline: _deadlines.Deadline,
+        options: sessions.PushOptions,
+        payload: _payload.Outgoing,
+        receive: Callable[[sessions.Ack], _payload.Incoming],
+        send: Send,
+    ) -> tuple[sessions.Ack, list[tensors.Array]]:
+        """One try of a push.
+
+        Args:
+          deadline: of the try.
+          options: what the push says beside its gradients.
+          payload: the gradients of the leaves that have any; the same object in every try of a push.
+          receive: where the arrays of the reply go.
+          send: sends the message, and waits for the answer.
+
+        Raises:
+          UnavailableError: the server still works on an earlier try.
+          SegmentLostError: the server knows the segment no more; nothing was applied.
+        """
+        segment = self._segment
+        assert segment is not None, "nothing is shared"
+        before = self._unanswered
+        if before is not None:
+            self._take_back(segment, deadline.remaining_s)
+        if before is None or before.payload is not payload:
+            # A push whose outcome is not known, made again by the user, is the same if its bytes are.
+            again = before is not None and before.content is not None and before.content == _digest(payload.arrays)
+            token = before.token if before is not None and again else secrets.token_bytes(limits.TOKEN_BYTES)
+            segment.fill(payload.arrays, options.absent)  # once: what is copied may come from where replies go
+            before = _Unanswered(token, payload, options.absent)
+        # From here on the server may read what lies there: until its answer says that it has.
+        self._unanswered = before
+        try:
+            ack = send(deadline, segment.slot, sessions.Digest(payload.length, token=before.token))
+        except errors.OptwireError as exc:
+            if not isinstance(exc, errors.DeadlineError | errors.UnavailableError):
+                self._unanswered = None  # the server has answered
+            if isinstance(exc, errors.InvalidArgumentError) and exc.subject == "shared_memory_slot":
+                self._lose(f"the server let go of it: {exc}")
+                raise SegmentLostError(self.reason) from exc
+            raise
+        self._unanswered = None
+        if options.reply is sessions.ReplyContent.NONE:
+            return ack, []
+        incoming = receive(ack)
+        arrays = segment.read(incoming)
+        if incoming.heard is not None:
+            incoming.heard(ack.payload_bytes)
+        return ack, arrays
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around all tries of a push: where its outcome stays unknown, notes what its gradients were.
+
+        Afterwards they may be written over: the server reads them no more.
+        """
+        try:
+            yield
+        except BaseException:
+            unanswered, segment = self._unanswered, self._segment
+            if unanswered is not None and unanswered.payload is not None and segment is not None:
+                unanswered.payload = None
+                with contextlib.suppress(errors.UnavailableError):
+                    self._take_back(segment, _MESSAGE_S)
+                there = (views for index, views in enumerate(segment.grads) if index not in unanswered.absent)
+                unanswered.content = _digest([wire_view(array) for array in there])
+            raise
+
+    def close(self) -> None:
+        """Lets go of the segment. Its memory stays for as long as there are views of it."""
+        self._is_closed = True
+        self._lose("the handle was closed")
+
+    def _refusal(self) -> str:
+        """Why it is no use to ask for a segment; empty: it is worth trying."""
+        if self._transport not in (_options.Transport.AUTO, _options.Transport.SHARED_MEMORY):
+            return f"connect(transport={str(self._transport)!r})"
+        if self._transport is _options.Transport.AUTO and self._tree.payload_bytes < _options.AUTO_SHARED_BYTES_MIN:
+            return f"{self._tree.payload_bytes} bytes travel faster in a message"
+        return ""
+
+    def _lose(self, why: str) -> None:
+        if self._segment is not None:
+            self._segment.close()
+        self._segment, self.reason = None, why
+
+    def _take_back(self, segment: Segment, timeout_s: float) -> None:
+        try:
+            is_quiet = segment.quiet(timeout_s)
+        except (OSError, handover.HandoverError) as exc:
+            self._lose(f"the connection that it was handed over on has ended: {exc}")
+            raise errors.UnavailableError(f"shared memory: {self.reason}") from exc
+        if not is_quiet:
+            raise errors.UnavailableError("shared memory: the server still works on an earlier try of a push")
+
+
+class SegmentLostError(Exception):
+    """There was a segment, and is none any more; says why."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Unanswered:
+    """A push that the server has not answered, as far as we know.
+
+    Attributes:
+      token: what stands for its bytes.
+      payload: as given by the call that makes it; None once that has given up.
+      absent: positions of the leaves it has no gradient of.
+      content: what its bytes were, taken when the call gave up; None: not known.
+    """
+
+    token: bytes
+    payload: _payload.Outgoing | None
+    absent: tuple[int, ...]
+    content: sessions.Digest | None = None
+
+
+class Segment:
+    """Memory shared with the server, and the connection that it is held by.
+
+    Attributes:
+      slot: what a push names it by.
+      grads: one array a leaf, to write gradients to.
+      params: one array a leaf, where the server writes the parameters of its replies to.
+    """
+
+    def __init__(
+        self, connection: socket.socket, grant: handover.Grant, memory: mmap.mmap, tree: trees.TreeSpec
+    ) -> None:
+        self.slot = grant.slot
+        whole = np.frombuffer(memory, np.uint8)
+        whole[::_PAGE] = 0  # its pages are entered here, and not during the first step
+        self._first = whole.ctypes.data
+        self._nbytes = grant.nbytes
+        self.grads = _views(whole[: grant.params], grant.offsets, tree)
+        self.params = _views(whole[grant.params :], grant.offsets, tree)
+        self._connection = connection
+        self._asked = False  # whether an answer to the question for quiet is on its way
+        self._end = weakref.finalize(self, connection.close)
+
+    def fill(self, arrays: Sequence[tensors.Array], absent: Sequence[int]) -> None:
+        """Copies gradients to where they belong, except those that are there."""
+        gone = frozenset(absent)
+        there = [array for index, array in enumerate(self.grads) if index not in gone]
+        moved = [(own, array) for own, array in zip(there, arrays, strict=True) if _address(own) != _address(array)]
+        # What lies elsewhere in the segment is saved first: it might be written over before it is copied.
+        saved = [(own, array.copy() if self._has(array) else array) for own, array in moved]
+        for own, array in saved:
+            np.copyto(wire_view(own), array)
+
+    def read(self, incoming: _payload.Incoming) -> list[tensors.Array]:
+        """Copies the arrays of a reply to where they are wanted, except those that are wanted where they are."""
+        for own, array in zip(self.params, incoming.arrays, strict=True):
+            if _address(own) != _address(array):
+                np.copyto(wire_view(array), wire_view(own))
+        return list(incoming.arrays)
+
+    def quiet(self, timeout_s: float) -> bool:
+        """Takes the memory back from pushes that were made before; waits for those that have begun.
+
+        Returns:
+          Whether they are over. If not, ask again.
+
+        Raises:
+          OSError, HandoverError: the connection is of no further use.
+        """
+        if not self._asked:
+            handover.send(self._connection, handover.ASK_QUIET, _MESSAGE_S)
+            self._asked = True
+        self._connection.settimeout(max(timeout_s, 1e-3))
+        try:
+            self._connection.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            return False
+        answer = handover.receive(self._connection, limits.HANDOVER_REPLY_BYTES_MAX, _MESSAGE_S)
+        quiet = handover.Quiet.from_json(answer)
+        self._asked, self.slot = False, quiet.slot
+        return quiet.is_quiet
+
+    def close(self) -> None:
+        """Ends the connection, and with it the server's side."""
+        self._end()
+
+    def _has(self, array: tensors.Array) -> bool:
+        return self._first - array.nbytes < _address(array) < self._first + self._nbytes
+
+
+def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Segment:
+    """A segment from the server whose handover socket is at ``path``.
+
+    Raises:
+      Refused: there is none, and why.
+    """
+    if sys.platform != "linux":
+        raise Refused(f"shared memory is handed over on Linux, this is {sys.platform}")
+    if not path:
+        raise Refused("the server shares no memory")
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    files: list[int] = []
+    try:
+        connection.settimeout(_HANDOVER_S)
+        connection.connect(path)
+        user = handover.peer_user(connection)
+        if user != os.geteuid():
+            raise Refused(f"the server is of user {user}, this process of user {os.geteuid()}")
+        handover.send(connection, handover.Request(session_id, worker).to_json(), _MESSAGE_S)
+        answer = handover.receive(connection, limits.HANDOVER_REPLY_BYTES_MAX, _HANDOVER_S, files=files)
+        if "refused" in answer:
+            raise Refused(f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX])
+        grant = handover.Grant.from_json(answer)
+        if len(files) != 1:
+            raise handover.HandoverError(f"{len(files)} file descriptors, expected one")
+        _check(grant, files[0], tree)
+        return Segment(connection, grant, mmap.mmap(files[0], grant.nbytes), tree)
+    except BaseException as exc:
+        connection.close()
+        if isinstance(exc, FileNotFoundError | ConnectionRefusedError):
+            raise Refused(
+                f"no socket of the server at {path} here: another host, or a container that does not share its folder"
+            ) from exc
+        if isinstance(exc, OSError | handover.HandoverError | ValueError):
+            raise Refused(f"{path}: {exc}") from exc
+        raise
+    finally:
+        for file in files:
+            os.close(file)
+
+
+def wire_view(array: tensors.Array) -> tensors.Array:
+    """An array as ``trees.match`` gives it: bf16 as its bits."""
+    return array.view(np.uint16) if tensors.is_bf16(array.dtype) else array
+
+
+def _check(grant: handover.Grant, file: int, tree: trees.TreeSpec) -> None:
+    """Raises HandoverError where the segment is not what the tree needs, or could shrink under us."""
+    import fcntl  # not at the top: Windows has none
+
+    sealed = fcntl.fcntl(file, fcntl.F_GET_SEALS)
+    if not sealed & fcntl.F_SEAL_SHRINK or os.fstat(file).st_size < grant.nbytes:
+        raise handover.HandoverError("the segment's size is not sealed, or less than was said")
+    if len(grant.offsets) != len(tree.leaves):
+        raise handover.HandoverError(f"{len(grant.offsets)} offsets, expected one for each of {len(tree.leaves)} leaves")
+    end = 0
+    for start, leaf in sorted(zip(grant.offsets, tree.leaves, strict=True), key=lambda pair: pair[0]):
+        if leaf.nbytes and (start < end or start % tensors.itemsize(leaf.dtype)):
+            raise handover.HandoverError(f"leaf {leaf.name!r} overlaps another, or is not aligned")
+        end = max(end, start + leaf.nbytes)
+    if end > grant.params or grant.params + end > grant.nbytes or grant.params % limits.ALIGNMENT_BYTES:
+        raise handover.HandoverError("the leaves reach beyond the segment")
+
+
+def _views(memory: tensors.Array, offsets: Sequence[int], tree: trees.TreeSpec) -> list[tensors.Array]:
+    return [
+        memory[start : start + leaf.nbytes].view(tensors.numpy_dtype(leaf.dtype)).reshape(leaf.shape)
+        for start, leaf in zip(offsets, tree.leaves, strict=True)
+    ]
+
+
+def _address(array: tensors.Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _digest(arrays: Sequence[tensors.Array]) -> sessions.Digest:
+    digester = digests.Digester()
+    for array in arrays:
+        digester.update(tensors.wire_bytes(array))
+    return digester.digest()

@@ -1,0 +1,125 @@
+"""Where a program comes to parameters whose new values are on their way: forwards, and dictionaries of modules.
+
+Which modules use a parameter is learned by watching: one whose forward was called uses its own, and those of submodules
+that are never called by themselves. Knows nothing of sessions.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+
+from optwire_proto import errors
+
+# Takes the ids of parameters that are needed now; None: all.
+Open = Callable[[frozenset[int] | None], None]
+
+
+class Doors:
+    """Watches the forwards of all modules of this process, and has somebody wait before parameters are used.
+
+    Args:
+      opened: called, while ``close`` is ahead, before somebody uses parameters; may raise. Not kept alive.
+    """
+
+    def __init__(self, opened: Open) -> None:
+        self._opened = weakref.WeakMethod(opened)  # type: ignore[type-var]
+        self._called: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # since the last step
+        self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # in the step before
+        self._is_shut = False
+        self._handles: list[Any] = []
+        self._watching = torch.nn.modules.module.register_module_forward_pre_hook(_Forward(self))
+
+    def shut(self, ids: frozenset[int]) -> bool:
+        """From now on somebody waits before these parameters are used; False where it is not known who uses them.
+
+        Args:
+          ids: of the parameters whose new values are on their way.
+        """
+        self._known, self._called = self._called, weakref.WeakSet()
+        users = [(module, frozenset(map(id, _uses(module, self._known)))) for module in self._known]
+        if not ids <= frozenset().union(*(used for _, used in users)):
+            return False
+        self._is_shut = True
+        for module in {owner for user, used in users if used & ids for owner in _owners(user, self._known)}:
+            door = _Dictionary(self)
+            self._handles.append(module.register_state_dict_pre_hook(door))
+            self._handles.append(module.register_load_state_dict_pre_hook(door))
+        return True
+
+    def open(self) -> None:
+        """Nothing is on its way any more."""
+        self._is_shut = False
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+
+    def remove(self) -> None:
+        """Ends the watching; nothing is left behind in modules."""
+        self.open()
+        self._watching.remove()
+
+    def before_forward(self, module: torch.nn.Module) -> None:
+        """A module is about to run."""
+        if torch.is_grad_enabled():
+            self._called.add(module)
+        if self._is_shut:
+            # One that does not train may take shorter ways, which use the parameters of submodules directly.
+            used = _uses(module, self._known) if module.training else module.parameters()
+            self._pass(frozenset(map(id, used)))
+
+    def before_dictionary(self) -> None:
+        """The parameters of a module are about to be read, or replaced, by name."""
+        if self._is_shut:
+            self._pass(None)
+
+    def _pass(self, ids: frozenset[int] | None) -> None:
+        opened = self._opened()
+        if opened is not None:
+            opened(ids)
+
+
+class _Hook:
+    """A hook that does not keep its doors alive."""
+
+    def __init__(self, doors: Doors) -> None:
+        self._doors = weakref.ref(doors)
+
+
+class _Forward(_Hook):
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # who waits is the module around what is compiled
+        doors = self._doors()
+        if doors is not None:
+            doors.before_forward(module)
+
+
+class _Dictionary(_Hook):
+    def __call__(self, *args: Any) -> None:
+        doors = self._doors()
+        if doors is not None:
+            doors.before_dictionary()
+
+    def __reduce__(self) -> NoReturn:
+        """A module that has this hook has parameters whose new values have not come: a copy would have old ones."""
+        raise errors.UnsupportedError(
+            "copying or pickling a module while its new parameters are on their way: call optimizer.synchronize() first",
+            subject="overlap",
+        )
+
+
+def _owners(module: torch.nn.Module, called: weakref.WeakSet[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+    """A module, and the submodules whose parameters it uses itself, as they are not called."""
+    yield module
+    for child in module.children():
+        if child not in called:
+            yield from _owners(child, called)
+
+
+def _uses(module: torch.nn.Module, called: weakref.WeakSet[torch.nn.Module]) -> Iterable[torch.Tensor]:
+    for owner in _owners(module, called):
+        yield from owner.parameters(recurse=False)

@@ -1,0 +1,134 @@
+"""The values of the largest magnitude, with their positions; all others are 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from optwire_proto import errors, tensors, trees
+from optwire_proto.codecs import codec
+
+FRACTION: Final = 0.01
+FRACTION_MAX: Final = 0.5
+ELEMENTS_MAX: Final = 2**32
+_MAGNITUDE: Final = np.uint32(0x7FFF_FFFF)
+# Elements that the threshold is guessed from.
+_SAMPLES: Final = 65_536
+
+
+class TopK(codec.Codec):
+    """``ceil(fraction * n)`` values of each leaf of n, exact, at ascending positions.
+
+    Of equal magnitudes the one at the lower position is taken first. Infinite is larger than any number, and NaN larger
+    than that.
+
+    Args:
+      fraction: of the values that are sent, more than 0. More than a half would take more bytes than all of them.
+
+    Raises:
+      InvalidArgumentError: another fraction.
+    """
+
+    kind = codec.Kind.TOP_K
+
+    def __init__(self, fraction: float = FRACTION) -> None:
+        if not 0 < fraction <= FRACTION_MAX:  # NaN is neither
+            expected = f"more than 0, at most {FRACTION_MAX}"
+            raise errors.InvalidArgumentError(
+                f"top_k: fraction {fraction}, expected {expected}",
+                subject="top_k",
+                expected=expected,
+                got=str(fraction),
+            )
+        self.fraction = fraction
+
+    def __str__(self) -> str:
+        return f"top_k({self.fraction!r})"
+
+    def count(self, size: int) -> int:
+        """How many of ``size`` values are sent: the product in 64 bits, rounded up."""
+        return min(size, math.ceil(self.fraction * size))
+
+    def parts(self, size: int) -> tuple[trees.LeafSpec, ...]:
+        if size > ELEMENTS_MAX:
+            raise errors.TreeError(
+                f"a leaf of {size} elements, expected at most {ELEMENTS_MAX} with top_k",
+                expected=f"at most {ELEMENTS_MAX} elements",
+                got=str(size),
+            )
+        return codec.part("indices", self.count(size), "u32"), codec.part("values", self.count(size), "f32")
+
+    def _encode(self, size: int, read: codec.Read, arrays: Sequence[tensors.Array], left: codec.Floats | None) -> None:
+        if not size:
+            return
+        values = np.empty(size, np.float32) if left is None else left
+        for piece in codec.pieces(size):
+            read(piece.start, piece.stop, values[piece])
+        chosen = _largest(values.view(np.uint32), self.count(size))
+        arrays[0][:] = chosen
+        arrays[1][:] = values[chosen]
+        if left is not None:
+            left[chosen] = 0
+            if not np.isfinite(arrays[1]).all():  # there may be more of them than were sent
+                left[~np.isfinite(left)] = 0
+
+    def _decode(self, arrays: Sequence[tensors.Array], out: npt.NDArray[Any], where: str) -> None:
+        _check(arrays[0], out.size, where)
+        out[:] = 0
+        out[arrays[0]] = arrays[1]
+
+    def _add(self, arrays: Sequence[tensors.Array], out: npt.NDArray[Any], where: str) -> None:
+        _check(arrays[0], out.size, where)
+        out[arrays[0]] += arrays[1]
+
+
+def _check(indices: npt.NDArray[np.uint32], size: int, where: str) -> None:
+    """Raises PayloadError unless positions ascend, each is there once, and is one of the leaf's."""
+    falls = np.flatnonzero(indices[1:] <= indices[:-1])
+    if falls.size:
+        before, after = (int(index) for index in indices[falls[0] : falls[0] + 2])
+        what = f"index {falls[0] + 1}"
+        raise codec.malformed(where, what, f"more than {before}, the one before", str(after))
+    if indices.size and indices[-1] >= size:
+        raise codec.malformed(where, f"index {indices.size - 1}", f"less than {size}", str(indices[-1]))
+
+
+def _largest(bits: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.intp]:
+    """Positions, ascending, of the ``count`` largest magnitudes, by the bits of 32-bit numbers.
+
+    A threshold guessed from a sample picks candidates; the exact one is found among those. What the guess was has no
+    influence on the result.
+    """
+    found = _candidates(bits, _guess(bits, count))
+    if len(found) < count:
+        found = np.arange(len(bits))
+    magnitudes = bits[found] & _MAGNITUDE
+    at = len(found) - count
+    threshold = np.partition(magnitudes, at)[at]
+    above = magnitudes > threshold
+    equal = np.flatnonzero(magnitudes == threshold)[: count - int(np.count_nonzero(above))]
+    above[equal] = True
+    return found[above]
+
+
+def _guess(bits: npt.NDArray[np.uint32], count: int) -> np.uint32:
+    """A magnitude that probably somewhat more than ``count`` others reach."""
+    stride = max(1, len(bits) // _SAMPLES) | 1  # odd, so that it meets all columns of a matrix
+    sample = bits[::stride] & _MAGNITUDE
+    expected = count / len(bits) * len(sample)
+    wanted = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 4))
+    threshold: np.uint32 = np.partition(sample, len(sample) - wanted)[len(sample) - wanted]
+    return threshold
+
+
+def _candidates(bits: npt.NDArray[np.uint32], threshold: np.uint32) -> npt.NDArray[np.intp]:
+    magnitudes = np.empty(min(len(bits), codec.PIECE), np.uint32)
+    found = []
+    for piece in codec.pieces(len(bits)):
+        part = np.bitwise_and(bits[piece], _MAGNITUDE, out=magnitudes[: piece.stop - piece.start])
+        found.append(np.flatnonzero(part >= threshold) + piece.start)
+    return np.concatenate(found)

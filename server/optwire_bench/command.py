@@ -1,0 +1,253 @@
+"""The command line: `optwire bench step|limits|fairness|cold`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from optwire_bench import cases, cold, fairness, models, processes, reports, stepping, transfers
+from optwire_proto import errors
+
+# What takes turns when nothing is asked for.
+_USUAL = (("stream", "f32"), ("stream", "bf16"), ("stream", "int8"), ("unix", "f32"), ("shared_memory", "f32"))
+_CODECS = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "sign")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a benchmark and reports; returns the exit code: 0, or 1 for a run that failed."""
+    flags = _parser().parse_args(argv)
+    try:
+        result: dict[str, Any] = {"kind": flags.kind, "machine": processes.machine(), **flags.run(flags)}
+        print(reports.text(result))
+        if flags.json:
+            reports.write_json(result, flags.json)
+        if getattr(flags, "plot", None):
+            reports.plot(result, flags.plot)
+    except (processes.BenchError, errors.OptwireError) as exc:
+        print(f"optwire bench {flags.kind}: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="optwire bench",
+        description="What a remote step costs, beside a local one in the same run. How: docs/performance.md.",
+    )
+    kinds = root.add_subparsers(dest="kind", required=True)
+    _add_step(kinds.add_parser("step", help="steps, remote and local, in turns; parameters checked after every round"))
+    _add_limits(kinds.add_parser("limits", help="one way and both ways at once, beside raw TCP and memcpy"))
+    _add_fairness(kinds.add_parser("fairness", help="a tiny session beside one that keeps the server busy"))
+    _add_cold(kinds.add_parser("cold", help="the first session of a fresh server, and what it compiles"))
+    return root
+
+
+def _add_step(step: argparse.ArgumentParser) -> None:
+    step.add_argument(
+        "--params",
+        type=_list_of(_model),
+        metavar="SIZE,...",
+        help="number of parameters, such as 25M, or gpt2: 148 arrays as in GPT-2 small (default 1k,1M,25M,100M,gpt2)",
+    )
+    step.add_argument(
+        "--tensors",
+        type=_whole(0, 65_536),
+        default=0,
+        metavar="N",
+        help="leaves of about equal size (default: as the model)",
+    )
+    step.add_argument(
+        "--transport",
+        type=_list_of(_choice("transport", cases.TRANSPORTS)),
+        metavar="NAME,...",
+        help=f"of {', '.join(cases.TRANSPORTS)}; unix is the stream over a Unix socket",
+    )
+    step.add_argument(
+        "--grads-codec", type=_list_of(_codec), metavar="CODEC,...", help=f"of {', '.join(_CODECS)} (default f32)"
+    )
+    step.add_argument("--params-codec", type=_codec, metavar="CODEC", help="way back (default: as the gradients)")
+    step.add_argument(
+        "--against",
+        type=_list_of(_choice("case", (*cases.LOCALS, *cases.NAIVE))),
+        metavar="NAME,...",
+        help=f"of {', '.join((*cases.LOCALS, *cases.NAIVE))}; local always takes part "
+        "(default: the naive ones up to 25M, the ones of optax on gpt2)",
+    )
+    step.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        type=_checked(cases.beside),
+        metavar="NAME=COMMAND",
+        help="a program that speaks the lines of optwire_bench.roles takes turns too; repeatable",
+    )
+    step.add_argument(
+        "--steps", type=_whole(1, 10_000), default=0, metavar="N", help="steps of a turn (default: by the size)"
+    )
+    step.add_argument("--no-extras", action="store_true", help="measure no bytes on the wire and no memory")
+    _add_shared(step, rounds=9)
+    step.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="also draw the steps into this PNG file")
+    step.set_defaults(run=_step)
+
+
+def _add_limits(limits: argparse.ArgumentParser) -> None:
+    limits.add_argument(
+        "--bytes", type=_list_of(_size), metavar="SIZE,...", help="bytes each way (default 16M,100M,400M)"
+    )
+    limits.add_argument(
+        "--transport",
+        type=_list_of(_choice("transport", ("stream", "unix", "shared_memory"))),
+        default=["stream"],
+        metavar="NAME,...",
+        help="of stream, unix, shared_memory (default stream)",
+    )
+    _add_shared(limits, rounds=9)
+    limits.set_defaults(run=_limits)
+
+
+def _add_fairness(fair: argparse.ArgumentParser) -> None:
+    fair.add_argument("--params", type=_model, metavar="SIZE", help="of the large session (default 100M)")
+    fair.add_argument(
+        "--transport",
+        type=_list_of(_choice("transport", ("stream", "unix", "shared_memory"))),
+        metavar="NAME,...",
+        help="of the large session (default stream,shared_memory)",
+    )
+    _add_shared(fair, rounds=5)
+    fair.set_defaults(run=_fairness)
+
+
+def _add_cold(first: argparse.ArgumentParser) -> None:
+    first.add_argument("--params", type=_model, default="10M", metavar="SIZE", help="parameters (default 10M)")
+    first.add_argument("--tensors", type=_whole(1, 65_536), default=2000, metavar="N", help="leaves (default 2000)")
+    first.add_argument("--optimizer", default="adam(1e-3)", metavar="SPEC", help="as text (default adam(1e-3))")
+    _add_shared(first, rounds=3)
+    first.set_defaults(run=_cold)
+
+
+def _add_shared(parser: argparse.ArgumentParser, rounds: int) -> None:
+    parser.add_argument("--rounds", type=_whole(1, 1000), metavar="N", help=f"rounds of turns (default {rounds})")
+    parser.add_argument("--quick", action="store_true", help="small, few rounds: does it run at all? Under a minute")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--no-progress", action="store_true", help="say nothing until the end")
+    parser.set_defaults(usual_rounds=rounds)
+
+
+def _step(flags: argparse.Namespace) -> dict[str, Any]:
+    labels = flags.params or (["100k"] if flags.quick else ["1k", "1M", "25M", "100M", "gpt2"])
+    if flags.transport or flags.grads_codec:
+        pairs = [(way, codec) for way in flags.transport or ["stream"] for codec in flags.grads_codec or ["f32"]]
+    else:
+        pairs = list(_USUAL)
+    ours = [cases.remote(way, codec, flags.params_codec or "") for way, codec in pairs]
+    result: dict[str, Any] = {}
+    for label in labels:
+        names = flags.against if flags.against is not None else _usual_against(label, quick=flags.quick)
+        others = [cases.against(name) for name in names if name != stepping.REFERENCE]
+        plan = stepping.Plan(
+            labels=(label,),
+            tensors=flags.tensors,
+            cases=(*ours, *others, *flags.beside),
+            rounds=_rounds(flags),
+            steps=flags.steps,
+            extras=not flags.no_extras and not flags.quick,
+        )
+        part = stepping.run(plan, _progress(flags))
+        if result:
+            result["models"] += part["models"]
+            result["left_out"] += part["left_out"]
+        else:
+            result = part
+    return result
+
+
+def _usual_against(label: str, *, quick: bool) -> list[str]:
+    if label == "gpt2":
+        return ["local-optax", "local-optax-common"]
+    return [] if models.model(label).parameters > 25_000_000 else ["naive"] if quick else list(cases.NAIVE)
+
+
+def _limits(flags: argparse.Namespace) -> dict[str, Any]:
+    sizes = flags.bytes or ([4_000_000] if flags.quick else [16_000_000, 100_000_000, 400_000_000])
+    return transfers.run(sizes, flags.transport, _rounds(flags), _progress(flags))
+
+
+def _fairness(flags: argparse.Namespace) -> dict[str, Any]:
+    transports = flags.transport or (["stream"] if flags.quick else ["stream", "shared_memory"])
+    label = flags.params or ("1M" if flags.quick else "100M")
+    return fairness.run(label, transports, _rounds(flags), 0.3 if flags.quick else 3.0, _progress(flags))
+
+
+def _cold(flags: argparse.Namespace) -> dict[str, Any]:
+    return cold.run(flags.tensors, flags.params, flags.optimizer, _rounds(flags), _progress(flags))
+
+
+def _rounds(flags: argparse.Namespace) -> int:
+    return int(flags.rounds or (2 if flags.quick else flags.usual_rounds))
+
+
+def _progress(flags: argparse.Namespace) -> stepping.Progress:
+    return (lambda line: None) if flags.no_progress else (lambda line: print(f"-- {line}", file=sys.stderr, flush=True))
+
+
+# What reads one argument: raises argparse.ArgumentTypeError, which becomes the command's error.
+
+
+def _checked(read: Any) -> Any:
+    def checked(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from None
+
+    return checked
+
+
+def _list_of(read: Any) -> Any:
+    def listed(text: str) -> list[Any]:
+        found = [read(part.strip()) for part in text.split(",") if part.strip()]
+        if not found:
+            raise argparse.ArgumentTypeError("expected at least one")
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text!r}: the same twice")
+        return found
+
+    return listed
+
+
+def _choice(what: str, allowed: Sequence[str]) -> Any:
+    def chosen(text: str) -> str:
+        if text not in allowed:
+            raise argparse.ArgumentTypeError(f"no {what} {text!r}; there are {', '.join(allowed)}")
+        return text
+
+    return chosen
+
+
+def _whole(least: int, most: int) -> Any:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least} to {most:,}")
+        return int(text)
+
+    return whole
+
+
+def _model(text: str) -> str:
+    _checked(models.model)(text)
+    return text
+
+
+def _size(text: str) -> int:
+    """Bytes, as parameters are written."""
+    found: int = _checked(models.count)(text)
+    return found
+
+
+def _codec(text: str) -> str:
+    if text not in ("f32", "bf16", "f16", "int8", "sign") and not text.startswith("top_k("):
+        raise argparse.ArgumentTypeError(f"no codec {text!r}; there are {', '.join(_CODECS)}")
+    return text

@@ -1,0 +1,185 @@
+"""What a run found, as JSON, as a Markdown table, and as a plot."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from optwire_bench import stepping
+
+_OURS, _LOCAL, _PEER = "#1f77b4", "#777777", "#d98c3f"
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The whole report in Markdown: the machine, a table, and what there is to say about it."""
+    body = {"step": _step, "limits": _limits, "fairness": _fairness, "cold": _cold}[result["kind"]]
+    return "\n".join([_machine(result["machine"]), "", *body(result)])
+
+
+def write_json(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Writes the figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Draws the steps of each model as bars, the median of the rounds, with whiskers to the fastest and the slowest.
+
+    Raises:
+      ModuleNotFoundError: there is no matplotlib.
+    """
+    from matplotlib import figure
+
+    entries = result["models"]
+    picture = figure.Figure(figsize=(9, 0.6 + sum(0.9 + 0.32 * len(entry["rows"]) for entry in entries)))
+    axes = picture.subplots(
+        len(entries), 1, squeeze=False, gridspec_kw={"height_ratios": [len(entry["rows"]) + 1 for entry in entries]}
+    )
+    for entry, (axis,) in zip(entries, axes, strict=True):
+        rows = entry["rows"][::-1]
+        values = [row["median_ms"] for row in rows]
+        spread = [
+            [row["median_ms"] - min(row["rounds_ms"]) for row in rows],
+            [max(row["rounds_ms"]) - row["median_ms"] for row in rows],
+        ]
+        colours = [_OURS if row["ours"] else _LOCAL if row["case"].startswith("local") else _PEER for row in rows]
+        axis.barh([row["case"] for row in rows], values, xerr=spread, color=colours, ecolor="#333333", capsize=2)
+        axis.set_xscale("log")
+        axis.set_title(f"{entry['model']}: {entry['parameters']:,} parameters, {entry['tensors']} leaves", fontsize=10)
+        axis.set_xlabel("ms a step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        for place, row in enumerate(rows):
+            axis.annotate(
+                f" {row['ratio']:.2f}×", (max(row["rounds_ms"]), place), va="center", fontsize=7, annotation_clip=False
+            )
+        axis.margins(x=0.15)
+    picture.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=130)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['cores']} cores, {machine['processor']}, {machine['memory_gib']} GiB; {versions}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield (
+        "|"
+        + "|".join("---" if name in ("model", "step", "checked", "way", "transport") else "---:" for name in head)
+        + "|"
+    )
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def _step(result: Mapping[str, Any]) -> Iterator[str]:
+    warm_up = result["warm_up"]
+    yield (
+        f"Adam, float32; {result['rounds']} rounds in which all take turns; {warm_up} steps of warm-up, and one at the "
+        "start of each turn, are not counted; ratios are formed within a round."
+    )
+    yield ""
+    head = ("model", "step", "median ms", "best", "p99", "ratio to local (min–max)", "CPU s", "faults", "checked")
+    rows = []
+    for entry in result["models"]:
+        for row in entry["rows"]:
+            rows.append(
+                (
+                    entry["model"],
+                    row["case"],
+                    f"{row['median_ms']:.3g}",
+                    f"{row['best_ms']:.3g}",
+                    f"{row['p99_ms']:.3g}",
+                    f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})",
+                    f"{row['cpu_s_a_step']:.2g}",
+                    f"{row['faults_a_step']:.0f}",
+                    row["check"],
+                )
+            )
+    yield from _table(head, rows)
+    yield ""
+    for entry in result["models"]:
+        for row in entry["rows"]:
+            said = [row["says"]] if row["says"] else []
+            if "wire_up_bytes" in row:
+                up, down = (row[f"wire_{way}_bytes"] / entry["payload_bytes"] for way in ("up", "down"))
+                said.append(f"on the wire {up:.4f} of the float32 payload up, {down:.4f} down")
+            if "server_above_state_mib" in row:
+                said.append(
+                    f"peak memory {row['server_above_state_mib']:.0f} MiB above the state on the server, "
+                    f"{row['client_above_grads_and_params_mib']:.0f} MiB above gradients and parameters in the client"
+                )
+            if said:
+                yield f"* {entry['model']}, {row['case']}: {'; '.join(said)}."
+        if entry["disturbed"]:
+            yield (
+                f"* {entry['model']}: **disturbed**: the local step's median is over {stepping.DISTURBED} times its "
+                "best. Something else used the machine; measure again."
+            )
+    for line in result["left_out"]:
+        yield f"* Left out: {line}"
+
+
+def _limits(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{result['rounds']} rounds in which all take turns; the share of raw TCP is formed within a round."
+    yield ""
+    head = ("MB", "way", "transport", "GB/s", "best", "of raw TCP (min–max)", "CPU s/GB", "faults/GB")
+    rows = []
+    for row in result["rows"]:
+        share = f"{row['of_raw']:.2f} ({row['of_raw_min']:.2f}–{row['of_raw_max']:.2f})" if "of_raw" in row else "–"
+        rows.append(
+            (
+                f"{row['bytes'] / 1e6:g}",
+                row["way"],
+                row["case"],
+                f"{row['gb_s']:.2f}",
+                f"{row['gb_s_best']:.2f}",
+                share,
+                f"{row['cpu_s_a_gb']:.2f}",
+                f"{row['faults_a_gb']:.0f}",
+            )
+        )
+    yield from _table(head, rows)
+
+
+def _fairness(result: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"A session of {result['tiny']} parameters over a stream: ms a step. {result['rounds']} rounds of windows of "
+        f'{result["window_s"]:g} s; "half": server and client on {result["half_cores"]} of the cores, nobody beside.'
+    )
+    yield ""
+    head = ("transport", "alone p50", "p99", "beside p50", "p99", "half p50", "p99", "p99 beside/half (min–max)")
+    rows = []
+    for row in result["rows"]:
+        figures = [
+            f"{row[f'{state}_{name}_ms']:.2f}" for state in ("alone", "beside", "half") for name in ("p50", "p99")
+        ]
+        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
+        rows.append((f"{row['beside']} over {row['transport']}", *figures, ratio))
+    yield from _table(head, rows)
+
+
+def _cold(result: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"{result['optimizer']} on {result['model']} parameters in {result['tensors']:,} leaves, then on 50 leaves of "
+        f"other shapes; {result['rounds']} fresh servers, the median one."
+    )
+    yield ""
+    rows = []
+    for name in ("first", "second"):
+        ordered = sorted((row[name] for row in result["rows"]), key=lambda row: row["create_s"] + row["step_s"])
+        row = ordered[len(ordered) // 2]
+        rows.append(
+            (
+                name,
+                f"{row['create_s']:.2f}",
+                f"{row['step_s']:.2f}",
+                str(row["compilations"]),
+                f"{row['compile_s']:.2f}",
+            )
+        )
+    yield from _table(("session", "create s", "first step s", "compilations", "compile s"), rows)

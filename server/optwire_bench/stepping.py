@@ -1,0 +1,273 @@
+"""`optwire bench step`: rounds in which all ways to make a step take turns, each in a process of its own.
+
+Ratios are formed within a round, from the medians of that round: whatever else the machine does disturbs them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optwire_bench import cases, counting, models, processes
+
+REFERENCE = "local"
+# Of the local step: median over best. Beyond it something else used the machine.
+DISTURBED = 1.5
+# Steps that compile and warm up, not counted; and one more at the start of every turn.
+WARM_UP = 2
+# Parameters up to -> steps of a turn.
+_STEPS = ((10_000, 100), (2_000_000, 10), (50_000_000, 4), (2_000_000_000, 2))
+# Of the memory that is free, how much processes may be started for at a time.
+_MEMORY_SHARE = 0.75
+# Memory of a process beside its arrays.
+_PROCESS_BYTES = 350 << 20
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+      labels: of the models.
+      tensors: leaves of a model that is given by its size; 0: as ``models.model`` says.
+      cases: that take turns beside the local step.
+      rounds: of turns.
+      steps: of one turn; 0: by the size of the model.
+      extras: whether bytes on the wire and peaks of memory are measured too, in runs of their own.
+    """
+
+    labels: tuple[str, ...]
+    tensors: int
+    cases: tuple[cases.Case, ...]
+    rounds: int
+    steps: int = 0
+    extras: bool = True
+
+
+def run(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Measures; the result is what ``reports`` writes.
+
+    Raises:
+      BenchError: a process died, or parameters are not those of the reference.
+    """
+    result: dict[str, Any] = {"rounds": plan.rounds, "warm_up": WARM_UP, "models": [], "left_out": []}
+    for label in plan.labels:
+        model = models.model(label, plan.tensors)
+        taken = [case for case in plan.cases if model.payload_bytes <= case.payload_bytes_max]
+        rows: list[dict[str, Any]] = []
+        for number, group in enumerate(groups(taken, model, processes.available_bytes())):
+            progress(f"{label}: {', '.join(case.name for case in group)}")
+            rows += _Rounds(plan, model, group, result["left_out"], progress).rows()[number > 0 :]
+        entry = {
+            "model": label,
+            "parameters": model.parameters,
+            "tensors": len(model.shapes),
+            "payload_bytes": model.payload_bytes,
+            "steps_a_turn": steps_of(plan, model),
+            "rows": rows,
+            "disturbed": rows[0]["median_ms"] / rows[0]["best_ms"] > DISTURBED,
+        }
+        if plan.extras:
+            ours = [case for case in taken if case.server]
+            for case in ours:
+                row = next((row for row in rows if row["case"] == case.name), None)
+                if row is not None:
+                    progress(f"{label}: bytes and memory of {case.name}")
+                    row |= _wire_bytes(case, model, plan.tensors) | _memory(case, model, plan.tensors)
+        result["models"].append(entry)
+    return result
+
+
+def steps_of(plan: Plan, model: models.Model) -> int:
+    """Steps of one turn."""
+    return plan.steps or next(steps for most, steps in _STEPS if model.parameters <= most)
+
+
+class _Rounds:
+    """All rounds of some cases on one model; the local step is one of them."""
+
+    def __init__(
+        self, plan: Plan, model: models.Model, group: Sequence[cases.Case], left_out: list[str], progress: Progress
+    ) -> None:
+        self._plan, self._model, self._progress = plan, model, progress
+        self._count = steps_of(plan, model)
+        self._group = [cases.against(REFERENCE), *group]
+        self._left_out = left_out
+        self._turns: dict[str, list[dict[str, Any]]] = {}
+        self._errors: dict[str, dict[str, float]] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each case that ran, the local step first."""
+        with contextlib.ExitStack() as stack:
+            self._folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optwire-bench-")))
+            server = stack.enter_context(processes.server())
+            running = []
+            for case in self._group:
+                role = processes.Role(case.name, case.command(server))
+                stack.callback(role.end)
+                if self._open(case, role, server):
+                    running.append((case, role))
+            start = cases.start(self._model)
+            self._check(running, start, WARM_UP)
+            for index in range(self._plan.rounds):
+                for case, role in running if index % 2 == 0 else running[::-1]:
+                    self._turns.setdefault(case.name, []).append(self._turn(case, role))
+                self._check(running, start, WARM_UP + (index + 1) * (self._count + 1))
+            local = [statistics.median(turn["seconds"]) for turn in self._turns[REFERENCE]]
+            return [self._row(case, local) for case, _ in running]
+
+    def _open(self, case: cases.Case, role: processes.Role, server: processes.Server) -> bool:
+        """Whether the case can take part. A peer that cannot is left out, and a transport that is not to be had."""
+        try:
+            facts = role.ask("open", model=self._model.label, tensors=self._plan.tensors)
+            self._facts[case.name] = facts
+            role.others = [server.pid] if case.server else list(facts.get("pids", ()))
+            role.ask("step", count=WARM_UP)
+        except processes.BenchError as exc:
+            if case.server or case.name in cases.LOCALS:
+                raise
+            return self._leave_out(f"{case.name}, {self._model.label}: {exc}")
+        used, reason = role.ask("transport") if case.transport else ("", "")
+        if used != case.transport:
+            return self._leave_out(f"{case.name}, {self._model.label}: over {used} instead: {reason}")
+        return True
+
+    def _leave_out(self, why: str) -> bool:
+        self._left_out.append(why)
+        self._progress(f"left out: {why}")
+        return False
+
+    def _turn(self, case: cases.Case, role: processes.Role) -> dict[str, Any]:
+        role.ask("step", count=1)
+        cpu_s = sum(map(processes.cpu_s, role.others))
+        faults = sum(map(processes.faults, role.others))
+        turn: dict[str, Any] = role.ask("step", count=self._count)
+        turn["cpu_s"] += sum(map(processes.cpu_s, role.others)) - cpu_s
+        turn["faults"] += sum(map(processes.faults, role.others)) - faults
+        return turn
+
+    def _check(self, running: Sequence[tuple[cases.Case, processes.Role]], start: np.ndarray, steps: int) -> None:
+        """Compares everybody's parameters with the local ones; raises Wrong."""
+        reference = self._saved(running[0][1], "reference")
+        for case, role in running[1:]:
+            looks = [("", case.check)]
+            if case.check.rounded:  # what comes back is coarser than what the server holds, so that is looked at too
+                looks.append(("master", cases.Check()))
+            for what, check in looks:
+                found = self._saved(role, "found", what)
+                name = f"{case.name}, {self._model.label}"
+                own = self._facts[case.name].get("reference")
+                wanted = self._saved(role, "own", "reference") if own else reference
+                seen = cases.compare(found, wanted, start, check, steps=steps, where=name)
+                worst = self._errors.setdefault(case.name, seen)
+                self._errors[case.name] = {key: max(value, worst[key]) for key, value in seen.items()}
+                del found, wanted
+
+    def _saved(self, role: processes.Role, file: str, what: str = "") -> np.ndarray:
+        path = self._folder / file
+        path.unlink(missing_ok=True)  # an array may still be mapped from the one before
+        role.ask("save", path=str(path), what=what)
+        return np.memmap(path, np.float32, "r")
+
+    def _row(self, case: cases.Case, local: Sequence[float]) -> dict[str, Any]:
+        turns = self._turns[case.name]
+        every = sorted(second for turn in turns for second in turn["seconds"])
+        medians = [statistics.median(turn["seconds"]) for turn in turns]
+        ratios = [own / other for own, other in zip(medians, local, strict=True)]
+        steps = len(every)
+        return {
+            "case": case.name,
+            "ours": case.server,
+            "median_ms": statistics.median(medians) * 1e3,
+            "best_ms": every[0] * 1e3,
+            "p50_ms": statistics.median(every) * 1e3,
+            "p90_ms": quantile(every, 0.9) * 1e3,
+            "p99_ms": quantile(every, 0.99) * 1e3,
+            "worst_ms": every[-1] * 1e3,
+            "rounds_ms": [median * 1e3 for median in medians],
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "cpu_s_a_step": sum(turn["cpu_s"] for turn in turns) / steps,
+            "faults_a_step": sum(turn["faults"] for turn in turns) / steps,
+            "says": self._facts[case.name].get("says", ""),
+            "check": "is the reference" if case.name == REFERENCE else str(case.check),
+            "difference": self._errors.get(case.name, {"unequal": 0, "greatest": 0.0, "path": 0.0}),
+        }
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The value that ``share`` of an ordered sequence does not exceed."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def groups(taken: Sequence[cases.Case], model: models.Model, available_bytes: int) -> list[list[cases.Case]]:
+    """Cases that fit in memory at the same time, beside the local one; as few groups as the order allows."""
+    room = available_bytes * _MEMORY_SHARE
+    found: list[list[cases.Case]] = [[]]
+    used = base = cases.against(REFERENCE).payloads * model.payload_bytes + 2 * _PROCESS_BYTES
+    for case in taken:
+        if case.name == REFERENCE:
+            continue
+        need = case.payloads * model.payload_bytes + _PROCESS_BYTES
+        if found[-1] and used + need > room:
+            found.append([])
+            used = base
+        found[-1].append(case)
+        used += need
+    return found
+
+
+def _wire_bytes(case: cases.Case, model: models.Model, tensors: int) -> dict[str, Any]:
+    """Bytes of TCP payload a step, up and down, counted by a forwarder in between; nothing where there is no TCP."""
+    if any("{unix}" in part for part in case.argv):
+        return {}
+    with processes.server() as server, counting.forwarder(server.target) as (front, count):
+        role = processes.Role(case.name, [part.format(target=front) for part in case.argv])
+        try:
+            role.ask("open", model=model.label, tensors=tensors)
+            role.ask("step", count=2)
+            up, down = count.up, count.down
+            role.ask("step", count=2)
+            return {"wire_up_bytes": (count.up - up) / 2, "wire_down_bytes": (count.down - down) / 2}
+        finally:
+            role.end()
+
+
+def _memory(case: cases.Case, model: models.Model, tensors: int) -> dict[str, Any]:
+    """Peaks of the server's memory above its state, and of the client's above gradients and parameters.
+
+    A server and a client of their own. Before anything is measured the server has stepped another session, of 3 million
+    parameters, that is gone: what it had to load and compile is no part of the figures.
+    """
+    with processes.server() as server:
+        role = processes.Role(case.name, case.command(server))
+        try:
+            role.ask("idle")
+            client = processes.memory_bytes(role.pid)
+            role.ask("open", model="3M", tensors=0)
+            role.ask("step", count=3)
+            role.ask("close")
+            idle = processes.memory_bytes(server.pid), client
+            role.ask("open", model=model.label, tensors=tensors)
+            role.ask("step", count=2)
+            processes.reset_peak(server.pid)
+            processes.reset_peak(role.pid)
+            role.ask("step", count=4)
+            peaks = [processes.memory_bytes(pid, "VmHWM") for pid in (server.pid, role.pid)]
+        finally:
+            role.end()
+    return {
+        "server_above_state_mib": (peaks[0] - idle[0] - 3 * model.payload_bytes) / 2**20,
+        "client_above_grads_and_params_mib": (peaks[1] - idle[1] - 2 * model.payload_bytes) / 2**20,
+    }

@@ -1,0 +1,488 @@
+"""What one session holds on the device: the arrays of its state, block by block, and what is done with them.
+
+For the device's thread only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from optwire_proto import limits, tensors
+from optwire_server.engine import cut, device, kernel, program, reductions, slots, telemetry
+from optwire_server.engine.layout import Layout
+
+
+class UpdateError(Exception):
+    """An update raised. ``state_lost`` says whether the old state was consumed before it did."""
+
+    def __init__(self, problem: str, *, state_lost: bool) -> None:
+        super().__init__(problem)
+        self.state_lost = state_lost
+
+
+class SpanState(NamedTuple):
+    """The arrays of a span: common ones, and the own ones of each block."""
+
+    common: list[Any]
+    blocks: list[list[Any]]
+
+
+class _Job(NamedTuple):
+    """One block of an update.
+
+    Attributes:
+      at: position of its span.
+      number: its position there.
+      block: what is updated.
+      kernel: what updates it.
+      step: how; None: it stays as it is.
+      is_gone: whether its leaves have no gradients.
+    """
+
+    at: int
+    number: int
+    block: cut.Block
+    kernel: kernel.Kernel
+    step: kernel.Step | None
+    is_gone: bool
+
+
+class _Given(NamedTuple):
+    """What all blocks of an update are given: operands one by one, sums over all leaves, and gradients in memory."""
+
+    operands: list[Any]
+    reduced: list[Any]
+    memory: np.ndarray
+    gone: frozenset[int]
+
+
+@dataclasses.dataclass(eq=False)
+class Held:
+    """One session's arrays.
+
+    Attributes:
+      program: of the step to come.
+      state: the arrays of each span; None: they are lost, or freed.
+      spans: what they are the arrays of; the program's, until they are split.
+      lane: of the session's tasks.
+    """
+
+    program: program.Program
+    state: list[SpanState] | None = None
+    spans: tuple[cut.Span, ...] = ()
+    lane: device.Lane = dataclasses.field(default_factory=device.Lane)
+
+    def __post_init__(self) -> None:
+        self._scratch: dict[int, np.ndarray] = {}
+        self._divide(self.spans or self.program.cut.spans)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the leaves of a payload lie."""
+        return self.program.layout
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of parameters and slots, as they can be read."""
+        return self.program.state_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Size of parameters and slots in memory."""
+        return self.program.held_bytes
+
+    def fill(self, memory: np.ndarray, rates: tuple[float, ...], seed: int) -> None:
+        """Makes the state before the first step, of parameters in the session's layout, which are copied."""
+        given = _Given([], [], memory, frozenset())
+        made = []
+        for job in self._jobs(program.Variant(), frozenset()):
+            parts = [self._grad(given, job, at) for at in range(len(job.block.parts))]
+            own, common = job.kernel.init(parts, rates, seed)
+            if job.number == 0:
+                made.append(SpanState(common, []))
+            made[-1].blocks.append(own)
+        self.state = jax.block_until_ready(made)
+
+    # ------------------------------------------------------------------------------------------- updates
+
+    def update(
+        self, variant: program.Variant, operands: program.Operands, memory: np.ndarray, out: np.ndarray | None
+    ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
+        """Replaces the state by the next one, block by block, yielding between them.
+
+        Args:
+          variant: which of the program's updates to run; prepared.
+          operands: what it takes beside gradients.
+          memory: the gradients, in the session's layout; read until this returns.
+          out: where new parameters are written, in the session's layout, each block as soon as it is there; or None.
+
+        Returns:
+          Notes by name, and what was added to the parameters: segments in payload order, where the variant has it.
+
+        Raises:
+          UpdateError: nothing or everything of the old state is left, as it says.
+        """
+        results: list[tuple[_Job, list[Any]]] = []
+        common: dict[int, list[Any]] = {}
+        try:
+            gone = _gone(operands)
+            self._split_off(gone)
+            state = self._state
+            jobs = self._jobs(variant, gone)
+            if not self.program.is_tree:
+                operands = operands._replace(present=None)
+            given = _Given(jax.tree.leaves(operands), [], memory, gone)
+            yield from self._reduce(jobs, given)
+            for job in jobs:
+                if job.step is not None:
+                    made = self._call(job.step.apply, job, given)
+                    count, shared = len(job.kernel.own), len(job.kernel.common)
+                    state[job.at].blocks[job.number] = made[:count]
+                    common[job.at] = made[count : count + shared]
+                    results.append((job, made[count + shared :]))
+                    made[0].block_until_ready()
+                if out is not None:
+                    self._write(job, common.get(job.at, state[job.at].common), out)
+                yield
+            for at, arrays in common.items():
+                state[at].common[:] = arrays
+        except Exception as exc:
+            lost = bool(results) or any(array.is_deleted() for array in jax.tree.leaves(self.state))
+            if lost:
+                self.state = None
+            raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
+        return self._told(variant, results)
+
+    def write_params(self, out: np.ndarray) -> None:
+        """Writes the parameters to memory of the layout's length."""
+        for job in self._jobs(None, frozenset()):
+            self._write(job, self._state[job.at].common, out)
+
+    @property
+    def _state(self) -> list[SpanState]:
+        assert self.state is not None, "the session's state is gone"
+        return self.state
+
+    def _jobs(self, variant: program.Variant | None, gone: frozenset[int]) -> list[_Job]:
+        """What an update does, block by block; None: nothing."""
+        key = (self.program, variant)
+        if not gone and (known := self._known.get(key)) is not None:
+            return known
+        jobs = []
+        for at, span in enumerate(self.spans):
+            is_gone = not self.program.is_tree and span.leaves[0] in gone
+            for number, block in enumerate(span.blocks):
+                each = self.program.kernel(span, block)
+                variants = self.program.variants(each, variant) if variant else ()
+                own = variants[is_gone] if is_gone < len(variants) else None
+                jobs.append(_Job(at, number, block, each, each.step(own) if own else None, is_gone))
+        if not gone:
+            self._known = {key: jobs} if len(self._known) > 8 else {**self._known, key: jobs}
+        return jobs
+
+    def _reduce(self, jobs: Sequence[_Job], given: _Given) -> device.Work[None]:
+        """Takes the sums over all leaves, one after the other, each of the parts of all blocks in their order."""
+        steps = [(job, job.step) for job in jobs if job.step is not None]
+        for at in range(max((len(step.partials) for _, step in steps), default=0)):
+            parts = []
+            for job, step in steps:
+                part = step.partials[at]
+                if isinstance(part, float):
+                    parts.append(np.float64(part))
+                else:
+                    parts.append(np.asarray(self._call(part, job, given)[0]))
+                    yield
+            with self.program.precision():
+                given.reduced.append(reductions.combine(parts, reductions.dtype()))
+
+    def _call(self, call: kernel.Call, job: _Job, given: _Given) -> list[Any]:
+        """Runs an executable for a block."""
+        takes = call.takes
+        common, blocks = self._state[job.at]
+        own = blocks[job.number]
+        arguments = [given.operands[at] for at in takes.operands]
+        arguments += [given.reduced[at] for at in takes.reduced]
+        if takes.valid:
+            arguments.append(job.block.valid)
+        arguments += [self._grad(given, job, at) for at in takes.grads]
+        arguments += [common[at] for at in takes.common]
+        arguments += own if len(takes.own) == len(own) else [own[at] for at in takes.own]
+        if self.program.is_wide == jax.config.jax_enable_x64:
+            made: list[Any] = call.run(*arguments)
+            return made
+        with self.program.precision():
+            made = call.run(*arguments)
+            return made
+
+    def _grad(self, given: _Given, job: _Job, at: int) -> np.ndarray:
+        """A gradient, or parameters at first: a view where they lie in memory as the block has them."""
+        part = job.block.parts[at]
+        if job.is_gone or (given.gone and self.program.is_tree and at in given.gone):
+            return np.zeros(part.shape, part.dtype)
+        if part.offset is not None:
+            stop = part.offset + part.size * part.dtype.itemsize
+            return given.memory[part.offset : stop].view(part.dtype).reshape(part.shape)
+        size = part.size * part.dtype.itemsize
+        if size not in self._scratch:
+            self._scratch[size] = _aligned(size)
+        gathered = self._scratch[size].view(part.dtype)
+        for run in job.block.runs:
+            stop = run.offset + (run.stop - run.start) * part.dtype.itemsize
+            gathered[run.start : run.stop] = given.memory[run.offset : stop].view(part.dtype)
+        gathered[job.block.valid :] = 0
+        return gathered
+
+    def _write(self, job: _Job, common: list[Any], out: np.ndarray) -> None:
+        """Writes the parameters of a block where they belong."""
+        arrays = self._read("", job.kernel, common, self._state[job.at].blocks[job.number])
+        for run in job.block.runs:
+            segment = arrays[run.part][run.start : run.stop].view(np.uint8)
+            out[run.offset : run.offset + segment.nbytes] = segment
+
+    def _told(
+        self, variant: program.Variant, results: Sequence[tuple[_Job, list[Any]]]
+    ) -> tuple[Mapping[str, float], list[np.ndarray]]:
+        """What an update tells, of what its blocks gave beside their state."""
+        notes: dict[str, float] = {}
+        sums: dict[str, list[Any]] = {}
+        added: dict[tuple[int, int], list[np.ndarray]] = {}
+        for job, rest in results:
+            assert job.step is not None
+            told, parts = len(job.step.notes), len(job.step.sums)
+            if not notes:
+                notes = {name: float(value) for name, value in zip(job.step.notes, rest, strict=False)}
+            for name, value in zip(job.step.sums, rest[told:], strict=False):
+                sums.setdefault(name, []).append(np.asarray(value))
+            if variant.updates:
+                added[job.at, job.number] = [np.asarray(array).reshape(-1) for array in rest[told + parts :]]
+        if variant.telemetry:
+            totals = {name: float(reductions.combine(parts, np.float64)) for name, parts in sums.items()}
+            notes |= telemetry.figures(totals, self.program.elements)
+        if not variant.updates:
+            return notes, []
+        return notes, [added[at.span, at.block][at.part][at.start : at.stop] for at in self._reading()]
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def params(self, which: str = "") -> list[np.ndarray]:
+        """The parameters, or those of a view that was prepared: segments in payload order, views of the state."""
+        found: dict[tuple[int, int], list[np.ndarray]] = {}
+        segments = []
+        for at in self._reading():
+            if (arrays := found.get((at.span, at.block))) is None:
+                common, blocks = self._state[at.span]
+                span = self.spans[at.span]
+                each = self.program.kernel(span, span.blocks[at.block])
+                arrays = found[at.span, at.block] = self._read(which, each, common, blocks[at.block])
+            segments.append(arrays[at.part][at.start : at.stop])
+        return segments
+
+    def arrays(self) -> list[np.ndarray]:
+        """All arrays of the state, in the order of the program's places: segments, views of the state."""
+        with self.program.precision():
+            return list(itertools.chain.from_iterable(map(self._segments, self.program.places)))
+
+    def array(self, position: int) -> np.ndarray:
+        """One array of the state, flat."""
+        with self.program.precision():
+            segments = self._segments(self.program.places[position])
+        return segments[0] if len(segments) == 1 else np.concatenate([*segments, np.empty(0, segments[0].dtype)])
+
+    def _read(self, which: str, each: kernel.Kernel, common: list[Any], own: list[Any]) -> list[np.ndarray]:
+        """Parameters of a block, each part flat."""
+        view = each.view(which)
+        if view.call is None:
+            return [np.asarray(own[at]).reshape(-1) for at in view.arrays]
+        takes = view.call.takes
+        with self.program.precision():  # casts that change nothing are no part of a program, and would narrow here
+            made = view.call.run(*(common[at] for at in takes.common), *(own[at] for at in takes.own))
+        return [np.asarray(array).reshape(-1) for array in made]
+
+    def _segments(self, place: program.Place) -> list[np.ndarray]:
+        at = 0 if place.leaf is None else self._span(place.leaf)
+        each, holder = self._holder(at, place)
+        is_common, index = each.where[place.array]
+        if is_common or not self.program.cut.is_flat or place.leaf is None:
+            array = holder.common[index] if is_common else holder.blocks[0][index]
+            return [slots.to_numpy(array).reshape(-1)]
+        return [
+            np.asarray(holder.blocks[piece.block][index])[piece.start : piece.stop]
+            for piece in self._pieces()[place.leaf]
+        ]
+
+    def _holder(self, at: int, place: program.Place) -> tuple[kernel.Kernel, SpanState]:
+        """The kernel and the arrays of a span."""
+        span = self.spans[at]
+        return self.program.kernel(span, span.blocks[0]), self._state[at]
+
+    def _reading(self) -> tuple[cut.Piece, ...]:
+        """The pieces of all leaves in payload order."""
+        if self._order is None:
+            self._order = cut.merged(self._pieces())
+        return self._order
+
+    def _pieces(self) -> list[tuple[cut.Piece, ...]]:
+        """Where each leaf is."""
+        if self._where is None:
+            self._where = cut.pieces(self.spans, len(self.program.tree.leaves))
+        return self._where
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def replace(self, arrays: Mapping[int, tensors.Array]) -> None:
+        """Puts copies of arrays in the place of those of the state, by position among the program's places.
+
+        Whatever it raises, the state is the old one.
+        """
+        places = {self.program.places[position]: array for position, array in arrays.items()}
+        with self.program.precision(), self.program.placing():
+            if not self.program.cut.is_flat:
+                state = [SpanState(list(common), [list(own) for own in blocks]) for common, blocks in self._state]
+                self._put(state, places)
+                self.state = jax.block_until_ready(state)
+                return
+            before = self.spans, self.state
+            try:
+                self._share(places)
+                state = [SpanState(list(common), [list(own) for own in blocks]) for common, blocks in self._state]
+                self._put(state, places)
+                self.state = jax.block_until_ready(state)
+            except BaseException:
+                self.state = before[1]
+                self._divide(before[0])
+                raise
+
+    def _put(self, state: list[SpanState], places: Mapping[program.Place, tensors.Array]) -> None:
+        """Writes arrays over those of a state that nobody else has; leaves of a span have the same common arrays."""
+        touched: dict[tuple[int, int, int], np.ndarray] = {}
+        for place, array in places.items():
+            if place.leaf is None:
+                self._put_everywhere(state, place, array)
+                continue
+            at = self._span(place.leaf)
+            each, _ = self._holder(at, place)
+            is_common, index = each.where[place.array]
+            if is_common or not self.program.cut.is_flat:
+                holder = state[at].common if is_common else state[at].blocks[0]
+                holder[index] = slots.from_numpy(array, holder[index])
+                continue
+            flat, start = array.reshape(-1), 0
+            for piece in self._pieces()[place.leaf]:
+                key = at, piece.block, index
+                if key not in touched:
+                    touched[key] = np.array(state[at].blocks[piece.block][index])
+                size = piece.stop - piece.start
+                touched[key][piece.start : piece.stop] = flat[start : start + size].view(touched[key].dtype)
+                start += size
+        for (at, block, index), host in touched.items():
+            state[at].blocks[block][index] = slots.from_numpy(host, state[at].blocks[block][index])
+
+    def _put_everywhere(self, state: list[SpanState], place: program.Place, array: tensors.Array) -> None:
+        """Writes an array that belongs to no leaf, in all spans."""
+        for at, span in enumerate(self.spans):
+            each = self.program.kernel(span, span.blocks[0])
+            found = place.array if self.program.is_tree else each.position(place.name)
+            if found is not None:
+                is_common, index = each.where[found]
+                holder = state[at].common if is_common else state[at].blocks[0]
+                holder[index] = slots.from_numpy(array, holder[index])
+
+    def carry(self, new: Held, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies arrays to another state, by positions here and there; what is of another type there is left out."""
+        theirs = self.program.array_dtype, new.program.array_dtype
+        same = ((i, k) for i, k in pairs if theirs[0](i) == theirs[1](k))
+        new.replace({k: self.array(i).reshape(new.program.array_shape(k)) for i, k in same})
+
+    # ------------------------------------------------------------------------------------------- splitting
+
+    def _divide(self, spans: tuple[cut.Span, ...]) -> None:
+        self.spans = spans
+        self._known: dict[tuple[program.Program, program.Variant | None], list[_Job]] = {}
+        self._where: list[tuple[cut.Piece, ...]] | None = None
+        self._order: tuple[cut.Piece, ...] | None = None
+        self._spans_of: dict[int, int] | None = None
+
+    def _span(self, leaf: int) -> int:
+        """Position of a leaf's span."""
+        if self._spans_of is None:
+            self._spans_of = {leaf: at for at, span in enumerate(self.spans) for leaf in span.leaves}
+        return self._spans_of[leaf]
+
+    def _split_off(self, gone: Collection[int]) -> None:
+        """Splits spans so that each has gradients for all of its leaves, or for none."""
+        if gone and self.program.cut.is_flat:
+            for at in sorted({self._span(leaf) for leaf in gone}, reverse=True):
+                apart = [leaf for leaf in self.spans[at].leaves if leaf in gone]
+                if len(apart) < len(self.spans[at].leaves):
+                    self._split(at, apart)
+
+    def _share(self, places: Mapping[program.Place, tensors.Array]) -> None:
+        """Splits spans so that leaves of one are to have the same common arrays."""
+        wanted: dict[int, dict[int, bytes]] = {}
+        for place, array in places.items():
+            if place.leaf is not None:
+                each, _ = self._holder(self._span(place.leaf), place)
+                if each.where[place.array][0]:
+                    wanted.setdefault(place.leaf, {})[place.array] = np.asarray(array).tobytes()
+        for at in range(len(self.spans) - 1, -1, -1):
+            alike: dict[tuple[tuple[int, bytes], ...], list[int]] = {}
+            for leaf in self.spans[at].leaves:
+                alike.setdefault(tuple(sorted(self._commons(at, wanted.get(leaf, {})).items())), []).append(leaf)
+            for apart in list(alike.values())[1:]:
+                self._split(at, apart)
+
+    def _commons(self, at: int, wanted: Mapping[int, bytes]) -> dict[int, bytes]:
+        """What a leaf of a span is to have in common with others: what is wanted, else what there is."""
+        if not wanted and len(self.spans[at].leaves) == 1:
+            return {}
+        each = self.program.kernel(self.spans[at], self.spans[at].blocks[0])
+        there = (np.asarray(array).tobytes() for array in self._state[at].common)
+        return {**dict(zip(each.common, there, strict=True)), **wanted}
+
+    def _split(self, at: int, apart: Collection[int]) -> None:
+        """Splits a flat span in two, the second with some of its leaves; copies its arrays."""
+        span, state = self.spans[at], self._state
+        parts = cut.split(self.program.cut, span, self.program.tree, frozenset(apart))
+        with self.program.precision(), self.program.placing():
+            made = [SpanState(list(state[at].common), self._regathered(at, part)) for part in parts]
+        self.state = [*state[:at], *made, *state[at + 1 :]]
+        self._divide((*self.spans[:at], *parts, *self.spans[at + 1 :]))
+
+    def _regathered(self, at: int, part: cut.Span) -> list[list[Any]]:
+        """The own arrays of some leaves of a span, as the blocks of another one."""
+        blocks: list[list[Any]] = [[] for _ in part.blocks]
+        where = self._pieces()
+        for index in range(len(self._state[at].blocks[0])):
+            segments = [
+                np.asarray(self._state[at].blocks[piece.block][index])[piece.start : piece.stop]
+                for leaf in part.leaves
+                for piece in where[leaf]
+            ]
+            dtype = self._state[at].blocks[0][index].dtype
+            flat = np.zeros(sum(block.parts[0].size for block in part.blocks), dtype)
+            np.concatenate([*segments, np.empty(0, dtype)], out=flat[: part.starts[-1]])
+            start = 0
+            for own, block in zip(blocks, part.blocks, strict=True):
+                size = block.parts[0].size
+                own.append(jax.numpy.array(flat[start : start + size], copy=True))
+                start += size
+        return blocks
+
+
+def _gone(operands: program.Operands) -> frozenset[int]:
+    """Leaves that a push has no gradients for."""
+    present = operands.present or ()
+    return frozenset(leaf for leaf, is_there in enumerate(present) if not is_there)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Memory on a boundary, so that it is adopted as it is."""
+    whole = np.zeros(size + limits.ALIGNMENT_BYTES, np.uint8)
+    start = -whole.ctypes.data % limits.ALIGNMENT_BYTES
+    return whole[start : start + size]

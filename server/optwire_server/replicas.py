@@ -1,0 +1,169 @@
+"""Replicas: what the clients of a session have of its parameters, where they are sent what has changed in them.
+
+A codec that loses much cannot send parameters, but it can send a change, if what it left behind goes out with the next
+one. So the server keeps what a client has that decoded every change: the replica. A change is the encoded difference
+between parameters and replica; whoever has the replica of the step that it is from is sent that, everybody else the
+replica as a whole. Of one step, all have the same bits, whatever way they came by them.
+
+Works on the threads of calls, outside of the device's. Knows neither protobuf nor sessions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from optwire_proto import codecs, tensors, trees
+
+Arrays = list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What a reply carries.
+
+    Attributes:
+      step: whose parameters they are.
+      arrays: in the order of the payload.
+      is_change: whether they are what has changed, encoded; otherwise they are whole.
+    """
+
+    step: int
+    arrays: Arrays
+    is_change: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Change:
+    """What took the replica from one step to the one it is of, encoded."""
+
+    from_step: int
+    arrays: Sequence[np.ndarray]
+
+
+class Replica:
+    """The replica of one session. Thread-safe; made without arrays, as the first reply is whole anyway.
+
+    Args:
+      how: the codec of changes.
+      tree: of the session.
+    """
+
+    def __init__(self, how: codecs.Codec, tree: trees.TreeSpec) -> None:
+        self._codec = how
+        self._tree = tree
+        self._lock = threading.Lock()
+        self._incarnation = 0
+        self._step = 0
+        self._arrays: Arrays = []
+        self._change: _Change | None = None
+
+    def answer(
+        self, params: Arrays, *, incarnation: int, step: int, view_step: int | None, room: Callable[[], Arrays]
+    ) -> Answer:
+        """What to send of the parameters of a step.
+
+        The replica follows where it is of an earlier step. Where it is of a later one, another reply was faster, and
+        this one is of that step, too.
+
+        Args:
+          params: the parameters, in pieces in the order of the payload; emptied, unless they are the answer.
+          incarnation: of the session, at that step.
+          step: number of updates applied.
+          view_step: of the replica that the client has; None: it has none.
+          room: gives arrays for a copy of the replica.
+        """
+        with self._lock:
+            if incarnation < self._incarnation:  # of a history that is none any more: its client will be told
+                return Answer(step, params, is_change=False)
+            if incarnation > self._incarnation or not self._arrays:
+                self._arrays = self._copied(params)
+                self._incarnation, self._step, self._change = incarnation, step, None
+                return Answer(step, params, is_change=False)
+            if step > self._step:
+                arrays = self._follow(params)
+                self._step, self._change = step, _Change(self._step, arrays)
+            params.clear()
+            if self._change is not None and view_step == self._change.from_step:
+                return Answer(self._step, list(self._change.arrays), is_change=True)
+            copies = room()
+            for copy, array in zip(copies, self._arrays, strict=True):
+                np.copyto(copy, array)
+            return Answer(self._step, copies, is_change=False)
+
+    def _copied(self, params: Arrays) -> Arrays:
+        pieces = _Pieces(list(params))
+        copies = []
+        for leaf in self._tree.leaves:
+            flat = np.empty(leaf.elements, tensors.numpy_dtype(leaf.dtype))
+            pieces.copy(flat)
+            copies.append(flat.reshape(leaf.shape))
+        return copies
+
+    def _follow(self, params: Arrays) -> Arrays:
+        """Takes the replica towards the parameters, and returns the encoded change. Empties ``params``."""
+        pieces = _Pieces(params)
+        encoded = []
+        for leaf, replica in zip(self._tree.leaves, self._arrays, strict=True):
+            flat = replica.reshape(-1)
+            if not self._codec.bears_on(leaf.dtype):
+                pieces.copy(flat)
+                encoded.append(replica.copy())
+                continue
+            parts = [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in self._codec.encoded(leaf)]
+            self._codec.encode(leaf.elements, _difference(pieces, flat), parts)
+            self._codec.add(parts, flat, codecs.where("params", leaf))
+            encoded += parts
+        return encoded
+
+
+def replica(how: codecs.Codec, tree: trees.TreeSpec) -> Replica | None:
+    """The replica of a new session; None for codecs that need none."""
+    return Replica(how, tree) if how.loses else None
+
+
+def state_bytes(how: codecs.Codec, tree: trees.TreeSpec) -> int:
+    """Bytes that the replica of a session holds, and the last change with it; 0 for codecs that need none."""
+    return tree.payload_bytes + sum(map(how.encoded_bytes, tree.leaves)) if how.loses else 0
+
+
+def _difference(pieces: _Pieces, replica: np.ndarray) -> codecs.Read:
+    def read(start: int, stop: int, out: np.ndarray) -> None:
+        for at, values in pieces.take(stop - start):
+            ours = replica[start + at : start + at + values.size]
+            np.subtract(values, ours, out=out[at : at + values.size], casting="same_kind")
+
+    return read
+
+
+class _Pieces:
+    """Parameters cut somewhere, read in order; a piece is let go of once it was read."""
+
+    def __init__(self, pieces: Arrays) -> None:
+        self._pieces = pieces
+        pieces.reverse()
+        self._rest = np.empty(0, np.uint8)
+
+    def take(self, count: int) -> list[tuple[int, np.ndarray]]:
+        """The next ``count`` elements, as (position of the first one, flat view) pairs."""
+        found, at = [], 0
+        while at < count:
+            if not self._rest.size:
+                self._rest = self._pieces.pop().reshape(-1)
+            part = self._rest[: count - at]
+            self._rest = self._rest[part.size :]
+            found.append((at, part))
+            at += part.size
+        if not self._rest.size:
+            self._rest = np.empty(0, np.uint8)
+        return found
+
+    def copy(self, out: np.ndarray) -> None:
+        """The next elements, as many as ``out`` has, bit for bit."""
+        bits = out.view(np.uint8)
+        for at, values in self.take(out.size):
+            start = at * out.itemsize
+            bits[start : start + values.nbytes] = values.view(np.uint8)
