@@ -3,6 +3,7 @@
 #   .venv             the project and, once a target needs them, the developer's tools
 #   .venv-proto       code generation, kept apart (docs/adr/0004-generated-code-is-committed.md)
 #   .venv-frameworks  sees what is in .venv, and adds the frameworks that `make frameworks` tests
+#   .venv-peers       sees it too, and adds the peers of `make bench-peers`
 # What is in them is written once, in pyproject.toml. Stamp files remember what has been installed, so that `make demo`
 # on a fresh clone fetches only what the demo runs on and `make test` adds the rest.
 
@@ -115,9 +116,21 @@ examples: .venv/.demo ## run every numbered example
 frameworks: .venv-frameworks/.ready ## train with the frameworks of docs/frameworks.md, as examples/frameworks does
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/frameworks $(ARGS)
 
+# Arguments of `optwire bench step` that say what else than the usual is to be measured, and kept nowhere:
+# make bench BENCH='--params 25M --rounds 21'
+BENCH ?=
+comma := ,
+RESULT = $(if $(BENCH),$(BENCH),--json benchmarks/results/$(1).json)
 .PHONY: bench
-bench: .venv/.demo ## measure a remote step against a local one
-	@$(PY) benchmarks/step.py
+bench: .venv/.demo ## measure remote steps beside local ones, limits, fairness, cold starts; half an hour (BENCH=--quick)
+	@.venv/bin/optwire bench step $(call RESULT,step) $(if $(BENCH),,--plot docs/performance.png)
+	@$(if $(BENCH),,for kind in limits fairness cold; do echo; .venv/bin/optwire bench $$kind $(call RESULT,$$kind); done)
+
+PEER = .venv-peers/bin/python benchmarks/peers
+.PHONY: bench-peers
+bench-peers: .venv/.demo .venv-peers/.ready ## the same beside Ray, torch.distributed.rpc and Flower
+	@.venv/bin/optwire bench step $(if $(BENCH),,--params 1M$(comma)25M) $(call RESULT,peers) \
+	--beside 'Ray actor=$(PEER)/ray_actor.py' --beside 'torch rpc=$(PEER)/torch_rpc.py' --beside 'Flower=$(PEER)/flower.py'
 
 .PHONY: image
 image: ## build the container images $(IMAGE) and $(IMAGE)-client (VARIANT=cuda12 or cuda13: for NVIDIA's GPUs)
@@ -209,4 +222,4 @@ proto-breaking: .venv-proto/.ready ## does the schema break clients of AGAINST (
 
 .PHONY: clean
 clean: ## remove the environments and every cache
-	rm -rf .venv .venv-proto .venv-frameworks build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-proto .venv-frameworks .venv-peers build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,11 +1,13 @@
 """Flower's FedAdam, one client: a round is a step. The client sends weights, and their difference is the gradient.
 
-Over its own stream of gRPC messages (``start_server`` and ``start_client``); the newer SuperLink polls, which is slower.
-FedAdam counts its steps from 2 and has its epsilon elsewhere than Adam, so it brings a reference of its own.
+Over its own stream of gRPC messages (``start_server`` and ``start_client``); the newer SuperLink polls, and is slower.
+FedAdam counts its steps from 2 and has its epsilon elsewhere than Adam, so it brings a reference of its own. Its rates
+are given as float32: of Python's floats NumPy 2 would make float64 weights, and twice the bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -13,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,6 +65,7 @@ class Flower:
         self._reference = [np.array(leaf) for leaf in models.params(model).values()]
         self._slots = [(np.zeros_like(leaf), np.zeros_like(leaf)) for leaf in self._reference]
         self._steps = 0
+        until_served(port)
         self.ports.put(port)
         self._params = self.client.arrived.get(timeout=60)
         return {"pids": [self._server.pid], "says": f"flwr {flwr.__version__}, FedAdam", "reference": True}
@@ -91,6 +95,15 @@ class Flower:
         self._server.wait(30)
 
 
+def until_served(port: int) -> None:
+    """Waits until something listens: Flower's client does not."""
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.1)
+
+
 def serve(port: int, label: str, tensors: int) -> None:
     """Flower's server, for as many rounds as there may be."""
     start_server(
@@ -103,10 +116,10 @@ def serve(port: int, label: str, tensors: int) -> None:
             min_evaluate_clients=0,
             min_available_clients=1,
             initial_parameters=ndarrays_to_parameters(list(models.params(models.model(label, tensors)).values())),
-            eta=models.LEARNING_RATE,
-            beta_1=models.B1,
-            beta_2=models.B2,
-            tau=models.EPS,
+            eta=np.float32(models.LEARNING_RATE),
+            beta_1=np.float32(models.B1),
+            beta_2=np.float32(models.B2),
+            tau=np.float32(models.EPS),
         ),
     )
 

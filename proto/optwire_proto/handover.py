@@ -8,6 +8,7 @@ to name the segment from now on, and whether those that named it by the old one 
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import json
 import socket
@@ -73,7 +74,9 @@ class Grant:
         """Raises HandoverError where a message is no grant."""
         offsets = message.get("offsets")
         numbers = [message.get(name) for name in ("slot", "nbytes", "params")]
-        if not isinstance(offsets, list) or not all(type(number) is int and number >= 0 for number in numbers + offsets):
+        if not isinstance(offsets, list) or not all(
+            type(number) is int and number >= 0 for number in numbers + offsets
+        ):
             raise HandoverError("an answer that is no grant")
         return cls(*numbers, tuple(offsets))  # type: ignore[arg-type]
 
@@ -152,6 +155,18 @@ def receive(
     return message
 
 
+def _with_files(connection: socket.socket, count: int, files: list[int]) -> bytes:
+    """Receives bytes, and at most one descriptor with them: ``socket.recv_fds``, which leaves it open in children."""
+    size = array.array("i").itemsize
+    data, ancillary, _, _ = connection.recvmsg(count, socket.CMSG_LEN(size), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            came = array.array("i")
+            came.frombytes(content[: len(content) // size * size])
+            files.extend(came)
+    return data
+
+
 def _exactly(connection: socket.socket, count: int, end_s: float, files: list[int] | None) -> bytes:
     data = bytearray()
     while len(data) < count:
@@ -163,8 +178,7 @@ def _exactly(connection: socket.socket, count: int, end_s: float, files: list[in
             if files is None:
                 part = connection.recv(count - len(data))
             else:
-                part, came, _, _ = socket.recv_fds(connection, count - len(data), 1, socket.MSG_CMSG_CLOEXEC)
-                files += came
+                part = _with_files(connection, count - len(data), files)
         except TimeoutError as exc:
             raise HandoverError("a message did not come in time") from exc
         if not part:

@@ -61,6 +61,17 @@ class Role:
             raise self._dead()
         return json.loads(line)
 
+    def cost(self, do: str, count: int) -> dict[str, Any]:
+        """The answer to a command that is measured, with what it cost the other processes added."""
+        before = {pid: _spent(pid) for pid in self.others}
+        turn: dict[str, Any] = self.ask(do, count=count)
+        for pid, start in before.items():
+            spent = _spent(pid)
+            if start and spent:  # a peer's helper may come and go
+                turn["cpu_s"] += spent[0] - start[0]
+                turn["faults"] += spent[1] - start[1]
+        return turn
+
     def end(self) -> None:
         """Ends the process, if need be by force."""
         with contextlib.suppress(OSError):
@@ -131,14 +142,14 @@ def _pinned(cores: Sequence[int]) -> Callable[[], None] | None:
     return (lambda: os.sched_setaffinity(0, cores)) if cores else None
 
 
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process so far, all its threads."""
-    return time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a process id on Linux
-
-
-def faults(pid: int) -> int:
-    """Minor page faults of a process so far."""
-    return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+def _spent(pid: int) -> tuple[float, int] | None:
+    """CPU seconds and minor page faults of a process so far, all its threads; None once it is gone."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        cpu_s = time.clock_gettime((~pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a process id on Linux
+    except OSError:
+        return None
+    return cpu_s, int(stat.rpartition(")")[2].split()[7])
 
 
 def memory_bytes(pid: int, what: str = "VmRSS") -> int:

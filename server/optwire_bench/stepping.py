@@ -149,12 +149,7 @@ class _Rounds:
 
     def _turn(self, case: cases.Case, role: processes.Role) -> dict[str, Any]:
         role.ask("step", count=1)
-        cpu_s = sum(map(processes.cpu_s, role.others))
-        faults = sum(map(processes.faults, role.others))
-        turn: dict[str, Any] = role.ask("step", count=self._count)
-        turn["cpu_s"] += sum(map(processes.cpu_s, role.others)) - cpu_s
-        turn["faults"] += sum(map(processes.faults, role.others)) - faults
-        return turn
+        return role.cost("step", self._count)
 
     def _check(self, running: Sequence[tuple[cases.Case, processes.Role]], start: np.ndarray, steps: int) -> None:
         """Compares everybody's parameters with the local ones; raises Wrong."""

@@ -117,20 +117,11 @@ def _of_size(size: int, transports: Sequence[str], rounds: int) -> list[dict[str
         order = [("memcpy", "memcpy"), *((name, way) for way in WAYS for name in running if name != "memcpy")]
         for index in range(rounds):
             for name, way in order if index % 2 == 0 else order[::-1]:
-                turns.setdefault((name, way), []).append(_turn(running[name], way, count))
+                turns.setdefault((name, way), []).append(running[name].cost(way, count))
         for name, role in running.items():
             if name in transports and not role.ask("check"):
                 raise processes.BenchError(f"{name}, {size:,} bytes: what was sent is not what arrived")
         return [_row(name, way, size, turns) for name, way in order]
-
-
-def _turn(role: processes.Role, way: str, count: int) -> dict[str, Any]:
-    cpu_s = sum(map(processes.cpu_s, role.others))
-    faults = sum(map(processes.faults, role.others))
-    turn: dict[str, Any] = role.ask(way, count=count)
-    turn["cpu_s"] += sum(map(processes.cpu_s, role.others)) - cpu_s
-    turn["faults"] += sum(map(processes.faults, role.others)) - faults
-    return turn
 
 
 def _row(name: str, way: str, size: int, turns: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:

@@ -101,10 +101,10 @@ class Registry:
         elif how != codecs.RAW:
             kind = functools.partial(decoding.Decoding, how)
             lent = self._landings.land_as(kind, tree, layout, codecs.scratch_bytes(how, tree.leaves))
-        elif claim is None or live.machine.aggregation.workers:  # ``push`` says why the latter
-            lent = self._landings.land(tree, layout)
-        else:
+        elif claim is not None and claim.in_place:
             lent = landing.Landing.filled(claim.grads, tree, layout)
+        else:
+            lent = self._landings.land(tree, layout)
         try:
             yield Push(key, options, live, lent, change, claim)
         finally:
@@ -166,8 +166,7 @@ class Registry:
             outcome = self._engine.work(self._apply(push, digest), push.session.held)
             return outcome if isinstance(outcome, Waiting) else answers.encoded(push, outcome)
         segments.check_token(digest, push.landing.payload_bytes)
-        if push.session.machine.aggregation.workers:
-            # What waits for other workers, and is summed with theirs, is not left where its client can write to it.
+        if not push.claim.in_place:
             with push.claim.using():
                 push.landing.copy(push.claim.grads)
         return self._engine.work(self._apply_shared(push.claim, push, digest), push.session.held)
@@ -200,7 +199,12 @@ class Registry:
         live = self._table.find(id_=session_id)
         machine.check_alive(live.machine)
         where = live.held.layout
-        return self.segments.make(session_id, worker, where.nbytes), where
+        # What waits for other workers, and is summed with theirs, is not left where its client can write to it. Nor is
+        # what a program of the client's own reads: it may take an element for an index, which must not change between
+        # the check and the use.
+        inside = (found for _, found in specs.places(live.plan.spec) if isinstance(found, specs.Spec))
+        in_place = not live.machine.aggregation.workers and not any(found.name == "exported" for found in inside)
+        return self.segments.make(session_id, worker, where.nbytes, in_place=in_place), where
 
     def _apply_shared(self, claim: segments.Claim, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
         """As ``_apply``, for as long as the segment is this push's."""

@@ -52,13 +52,14 @@ class Segments:
         """Bytes of all segments that are handed over, or used still."""
         return self._bytes
 
-    def make(self, session_id: str, worker: str, payload_bytes: int) -> Segment:
+    def make(self, session_id: str, worker: str, payload_bytes: int, *, in_place: bool = True) -> Segment:
         """A new segment for the pushes of one worker; whoever holds it must ``drop`` it.
 
         Args:
           session_id: of the session it is for.
           worker: whose pushes may lie in it.
           payload_bytes: room for gradients, and as much for parameters.
+          in_place: whether gradients are read where they lie; otherwise they are copied first.
 
         Raises:
           LimitError: all segments together would exceed the limit, or the machine has no memory for it.
@@ -67,7 +68,7 @@ class Segments:
         with self._lock:
             self._count(2 * half)
         try:
-            made = Segment(self, session_id, worker, half)
+            made = Segment(self, session_id, worker, half, in_place)
         except BaseException:
             self.free(2 * half)
             raise
@@ -144,15 +145,17 @@ class Segment:
       worker: whose pushes may lie in it.
       nbytes: its size.
       params_offset: where its second half starts.
+      in_place: whether gradients are read where they lie, and not copied first.
       file: descriptor of the anonymous file, to be handed over and closed; -1 afterwards.
     """
 
-    def __init__(self, owner: Segments, session_id: str, worker: str, half: int) -> None:
+    def __init__(self, owner: Segments, session_id: str, worker: str, half: int, in_place: bool) -> None:
         self.slot = 0
         self.session_id = session_id
         self.worker = worker
         self.nbytes = 2 * half
         self.params_offset = half
+        self.in_place = in_place
         self._owner = owner
         self._changed = threading.Condition()
         self._users = 0
@@ -227,6 +230,7 @@ class Claim:
     Attributes:
       grads: the first half. uint8
       params: the second half. uint8
+      in_place: whether gradients are read where they lie, and not copied first.
     """
 
     def __init__(self, segment: Segment, era: int, grads: np.ndarray, params: np.ndarray) -> None:
@@ -234,6 +238,7 @@ class Claim:
         self._era = era
         self.grads = grads
         self.params = params
+        self.in_place = segment.in_place
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ def start(engine: Any, image: str, network: Any) -> containers.Start:
     """Runs a hardened server, with a name on the network and a port on the loopback interface."""
 
     @contextlib.contextmanager
-    def start(name: str, *flags: str) -> Iterator[containers.Running]:
+    def start(name: str, *flags: str, **more: Any) -> Iterator[containers.Running]:
         command = ["serve", "--listen", "0.0.0.0:50051", "--insecure", *flags] if flags else None
         container = engine.containers.run(
             image,
@@ -75,6 +75,7 @@ def start(engine: Any, image: str, network: Any) -> containers.Start:
             ports={containers.PORT: ("127.0.0.1", None)},
             detach=True,
             **containers.HARDENED,
+            **more,
         )
         try:
             yield containers.Running(container)

@@ -102,6 +102,38 @@ def test_a_client_container_trains_by_the_name_of_the_server(
     assert "trained 20 steps" in output.decode()
 
 
+SHARED = """
+import sys, numpy as np, optwire
+from optwire import optimizers as opt
+with optwire.connect(sys.argv[1]) as client:
+    session = client.create_session({"w": np.zeros(100_000, np.float32)}, opt.sgd(1.0))
+    params = session.step({"w": np.ones(100_000, np.float32)})
+    print(session.info().transport, params["w"].min(), params["w"].max(), session.info().transport_reason)
+"""
+
+
+@pytest.mark.parametrize("shares", ["the folder", "nothing"])
+def test_two_containers_that_share_a_folder_share_memory(
+    engine: Any, start: containers.Start, client_image: str, network: Any, shares: str
+):
+    options = {"type": "tmpfs", "device": "tmpfs", "o": "uid=12345,mode=0700"}
+    volume = engine.volumes.create(f"{network.name}-handover", driver="local", driver_opts=options)
+    try:
+        folder = {volume.name: {"bind": "/handover", "mode": "rw"}}
+        with start("sharing", "--handover-dir", "/handover", volumes=folder) as server:
+            with containers.answering(server):
+                pass
+            command = ["python3", "-I", "-c", SHARED, f"{server.container.name}:50051"]
+            mine = {"volumes": folder} if shares == "the folder" else {}
+            output = engine.containers.run(
+                client_image, command, network=network.name, remove=True, **containers.HARDENED, **mine
+            ).decode()
+    finally:
+        volume.remove()
+    expected = "shared_memory -1.0 -1.0" if shares == "the folder" else "stream -1.0 -1.0 no socket of the server at"
+    assert output.startswith(expected)
+
+
 def test_the_clients_image_has_what_a_thin_client_needs_and_nothing_else(engine: Any, client_image: str):
     program = "import importlib.metadata as m; print(*sorted(found.name for found in m.distributions()))"
     names = engine.containers.run(client_image, ["python3", "-c", program], remove=True).decode().split()

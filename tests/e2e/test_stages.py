@@ -298,7 +298,7 @@ def test_whatever_ends_a_stage_its_landing_is_free(serving: testing.Serving, end
 def test_a_stage_gives_way_to_a_push_and_never_takes_room_from_one() -> None:
     params = {"w": np.zeros(100_000, np.float32)}
     grads = {"w": np.ones(100_000, np.float32)}
-    with testing.serve(landing_bytes_max=600_000) as serving, optwire.connect(serving.target) as client:
+    with testing.serve(landing_bytes_max=600_000) as serving, optwire.connect(serving.target, transport="stream") as client:
         peer = wire.Peer(serving.target)
         session = client.create_session(params, opt.sgd(RATE))
         other = peer.create(params, opt.sgd(RATE))
@@ -309,7 +309,7 @@ def test_a_stage_gives_way_to_a_push_and_never_takes_room_from_one() -> None:
         slow = Slow(peer, stage_of(other))
         wire.until(lambda: staged_bytes(serving) > 0, "the stage is open")
         late = refusal(lambda: peer.stream(stage_of(other)), "RESOURCE_EXHAUSTED")
-        assert "landing_bytes_max" in late
+        assert "of 600000 bytes of landing buffers are in use" in late
         payload = wire.payload_of(grads)
         slow.send(*wire.chunks(payload, 2**20), wire.push(other, 1, 0), end(payload))
         assert wire.params_of(slow.finish()) == wire.payload_of(session.params())

@@ -16,7 +16,7 @@ import pytest
 
 from optwire import optimizers as opt
 from optwire_proto import checks, errors, trees
-from optwire_server.engine import build, cache, program, rates
+from optwire_server.engine import build, cache, held, landing, program, rates
 from optwire_server.optimizers import torch_rules
 
 # Not among the developer's tools of pyproject.toml, as it is large; the Makefile installs the build for CPUs alone.
@@ -128,7 +128,8 @@ class Run:
         self.tree = trees.flatten(dict(zip(names, params, strict=True))).spec
         self.spec = checks.check(spec, known=build.CATALOGUE)
         self.program = self.cache.get(self.spec, self.tree)
-        self.state = self.program.init(params, self.rates, 0)
+        self.held = held.Held(self.program)
+        self.held.fill(self._landed(params), self.rates, 0)
         self.pushes = 0
 
     @property
@@ -145,12 +146,29 @@ class Run:
         self.program.prepare(variant)
         mask = None if present is None else tuple(present)
         operands = program.Operands(self.rates, self.pushes, present=mask)
-        self.state, *_ = self.program.update(variant, operands, list(grads), self.state)
+        for _ in self.held.update(variant, operands, self._landed(grads), None):
+            pass
         self.pushes += 1
         return self.params()
 
     def params(self) -> list[np.ndarray]:
-        return [np.array(leaf) for leaf in self.program.params(self.state)]
+        out = np.zeros(self.program.layout.nbytes, np.uint8)
+        self.held.write_params(out)
+        return list(landing.Landing.filled(out, self.tree, self.program.layout).arrays())
+
+    @property
+    def state(self) -> dict[str, np.ndarray]:
+        """Every array of the state by name."""
+        specs = self.program.arrays([leaf.name for leaf in self.tree.leaves])
+        return {
+            leaf.name: np.array(self.held.array(position)).reshape(leaf.shape) for position, leaf in enumerate(specs)
+        }
+
+    def _landed(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
+        lent = landing.Landings(bytes_max=1 << 30, keep_bytes=0).land(self.tree, self.program.layout)
+        for target, leaf in zip(lent.arrays(), leaves, strict=True):
+            target[...] = leaf
+        return lent.memory
 
 
 def of_torch(optimizer: Any, params: Sequence[Any], grads: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -356,20 +374,17 @@ def test_what_depends_on_numbers_alone_loses_no_digits_in_32_bits(beta: float, t
 )
 def test_slots_are_torchs_by_name(spec: opt.Spec, scalars: list[str], lists: list[str]) -> None:
     state = Run(spec, arrays(np.float32, seed=0)).state
-    assert [leaf.shape for leaf in state.params] == list(SHAPES.values())
-    found = {name: value for name, value in state.slots._asdict().items() if value is not None}
-    assert list(found) == [*scalars, *lists]
-    assert all(found[name].shape == () for name in scalars)
-    assert found["step"].dtype == np.int32
-    for name in lists:
-        assert [array.shape for array in found[name]] == list(SHAPES.values())
+    expected = {f"{slot}/{leaf}": shape for slot in ("params", *lists) for leaf, shape in SHAPES.items()}
+    expected |= {f"state/{name}": () for name in scalars}
+    assert {name: array.shape for name, array in state.items()} == expected
+    assert state["state/step"].dtype == np.int32
 
 
 def test_first_slots_are_torchs() -> None:
     start = arrays(np.complex64, seed=0)
-    assert Run(opt.torch_adagrad(initial_accumulator_value=0.5), start).state.slots.sum[1][0] == 0.5 + 0.5j
-    assert Run(opt.torch_rprop(0.25), start).state.slots.step_size[0][0, 0] == 0.25 + 0.25j
-    assert Run(opt.torch_asgd(0.25), start).state.slots.eta == 0.25
+    assert Run(opt.torch_adagrad(initial_accumulator_value=0.5), start).state["sum/b"][0] == 0.5 + 0.5j
+    assert Run(opt.torch_rprop(0.25), start).state["step_size/a"][0, 0] == 0.25 + 0.25j
+    assert Run(opt.torch_asgd(0.25), start).state["state/eta"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ UGLY: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("a rule for None", {"missing_grad": "zero"}, optwire.InvalidArgumentError, "missing_grad: 'zero'"),
     ("a way to distribute", {"distributed": "ddp"}, optwire.InvalidArgumentError, "distributed: 'ddp'.*replicated"),
     ("shards", {"distributed": "shards"}, optwire.UnsupportedError, "assembly of slices"),
-    ("overlap", {"overlap": True}, optwire.UnsupportedError, "overlap=True"),
+    ("overlap", {"overlap": True, "distributed": "replicated"}, optwire.UnsupportedError, "overlap=True"),
     ("a whole number as parameter", {"params": [torch.zeros(3, dtype=torch.int32)]}, optwire.TreeError, "torch.int32"),
     ("eight bits", {"params": [torch.zeros(3).to(torch.float8_e4m3fn)]}, optwire.TreeError, "float8_e4m3fn"),
     ("a name that is no path", {"params": [("a//b", parameter())]}, optwire.TreeError, "'a//b'"),

@@ -23,8 +23,8 @@ def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> C
         telemetry, one for every 10 leaves, as the server may have to compile the update first.
       transport: how pushes travel. "shared_memory": where the server is of this host and user, gradients and parameters
         do not travel at all (docs/shared-memory.md). "stream": in chunks on one long-lived stream a session. "unary": in
-        one message each way, at most 2 MiB. "auto": in shared memory from 256 KiB on, where the server hands some over;
-        otherwise in one message up to 64 KiB, and in chunks beyond.
+        one message each way, at most 2 MiB. "auto": in one message up to 64 KiB; beyond, in shared memory where the server
+        hands some over, and otherwise in chunks.
 
     Raises:
       InvalidArgumentError: an argument has a value it cannot take.

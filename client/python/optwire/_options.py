@@ -12,10 +12,8 @@ import numpy as np
 
 from optwire_proto import errors, limits, sessions
 
-# Up to this a push and its reply travel in one message each: no frames.
+# Up to this a push and its reply travel in one message each: no frames. Beyond, "auto" asks for shared memory first.
 WHOLE_BYTES_MAX = 64 * limits.KIB
-# From here on "auto" asks for shared memory: below, what is saved is less than what there is to ask and to map.
-AUTO_SHARED_BYTES_MIN = 256 * limits.KIB
 # Every deadline grows by a second for this many payload bytes, so that `timeout` need not know the model: a link of
 # 32 Mbit/s keeps up.
 BYTES_PER_SECOND_MIN = 4 * limits.MIB

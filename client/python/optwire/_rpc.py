@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from optwire import _deadlines, _options, _payload, _shared, _stages
+from optwire import _allocator, _deadlines, _options, _payload, _shared, _stages
 from optwire_proto import convert, digests, errors, limits, sessions, specs, tensors, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
@@ -420,6 +420,7 @@ def _answer(
 
 def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame | bytes]:
     """Begin, chunks, end; the digest is taken on the way."""
+    _allocator.warm_up()
     kind = type(begin)
     yield begin
     digester, offset = digests.Digester(), 0
@@ -435,6 +436,7 @@ def _staged(
     stage: pb.StreamStepsRequest, feed: _stages.Feed, begins: queue.SimpleQueue[pb.StreamStepsRequest]
 ) -> Iterator[pb.StreamStepsRequest | bytes]:
     """Stage, chunks, begin, more chunks, end. Does not hold the call, which ends when nobody does."""
+    _allocator.warm_up()
     yield stage
     for offset, views in feed.staged():
         yield convert.chunk_to_wire(offset, views)
@@ -449,6 +451,7 @@ def _staged(
 
 def _received(frames: Iterator[Any], incoming: _payload.Incoming, method: str) -> list[tensors.Array]:
     """The arrays that chunks bring, up to the end frame."""
+    _allocator.warm_up()
     for frame in frames:
         chunk = convert.chunk_of(frame)
         if chunk is None and convert.kind_of(frame) == "end":

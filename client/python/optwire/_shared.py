@@ -67,6 +67,7 @@ class Sharing:
         self._find_path = find_path
         self._segment: Segment | None = None
         self._unanswered: _Unanswered | None = None
+        self._is_in_use = False  # whether the server may be reading and writing the segment
         self._pid = os.getpid()
         self._is_closed = False
         self.reason = unless or self._refusal()
@@ -76,7 +77,9 @@ class Sharing:
 
         Raises:
           UnsupportedError: the user wants no other transport.
+          UnavailableError, DeadlineError: nor could the server be asked.
         """
+        must = self._transport is _options.Transport.SHARED_MEMORY and not self._is_closed
         if self._segment is not None and os.getpid() != self._pid:
             self._lose("this process was forked off the one that the memory was handed over to")
         if not self.reason:
@@ -86,9 +89,11 @@ class Sharing:
                 self.reason = f"handed over on {path}"
             except Refused as exc:
                 self.reason = str(exc)
-            except errors.OptwireError as exc:
+            except (errors.UnavailableError, errors.DeadlineError) as exc:
+                if must:
+                    raise
                 self.reason = f"the server could not be asked: {exc}"
-        if self._segment is None and self._transport is _options.Transport.SHARED_MEMORY and not self._is_closed:
+        if self._segment is None and must:
             raise errors.UnsupportedError(
                 f"transport='shared_memory': {self.reason}; connect with transport='auto'",
                 subject="transport",
@@ -136,26 +141,27 @@ class Sharing:
         segment = self._segment
         assert segment is not None, "nothing is shared"
         before = self._unanswered
-        if before is not None:
+        if self._is_in_use:
             self._take_back(segment, deadline.remaining_s)
-        if before is None or before.payload is not payload:
+        if before is None or before.payload is not payload or before.segment is not segment:
             # A push whose outcome is not known, made again by the user, is the same if its bytes are.
             again = before is not None and before.content is not None and before.content == _digest(payload.arrays)
             token = before.token if before is not None and again else secrets.token_bytes(limits.TOKEN_BYTES)
             segment.fill(payload.arrays, options.absent)  # once: what is copied may come from where replies go
-            before = _Unanswered(token, payload, options.absent)
+            before = _Unanswered(token, payload, options.absent, segment)
         # From here on the server may read what lies there: until its answer says that it has.
-        self._unanswered = before
+        self._unanswered, self._is_in_use = before, True
         try:
             ack = send(deadline, segment.slot, sessions.Digest(payload.length, token=before.token))
         except errors.OptwireError as exc:
-            if not isinstance(exc, errors.DeadlineError | errors.UnavailableError):
-                self._unanswered = None  # the server has answered
-            if isinstance(exc, errors.InvalidArgumentError) and exc.subject == "shared_memory_slot":
-                self._lose(f"the server let go of it: {exc}")
-                raise SegmentLostError(self.reason) from exc
+            is_lost = isinstance(exc, errors.InvalidArgumentError) and exc.subject == "shared_memory_slot"
+            if not is_lost and not isinstance(exc, errors.DeadlineError | errors.UnavailableError):
+                self._unanswered, self._is_in_use = None, False  # the server has answered
+            if is_lost:
+                self._lose()
+                raise SegmentLostError from exc
             raise
-        self._unanswered = None
+        self._unanswered, self._is_in_use = None, False
         if options.reply is sessions.ReplyContent.NONE:
             return ack, []
         incoming = receive(ack)
@@ -173,11 +179,12 @@ class Sharing:
         try:
             yield
         except BaseException:
-            unanswered, segment = self._unanswered, self._segment
-            if unanswered is not None and unanswered.payload is not None and segment is not None:
-                unanswered.payload = None
+            unanswered = self._unanswered
+            if unanswered is not None and unanswered.payload is not None:
+                unanswered.payload, segment = None, unanswered.segment
                 with contextlib.suppress(errors.UnavailableError):
-                    self._take_back(segment, _MESSAGE_S)
+                    if self._is_in_use:
+                        self._take_back(segment, _MESSAGE_S)
                 there = (views for index, views in enumerate(segment.grads) if index not in unanswered.absent)
                 unanswered.content = _digest([wire_view(array) for array in there])
             raise
@@ -191,27 +198,29 @@ class Sharing:
         """Why it is no use to ask for a segment; empty: it is worth trying."""
         if self._transport not in (_options.Transport.AUTO, _options.Transport.SHARED_MEMORY):
             return f"connect(transport={str(self._transport)!r})"
-        if self._transport is _options.Transport.AUTO and self._tree.payload_bytes < _options.AUTO_SHARED_BYTES_MIN:
+        if self._transport is _options.Transport.AUTO and self._tree.payload_bytes <= _options.WHOLE_BYTES_MAX:
             return f"{self._tree.payload_bytes} bytes travel faster in a message"
         return ""
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str = "") -> None:
+        """Lets go of the segment, and says why there will be no other; empty: another is to be asked for."""
         if self._segment is not None:
             self._segment.close()
-        self._segment, self.reason = None, why
+        self._segment, self._is_in_use, self.reason = None, False, why
 
     def _take_back(self, segment: Segment, timeout_s: float) -> None:
         try:
             is_quiet = segment.quiet(timeout_s)
         except (OSError, handover.HandoverError) as exc:
-            self._lose(f"the connection that it was handed over on has ended: {exc}")
-            raise errors.UnavailableError(f"shared memory: {self.reason}") from exc
+            self._lose()
+            raise errors.UnavailableError(f"the connection for shared memory has ended: {exc}") from exc
         if not is_quiet:
-            raise errors.UnavailableError("shared memory: the server still works on an earlier try of a push")
+            raise errors.UnavailableError("the server still works on an earlier try of a push in shared memory")
+        self._is_in_use = False
 
 
 class SegmentLostError(Exception):
-    """There was a segment, and is none any more; says why."""
+    """The server let go of the segment."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -222,12 +231,14 @@ class _Unanswered:
       token: what stands for its bytes.
       payload: as given by the call that makes it; None once that has given up.
       absent: positions of the leaves it has no gradient of.
+      segment: where its bytes lie.
       content: what its bytes were, taken when the call gave up; None: not known.
     """
 
     token: bytes
     payload: _payload.Outgoing | None
     absent: tuple[int, ...]
+    segment: Segment
     content: sessions.Digest | None = None
 
 
@@ -319,7 +330,8 @@ def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Seg
         user = handover.peer_user(connection)
         if user != os.geteuid():
             raise Refused(f"the server is of user {user}, this process of user {os.geteuid()}")
-        handover.send(connection, handover.Request(session_id, worker).to_json(), _MESSAGE_S)
+        with contextlib.suppress(BrokenPipeError):  # a server that is full refuses before it listens
+            handover.send(connection, handover.Request(session_id, worker).to_json(), _MESSAGE_S)
         answer = handover.receive(connection, limits.HANDOVER_REPLY_BYTES_MAX, _HANDOVER_S, files=files)
         if "refused" in answer:
             raise Refused(f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX])
@@ -355,7 +367,9 @@ def _check(grant: handover.Grant, file: int, tree: trees.TreeSpec) -> None:
     if not sealed & fcntl.F_SEAL_SHRINK or os.fstat(file).st_size < grant.nbytes:
         raise handover.HandoverError("the segment's size is not sealed, or less than was said")
     if len(grant.offsets) != len(tree.leaves):
-        raise handover.HandoverError(f"{len(grant.offsets)} offsets, expected one for each of {len(tree.leaves)} leaves")
+        raise handover.HandoverError(
+            f"{len(grant.offsets)} offsets, expected one for each of {len(tree.leaves)} leaves"
+        )
     end = 0
     for start, leaf in sorted(zip(grant.offsets, tree.leaves, strict=True), key=lambda pair: pair[0]):
         if leaf.nbytes and (start < end or start % tensors.itemsize(leaf.dtype)):

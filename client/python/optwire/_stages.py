@@ -48,6 +48,9 @@ class Stage:
         Args:
           start: puts the feed on a stream; may raise.
         """
+        lost, self._feed = self._feed, None
+        if lost is not None:
+            self.resent_bytes += lost.end()
         feed = Feed(self._tree, self._bytes)
         start(feed)
         self._feed = feed

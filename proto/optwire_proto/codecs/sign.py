@@ -17,7 +17,9 @@ _NAN: Final = np.uint32(0x7FC0_0000)
 
 
 class Sign(codec.Codec):
-    """``value = scale of its block``, negative where the bit is set; the scale is the mean magnitude of the block.
+    """``value = scale of its block``, negative where the bit is set, which is so for values below 0.
+
+    The scale is the mean magnitude of the block.
 
     Bits of eight neighbours make a byte, the first of them its least significant bit. A block that has a value that is
     not finite is sent with the scale NaN, and so decoded as NaN.
@@ -40,7 +42,7 @@ class Sign(codec.Codec):
             grid = values[:whole].reshape(-1, BLOCK)
             of_blocks = scales[piece.start // BLOCK :][: len(grid)]
             _means(grid, magnitudes[:whole].reshape(-1, BLOCK), count, of_blocks)
-            packed = np.packbits(np.signbit(values[:count]), bitorder="little")
+            packed = np.packbits(values[:count] < 0, bitorder="little")
             bits[piece.start // 8 :][: len(packed)] = packed
             if left is not None:
                 decoded = magnitudes[:count]

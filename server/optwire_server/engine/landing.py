@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -92,6 +93,9 @@ class Landings:
             self._count(size, is_first=is_first)
             buffer = self._take(size, layout.gaps)
         if buffer is None:
+            # JAX lets go of memory that it took over when Python collects, and not before: a buffer that was not kept
+            # may still be there, beside this one.
+            gc.collect(0)
             buffer = _Buffer(np.empty(size, np.uint8), None)
         memory = buffer.memory()
         if buffer.gaps != layout.gaps:
@@ -281,7 +285,8 @@ class Landing:
         """Gives the memory back; may be called more than once."""
         memory, self._memory = self._memory, None
         if memory is not None:
-            self._give_back()
+            give_back, self._give_back = self._give_back, lambda: None  # which holds the buffer
+            give_back()
 
 
 # (start, stop) of what is zero in a buffer beside the leaves; None: nothing is known to be.

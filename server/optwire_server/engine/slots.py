@@ -196,7 +196,7 @@ class _Walk:
 
 def _seed_places(packed: Sequence[Any], scope: Sequence[int]) -> Iterator[Place]:
     """Places in the state of one of the seed's optimizers: for each leaf the parameter, then its slots."""
-    for leaf, arrays in zip(scope, packed, strict=True):
+    for leaf, arrays in zip(scope if packed else (), packed, strict=True):  # a group's, of which no leaf is here
         for position, array in enumerate(arrays):
             yield from _below(array, Place((f"slot{position}",), leaf, 1))
 

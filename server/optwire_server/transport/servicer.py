@@ -67,6 +67,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 "stream",
                 "unary",
                 "sync",
+                *(f"codec.{kind.name.lower()}" for kind in codecs.Kind if kind is not codecs.Kind.RAW),
                 *(("shared_memory",) if self._handover_path else ()),
                 *(("programs",) if self._config.allow_programs else ()),
             ),

@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 
 import torch
 
+from optwire import _client
 from optwire.torch import amp as amps
 from optwire.torch import overlap as overlaps
 from optwire.torch import ranks, recipes, remote
@@ -33,6 +34,7 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
 
     _remote: remote.Remote
     _overlap: overlaps.Overlap | None
+    _ending: tuple[_client.Client | None, weakref.finalize[..., Any]]
     _recipe: recipes.Recipe
     _amp: str
     _distributed: str | None
@@ -85,8 +87,16 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
     def _set_up_overlap(self) -> None:
         """For a new optimizer with ``overlap=True``: watches its parameters, for as long as it lives."""
         self._overlap = overlaps.Overlap(self._remote)
-        weakref.finalize(self, self._overlap.end)
+        self._ending = None, weakref.finalize(self, self._overlap.end)
         self._overlap.watch()
+
+    def _outlive_client(self) -> None:
+        """Has the client be closed after our last push is over: when a process ends, what was made last ends first."""
+        client, ending = self._ending
+        if client is not self._remote.client:
+            assert self._overlap is not None
+            ending.detach()
+            self._ending = self._remote.client, weakref.finalize(self, self._overlap.end)
 
     def __enter__(self) -> Self:
         return self

@@ -138,7 +138,7 @@ class RemoteOptimizer(copies.Detachable):
             scale = amps.scale(self, self._amp, self._distributed, self._parameters())
             if scale is None:
                 if self._overlap is not None:
-                    self._overlap.skip()
+                    self._overlap.stepped(is_made=False)
                 return loss
             told = gradients.loss(loss, is_wanted=self._recipe.wants_loss)
             if self._distributed == "replicated":
@@ -205,12 +205,15 @@ class RemoteOptimizer(copies.Detachable):
             gradients.refuse_phantom(self.param_groups, grads)
         is_new = self._remote.session is None
         if self._overlap is not None and not is_new:
+            self._outlive_client()
             self._overlap.push(self.param_groups, grads, grad_scale=grad_scale, loss=loss, telemetry=self._telemetry)
             return ranks.Outcome()
         written = self._remote.push(
             self.param_groups, grads, grad_scale=grad_scale, loss=loss, telemetry=self._telemetry
         )
         session = self._open()
+        if self._overlap is not None:
+            self._overlap.stepped(is_made=True)
         if is_new:  # and may have given parameters that have no gradient now
             self._show_handles()
             written = tuple(range(len(self._remote.leaves)))

@@ -106,9 +106,10 @@ class Overlap:
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def skip(self) -> None:
-        """A step was left out; what was accumulated for it goes up when it is accumulated again."""
-        self._fired = {}
+    def stepped(self, *, is_made: bool) -> None:
+        """A step was made, or left out: what is accumulated from now on is for the next one."""
+        with self._lock:
+            self._expected, self._fired = self._fired if is_made else self._expected, {}
 
     def push(
         self,
@@ -130,7 +131,7 @@ class Overlap:
                 if array is not None and not stage.has(position, array):
                     stage.copy(position, array)
             copies = [None if array is None else stage.buffers[at] for at, array in enumerate(given)]
-            self._expected, self._fired = self._fired, {}
+            self.stepped(is_made=True)
             self._remote.hyperparams.sent(edits)
             new = pushed.Pushed(
                 self._remote,
