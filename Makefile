@@ -120,10 +120,12 @@ frameworks: .venv-frameworks/.ready ## train with the frameworks of docs/framewo
 # make bench BENCH='--params 25M --rounds 21'
 BENCH ?=
 comma := ,
+CODECS = f32,bf16,f16,int8,top_k(0.01),sign
 RESULT = $(if $(BENCH),$(BENCH),--json benchmarks/results/$(1).json)
 .PHONY: bench
 bench: .venv/.demo ## measure remote steps beside local ones, limits, fairness, cold starts; half an hour (BENCH=--quick)
 	@.venv/bin/optwire bench step $(call RESULT,step) $(if $(BENCH),,--plot docs/performance.png)
+	@$(if $(BENCH),,.venv/bin/optwire bench step --params 1M --grads-codec '$(CODECS)' $(call RESULT,codecs))
 	@$(if $(BENCH),,for kind in limits fairness cold; do echo; .venv/bin/optwire bench $$kind $(call RESULT,$$kind); done)
 
 PEER = .venv-peers/bin/python benchmarks/peers

@@ -4,9 +4,9 @@
     python benchmarks/overlap.py --gbits 0 --threads 2 --parameters 8000000
 
 The model's batch is chosen so that backward takes as long as the transfer of its gradients and parameters together (or
-``--backward`` times as long). Both kinds of step take turns within a round, with their own copies of one model; at the end
-the copies must be equal bit for bit. The link is a forwarder in a process of its own, which lets so many bytes pass a
-second in each direction, so that a transfer costs time and hardly any CPU.
+``--backward`` times as long). Both kinds of step take turns within a round, with their own copies of one model; at the
+end the copies must be equal bit for bit. The link is a forwarder in a process of its own, which lets so many bytes pass
+a second in each direction, so that a transfer costs time and hardly any CPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The handover of shared memory: what both ends say on the Unix socket that file descriptors travel on.
 
 A message is its length in four bytes, big-endian, and as many bytes of JSON: an object. The client asks once, with
-``Request``; ``Grant`` comes with the descriptor, ``{"refused": why}`` without. The connection then stays open for as long
-as the client wants the segment. On it the client may say ``ASK_QUIET``, and hears in a ``Quiet`` by which slot pushes are
-to name the segment from now on, and whether those that named it by the old one are over. Standard library only.
+``Request``; ``Grant`` comes with the descriptor, ``{"refused": why}`` without. The connection then stays open for as
+long as the client wants the segment. On it the client may say ``ASK_QUIET``, and hears in a ``Quiet`` by which slot
+pushes are to name the segment from now on, and whether those that named it by the old one are over. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -72,13 +73,11 @@ class Grant:
     @classmethod
     def from_json(cls, message: dict[str, Any]) -> Grant:
         """Raises HandoverError where a message is no grant."""
-        offsets = message.get("offsets")
-        numbers = [message.get(name) for name in ("slot", "nbytes", "params")]
-        if not isinstance(offsets, list) or not all(
-            type(number) is int and number >= 0 for number in numbers + offsets
-        ):
+        slot, nbytes, params, offsets = (message.get(name) for name in ("slot", "nbytes", "params", "offsets"))
+        numbers: list[Any] = [slot, nbytes, params, *offsets] if isinstance(offsets, list) else [None]
+        if not all(type(number) is int and number >= 0 for number in numbers):
             raise HandoverError("an answer that is no grant")
-        return cls(*numbers, tuple(offsets))  # type: ignore[arg-type]
+        return cls(slot, nbytes, params, tuple(numbers[3:]))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

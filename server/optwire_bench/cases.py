@@ -21,18 +21,18 @@ _UNARY_BYTES_MAX = 1 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
-    """How far parameters may be from the reference.
+    """How far parameters may be from others.
 
     Attributes:
       difference: greatest absolute difference, for each step since the start; 0: equal bit for bit.
-      path: instead of that, the distance to the reference over the way that the reference has gone since the start,
-        both as roots of sums of squares; 0: not looked at.
-      rounded: whether what comes back is rounded to bfloat16; it is then exactly that of the reference.
+      path: instead of that, the distance to the others over the way that those have gone since the start, both as roots
+        of sums of squares; 0: not looked at.
+      rounded: "bf16" or "f16": they are the others, rounded to that.
     """
 
     difference: float = 0.0
     path: float = 0.0
-    rounded: bool = False
+    rounded: str = ""
 
     def __str__(self) -> str:
         if self.path:
@@ -42,14 +42,13 @@ class Check:
 
 # Another program than the reference's rounds otherwise: half a unit in the last place of a parameter a step.
 ANOTHER_PROGRAM = Check(difference=4e-7)
-# Codecs that lose something of the gradients: Adam divides by their size, so that small ones count like large ones.
-_CHECKS = {
-    "f32": Check(),
-    "bf16": Check(rounded=True),
-    "f16": Check(path=0.02),
-    "int8": Check(path=0.25),
-}
-_LOSSY = Check(path=2.0)
+# By the codec of the gradients, of what the server holds. The gradients are bfloat16 to begin with. Where a codec loses
+# something of them, Adam makes as much of it as of the rest: it divides by their size.
+_GRADS = {"f32": Check(), "bf16": Check(), "f16": Check(path=0.02), "int8": Check(path=0.25)}
+# By the codec of the parameters, of what comes back beside what the server holds.
+_PARAMS = {"f32": Check(), "bf16": Check(rounded="bf16"), "f16": Check(rounded="f16"), "int8": Check(path=0.25)}
+# What sends little of each gradient goes another way; it should at least go about as far.
+_SPARSE = Check(path=2.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +58,8 @@ class Case:
     Attributes:
       name: in tables.
       argv: the command of its process; "{target}" and "{unix}" stand for the server's addresses.
-      check: of the parameters, after every round.
+      check: of the parameters that the last step gave, after every round; with a codec, of those that the server holds.
+      reply: of what the last step gave beside what the server holds, where there is a codec.
       server: whether the server works for it.
       transport: that must be in use; empty: not asked for.
       payloads: memory that it needs at most, in payloads, both ends together.
@@ -69,6 +69,7 @@ class Case:
     name: str
     argv: tuple[str, ...]
     check: Check
+    reply: Check | None = None
     server: bool = False
     transport: str = ""
     payloads: int = 6
@@ -89,19 +90,14 @@ def remote(transport: str, grads_codec: str = "f32", params_codec: str = "") -> 
     name = transport if not codecs else f"{transport} {grads_codec}"
     if params_codec != grads_codec:
         name += f"/{params_codec}"
-    if not codecs:
-        check = Check()
-    elif grads_codec in ("f32", "bf16") and codecs == {"bf16"}:
-        check = Check(rounded=params_codec == "bf16")
-    else:
-        check = max((_CHECKS.get(codec, _LOSSY) for codec in codecs), key=lambda check: check.path)
     return Case(
         name,
         tuple(processes.module("roles", "remote", target, asked, grads_codec, params_codec)),
-        check,
+        _GRADS.get(grads_codec, _SPARSE),
+        _PARAMS.get(params_codec, _SPARSE) if codecs else None,
         server=True,
         transport=asked,
-        payloads=8 if codecs else 6,
+        payloads=6 if transport == "shared_memory" else 7 if not codecs else 9,
         payload_bytes_max=_UNARY_BYTES_MAX if transport == "unary" else 1 << 40,
     )
 
@@ -116,9 +112,9 @@ def against(name: str) -> Case:
         case "local":
             return Case(name, tuple(processes.module("roles", "local")), Check(), payloads=5)
         case "local-optax":
-            return Case(name, tuple(processes.module("roles", "optax", "ordered")), ANOTHER_PROGRAM, payloads=7)
+            return Case(name, tuple(processes.module("roles", "optax", "ordered")), ANOTHER_PROGRAM, payloads=6)
         case "local-optax-common":
-            return Case(name, tuple(processes.module("roles", "optax", "common")), ANOTHER_PROGRAM, payloads=8)
+            return Case(name, tuple(processes.module("roles", "optax", "common")), ANOTHER_PROGRAM, payloads=7)
         case "naive" | "naive-per-tensor":
             form = "tree" if name == "naive" else "tensors"
             return Case(name, tuple(processes.module("naive", form)), Check(), payloads=12, payload_bytes_max=1 << 30)
@@ -159,7 +155,7 @@ def compare(
     for at in range(0, found.size, _BLOCK):
         mine, wanted = found[at : at + _BLOCK], reference[at : at + _BLOCK]
         if check.rounded:
-            wanted = rounded(wanted)
+            wanted = rounded(wanted, check.rounded)
         unequal += int(np.count_nonzero(mine.view(np.uint32) != wanted.view(np.uint32)))
         apart = np.abs(mine - wanted)
         greatest = float(np.maximum(greatest, apart.max(initial=0.0)))  # a NaN stays one
@@ -181,8 +177,10 @@ def compare(
     return {"unequal": unequal, "greatest": greatest, "path": path}
 
 
-def rounded(array: np.ndarray) -> np.ndarray:
-    """float32, each rounded to the nearest bfloat16, ties to even. Written anew: the codec is what is checked."""
+def rounded(array: np.ndarray, codec: str) -> np.ndarray:
+    """float32, each rounded to the nearest number of a codec, ties to even. Not by a codec: that is checked."""
+    if codec == "f16":
+        return array.astype(np.float16).astype(np.float32)
     bits = array.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 

@@ -13,6 +13,7 @@ from optwire_proto import errors
 
 # What takes turns when nothing is asked for.
 _USUAL = (("stream", "f32"), ("stream", "bf16"), ("stream", "int8"), ("unix", "f32"), ("shared_memory", "f32"))
+_USUAL_GPT2 = (("shared_memory", "f32"), ("stream", "f32"))
 _CODECS = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "sign")
 
 
@@ -138,19 +139,18 @@ def _add_shared(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 def _step(flags: argparse.Namespace) -> dict[str, Any]:
     labels = flags.params or (["100k"] if flags.quick else ["1k", "1M", "25M", "100M", "gpt2"])
-    if flags.transport or flags.grads_codec:
-        pairs = [(way, codec) for way in flags.transport or ["stream"] for codec in flags.grads_codec or ["f32"]]
-    else:
-        pairs = list(_USUAL)
-    ours = [cases.remote(way, codec, flags.params_codec or "") for way, codec in pairs]
     result: dict[str, Any] = {}
     for label in labels:
+        pairs = _USUAL_GPT2 if label == "gpt2" else _USUAL
+        if flags.transport or flags.grads_codec:
+            pairs = tuple((w, c) for w in flags.transport or ["stream"] for c in flags.grads_codec or ["f32"])
+        ours = [cases.remote(way, codec, flags.params_codec or "") for way, codec in pairs]
         names = flags.against if flags.against is not None else _usual_against(label, quick=flags.quick)
         others = [cases.against(name) for name in names if name != stepping.REFERENCE]
         plan = stepping.Plan(
             labels=(label,),
             tensors=flags.tensors,
-            cases=(*ours, *others, *flags.beside),
+            cases=(*others, *ours, *flags.beside),
             rounds=_rounds(flags),
             steps=flags.steps,
             extras=not flags.no_extras and not flags.quick,

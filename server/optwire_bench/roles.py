@@ -16,8 +16,11 @@ the gradients are multiplied by the next of ``models.FACTORS``, which is not tim
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
+import platform
 import resource
 import sys
 import time
@@ -183,6 +186,9 @@ class Remote:
         del self._grads, self._params
         self._session.close()
         self._client.delete_session(name)
+        gc.collect()
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # so that what comes next is not served from memory that was free
 
 
 def measured(step: Callable[[], None], count: int, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -220,8 +226,6 @@ def serve(role: Stepping) -> None:
                 with open(command["path"], "wb") as file:
                     for leaf in role.saved(command["what"]):
                         file.write(np.ascontiguousarray(leaf, np.float32).data.cast("B"))
-            case "idle":
-                pass
             case "transport":
                 answer = role.transport() if isinstance(role, Remote) else ("", "")
             case "close":

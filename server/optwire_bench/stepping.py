@@ -152,21 +152,18 @@ class _Rounds:
         return role.cost("step", self._count)
 
     def _check(self, running: Sequence[tuple[cases.Case, processes.Role]], start: np.ndarray, steps: int) -> None:
-        """Compares everybody's parameters with the local ones; raises Wrong."""
+        """Compares everybody's parameters with the local ones, and replies with what the server holds; raises Wrong."""
         reference = self._saved(running[0][1], "reference")
         for case, role in running[1:]:
-            looks = [("", case.check)]
-            if case.check.rounded:  # what comes back is coarser than what the server holds, so that is looked at too
-                looks.append(("master", cases.Check()))
-            for what, check in looks:
-                found = self._saved(role, "found", what)
-                name = f"{case.name}, {self._model.label}"
-                own = self._facts[case.name].get("reference")
-                wanted = self._saved(role, "own", "reference") if own else reference
-                seen = cases.compare(found, wanted, start, check, steps=steps, where=name)
-                worst = self._errors.setdefault(case.name, seen)
-                self._errors[case.name] = {key: max(value, worst[key]) for key, value in seen.items()}
-                del found, wanted
+            facts, where = self._facts[case.name], f"{case.name}, {self._model.label}"
+            wanted = self._saved(role, "own", "reference") if facts.get("reference") else reference
+            held = self._saved(role, "held", "" if case.reply is None else "master")
+            seen = cases.compare(held, wanted, start, case.check, steps=steps, where=where)
+            worst = self._errors.setdefault(case.name, seen)
+            self._errors[case.name] = {key: max(value, worst[key]) for key, value in seen.items()}
+            if case.reply is not None:
+                found = self._saved(role, "found")
+                cases.compare(found, held, start, case.reply, steps=steps, where=f"{where}, what came back")
 
     def _saved(self, role: processes.Role, file: str, what: str = "") -> np.ndarray:
         path = self._folder / file
@@ -242,18 +239,16 @@ def _wire_bytes(case: cases.Case, model: models.Model, tensors: int) -> dict[str
 def _memory(case: cases.Case, model: models.Model, tensors: int) -> dict[str, Any]:
     """Peaks of the server's memory above its state, and of the client's above gradients and parameters.
 
-    A server and a client of their own. Before anything is measured the server has stepped another session, of 3 million
-    parameters, that is gone: what it had to load and compile is no part of the figures.
+    A server and a client of their own. Before anything is measured they have stepped another session, of 1.1 million
+    parameters, that is gone: what they had to load and compile is no part of the figures.
     """
     with processes.server() as server:
         role = processes.Role(case.name, case.command(server))
         try:
-            role.ask("idle")
-            client = processes.memory_bytes(role.pid)
-            role.ask("open", model="3M", tensors=0)
+            role.ask("open", model="1.1M", tensors=0)
             role.ask("step", count=3)
             role.ask("close")
-            idle = processes.memory_bytes(server.pid), client
+            idle = processes.memory_bytes(server.pid), processes.memory_bytes(role.pid)
             role.ask("open", model=model.label, tensors=tensors)
             role.ask("step", count=2)
             processes.reset_peak(server.pid)

@@ -54,7 +54,7 @@ class ServerConfig:
     streams_max: int = 96
     threads: int = 0
     landing_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
-    landing_keep_bytes: int = 256 * limits.MIB
+    landing_keep_bytes: int = dataclasses.field(default_factory=lambda: min(1024 * limits.MIB, _memory_bytes() // 8))
     handover_dir: str = ""
     shared_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
     shared_segments_max: int = 256
@@ -112,7 +112,7 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
         "--allow-programs", action="store_true", help="serve optimizers that clients bring as exported programs"
     )
     serve.add_argument(
-        "--handover-dir", metavar="DIR", help="folder to hand shared memory over in, or 'none' (default: one of its own)"
+        "--handover-dir", metavar="DIR", help="where to hand shared memory over, or 'none' (default: its own folder)"
     )
     serve.add_argument("--port-file", metavar="FILE", help="write the first address served to FILE once ready")
     for name, kind, text in (

@@ -17,8 +17,8 @@ from optwire_proto import codecs, errors, sessions, specs
 from optwire_server import answers, creations, segments, states, table, updates
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
-from optwire_server.engine import engine as engines
 from optwire_server.engine import decoding, device, landing, program
+from optwire_server.engine import engine as engines
 from optwire_server.engine import stage as stages
 from optwire_server.engine.layout import Layout
 from optwire_server.live import LiveSession, Push, PushedChange, Read, Reply
@@ -89,7 +89,8 @@ class Registry:
         if options.absent:
             tree, layout = tree.without(options.absent), layout.without(options.absent)
         how = live.grads_codec
-        _check_way(live, "shared memory" if slot else "a stage" if stage else "")
+        if slot:
+            _check_way(live, "shared memory", live.grads_codec, live.params_codec)
         claim = self.segments.claim(slot, key) if slot else None
         if claim is not None and stage is not None:
             raise errors.InvalidArgumentError(
@@ -121,6 +122,7 @@ class Registry:
 
         Raises:
           SessionNotFoundError, SessionFailedError, IncarnationError: there is nothing to push to.
+          UnsupportedError: its gradients come encoded.
           LimitError: too many bytes in flight.
           UnavailableError: the server is draining.
         """
@@ -128,6 +130,7 @@ class Registry:
         live = self._table.find(id_=session_id)
         machine.check_alive(live.machine)
         check_incarnation(live.machine, incarnation)
+        _check_way(live, "a stage", live.grads_codec)
         stage = self._landings.land_early(stages.Stage, live.tree, live.held.layout, give_way)
         try:
             yield stage
@@ -387,10 +390,10 @@ class Registry:
             raise errors.UnavailableError("the server is draining", subject="server", got="draining")
 
 
-def _check_way(live: LiveSession, what: str) -> None:
-    """Raises UnsupportedError where gradients or parameters come and go in a way that leaves their codecs out."""
-    used = [str(codec) for codec in (live.grads_codec, live.params_codec) if codec != codecs.RAW]
-    if what and used:
+def _check_way(live: LiveSession, what: str, *of: codecs.Codec) -> None:
+    """Raises UnsupportedError where gradients or parameters would travel in a way that leaves their codecs out."""
+    used = [str(codec) for codec in of if codec != codecs.RAW]
+    if used:
         raise errors.UnsupportedError(
             f"session {live.machine.name!r}: a push in {what}, which codecs ({', '.join(used)}) do not go with",
             subject=live.machine.name,

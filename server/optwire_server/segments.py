@@ -1,7 +1,7 @@
 """Segments: memory that is shared with a client of this host, where gradients come and parameters go without a copy.
 
-A segment is an anonymous file in memory. It has no name, its size is sealed, and it is gone when both ends have let go of
-it, however they ended. Its first half belongs to the client's gradients, its second half to the parameters that are
+A segment is an anonymous file in memory. It has no name, its size is sealed, and it is gone when both ends have let go
+of it, however they ended. Its first half belongs to the client's gradients, its second half to the parameters that are
 written back. Nothing that decides anything is ever read from it: lengths and offsets are the server's own.
 
 Knows neither sockets nor sessions.
@@ -68,7 +68,7 @@ class Segments:
         with self._lock:
             self._count(2 * half)
         try:
-            made = Segment(self, session_id, worker, half, in_place)
+            made = Segment(self, session_id, worker, half, in_place=in_place)
         except BaseException:
             self.free(2 * half)
             raise
@@ -149,7 +149,7 @@ class Segment:
       file: descriptor of the anonymous file, to be handed over and closed; -1 afterwards.
     """
 
-    def __init__(self, owner: Segments, session_id: str, worker: str, half: int, in_place: bool) -> None:
+    def __init__(self, owner: Segments, session_id: str, worker: str, half: int, *, in_place: bool) -> None:
         self.slot = 0
         self.session_id = session_id
         self.worker = worker

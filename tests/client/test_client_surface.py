@@ -85,9 +85,15 @@ def test_every_error_of_the_protocol_is_exported():
             optwire.Session.step,
             "(self, grads: Any, base_step: int | None = None, *, loss: float | None = None, grad_scale: float = 1.0, "
             "hyperparams: Mapping[str, float | specs.Spec] | None = None, telemetry: bool = False, "
-            "reply: str = params) -> Any",
+            "reply: str = params, out: Any = None) -> Any",
         ),
-        (optwire.Session.params, "(self, which: str = ) -> Any"),
+        (
+            optwire.Session.step_async,
+            "(self, grads: Any, base_step: int | None = None, **arguments: Any) -> concurrent.futures.Future[Any]",
+        ),
+        (optwire.Session.grad_buffers, "(self) -> Any"),
+        (optwire.Session.param_buffers, "(self) -> Any"),
+        (optwire.Session.params, "(self, which: str = , *, out: Any = None) -> Any"),
         (optwire.Session.describe, "(self) -> sessions.OptimizerInfo"),
         (optwire.Session.info, "(self) -> sessions.SessionInfo"),
         (optwire.Session.state, "(self) -> _state.State"),

@@ -204,7 +204,7 @@ def test_rounding_is_that_of_ml_dtypes():
     halves = np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000  # every tie
     values = np.concatenate([values, halves.view(np.float32)])
     values = values[np.isfinite(values)]
-    assert np.array_equal(cases.rounded(values), values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert np.array_equal(cases.rounded(values, "bf16"), values.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 START = np.zeros(100, np.float32)
@@ -222,7 +222,7 @@ REFERENCE = np.full(100, 1.0, np.float32)
         (2.0, cases.Check(path=0.25), False),  # one of a hundred goes three times as far: 20 % of the way
         (3.0, cases.Check(path=0.25), True),
         (float("nan"), cases.Check(path=0.25), True),
-        (1e-3, cases.Check(rounded=True), True),
+        (1e-2, cases.Check(rounded="bf16"), True),
     ],
 )
 def test_one_parameter_is_as_far_off_as_its_check_allows(change: float, check: cases.Check, wrong: bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import json
@@ -15,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -328,6 +328,45 @@ def test_a_push_of_a_server_that_is_gone_ends_and_the_buffers_stay() -> None:
         session.grad_buffers()["z"][...] = 3.0
 
 
+def test_a_server_that_came_back_knows_neither_session_nor_segment() -> None:
+    with testing.serve() as serving:
+        target = serving.target
+        client = optwire.connect(target, transport="shared_memory", timeout=20)
+        session = client.create_session(tree(0), opt.adam(RATE), name="before")
+        session.step(tree(1))
+    with client, testing.serve(listen=(target,)) as serving:
+        with pytest.raises(optwire.SessionNotFoundError):
+            session.step(tree(2))
+        again = client.create_session(tree(0), opt.adam(RATE))
+        assert_same(again.step(tree(1)), Local(tree(0)).push(tree(1)))
+        assert again.info().transport == "shared_memory"
+        assert serving.server.handover.path in again.info().transport_reason
+
+
+def test_a_lost_connection_and_a_lost_answer_together_apply_a_push_once(serving: testing.Serving, road: Road) -> None:
+    """The second try lies in another segment, under the token of the first."""
+    fault = road.proxy.fail(DOWN, messages=0, act="hold")
+    stop = threading.Event()
+
+    live = serving.server.registry._table.by_name[road.session.name]
+
+    def cut() -> None:
+        wire.until(lambda: live.machine.step == 2 and fault.done.is_set(), "the push is applied")
+        road.session._sharing._segment._connection.send(b"\xff" * 8)
+        wire.until(lambda: serving.server.handover.connections == 0, "the connection has ended")
+        road.proxy.heal()
+        stop.set()
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    grads = tree(2)
+    assert_same(road.session.step(grads), road.local.push(grads))
+    thread.join()
+    assert stop.is_set()
+    assert road.session.last_ack.duplicate
+    assert road.session.info().step == 2
+
+
 def test_a_slot_is_good_for_its_session_and_worker_only(serving: testing.Serving) -> None:
     with connected(serving.target) as client, contextlib.closing(wire.Peer(serving.target)) as peer:
         one, other = (client.create_session(tree(0), opt.adam(RATE)) for _ in range(2))
@@ -338,10 +377,7 @@ def test_a_slot_is_good_for_its_session_and_worker_only(serving: testing.Serving
         digest = convert.digest_to_proto(sessions.Digest(length, token=secrets.token_bytes(16)))
 
         def push(session: Any, slot: int, **changes: Any) -> wire.Failure | None:
-            fields: dict[str, Any] = dict(
-                session_id=session.id, incarnation=1, worker=session._worker, seq=2, base_step=1
-            )
-            begin = convert.push_to_proto(sessions.PushKey(**fields | changes))
+            begin = convert.push_to_proto(dataclasses.replace(key_of(session), **changes))
             request = pb.StepRequest(begin=convert.slot_into(begin, slot), digest=digest)
             return wire.Failure.of(lambda: peer.stub.Step(request, timeout=10))
 
@@ -372,7 +408,7 @@ def test_a_loaded_state_changes_nothing_about_the_memory(serving: testing.Servin
         assert session.info().incarnation == 2
 
 
-# ------------------------------------------------------------------------------------------------------- several workers
+# ------------------------------------------------------------------------------------------------------ several workers
 
 
 def test_the_mean_of_several_workers_leaves_their_gradients_alone(serving: testing.Serving) -> None:
@@ -430,7 +466,7 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
 
 
 def test_who_scribbles_during_an_update_hurts_only_its_own_session(serving: testing.Serving) -> None:
-    """Clipping reads gradients twice; padding lies between what is read. Nothing else may change, nor the server end."""
+    """Clipping reads gradients twice, and what it reads lies beside padding. No other session may notice."""
     spec = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE))
     with connected(serving.target) as client:
         bad, good = (client.create_session(tree(0), spec, name=name) for name in ("bad", "good"))
@@ -572,7 +608,6 @@ def test_what_a_client_says_later_can_only_end_its_own_connection(serving: testi
     with connected(serving.target) as client:
         session = client.create_session(tree(0), opt.adam(RATE))
         session.step(tree(1))
-        connection = session._sharing._segment._connection
         local, buffers = Local(tree(0)), session.grad_buffers()
         local.push(tree(1))
         for index, words in enumerate((struct.pack(">I", 3) + b"???", b"\xff" * 8, struct.pack(">I", 2) + b"{}")):

@@ -1,4 +1,4 @@
-"""Payloads that come before their push: what is staged, replaced, left out and lost, by hand and through a bad network."""
+"""Payloads that come before their push: what is staged, replaced, left out and lost, by hand and over a bad network."""
 
 from __future__ import annotations
 
@@ -188,6 +188,26 @@ def test_what_a_stage_is_for_must_be_there_and_be_what_is_pushed_to(peer: wire.P
     assert "'stage', expected 'end'" in late
 
 
+def test_encoded_gradients_are_not_staged_and_encoded_parameters_may_come_back(serving: testing.Serving) -> None:
+    grads = {"w": np.random.default_rng(0).standard_normal(50_000).astype(np.float32)}
+    for grads_codec, params_codec in (("f32", "bf16"), ("f32", "int8"), ("int8", "f32")):
+        with optwire.connect(serving.target, transport="stream") as client:
+            codecs = {"grads_codec": grads_codec, "params_codec": params_codec}
+            session, plain = (client.create_session(grads, opt.adam(RATE), **codecs) for _ in range(2))
+            for _ in range(3):
+                copies = session._staging()
+                copies.copy(0, grads["w"])
+                assert copies.is_sending == (grads_codec == "f32")
+                params = session.step_async(session.grad_buffers()).result()
+                np.testing.assert_array_equal(params["w"], plain.step(grads)["w"])
+            assert copies.resent_bytes == 0
+            if grads_codec != "f32":
+                peer = wire.Peer(serving.target)
+                stage = pb.PushStage(session_id=session.id)
+                assert "int8" in refusal(lambda stage=stage: peer.stream(stage), "UNIMPLEMENTED")
+                peer.close()
+
+
 def test_two_workers_of_one_step_may_stage(peer: wire.Peer) -> None:
     payloads = [wire.payload_of(arrays(seed)) for seed in (1, 2)]
 
@@ -298,7 +318,10 @@ def test_whatever_ends_a_stage_its_landing_is_free(serving: testing.Serving, end
 def test_a_stage_gives_way_to_a_push_and_never_takes_room_from_one() -> None:
     params = {"w": np.zeros(100_000, np.float32)}
     grads = {"w": np.ones(100_000, np.float32)}
-    with testing.serve(landing_bytes_max=600_000) as serving, optwire.connect(serving.target, transport="stream") as client:
+    with (
+        testing.serve(landing_bytes_max=600_000) as serving,
+        optwire.connect(serving.target, transport="stream") as client,
+    ):
         peer = wire.Peer(serving.target)
         session = client.create_session(params, opt.sgd(RATE))
         other = peer.create(params, opt.sgd(RATE))
@@ -349,7 +372,10 @@ class Road:
         self._plain = self._direct.create_session(params, opt.adam(RATE))
 
     def grads(self) -> dict[str, np.ndarray]:
-        return {name: self._rng.standard_normal(size).astype(np.float32) for name, size in zip("abc", self.SIZES)}
+        return {
+            name: self._rng.standard_normal(size).astype(np.float32)
+            for name, size in zip("abc", self.SIZES, strict=True)
+        }
 
     def step(self, stage: Callable[[Any, list[np.ndarray]], None] | None = None) -> None:
         """One step, staged as ``stage`` does, which must be the same as the plain one."""
@@ -409,7 +435,7 @@ def test_a_connection_lost_before_the_push_is_made_is_not_waited_for(road: Road)
     def stage(copies: Any, grads: list[np.ndarray]) -> None:
         copies.copy(0, grads[0])
         sent = road.proxy.bytes[proxies.UP]
-        wire.until(lambda: road.proxy.bytes[proxies.UP] > sent or copies._feed._sent, "some was sent")
+        wire.until(lambda: road.proxy.bytes[proxies.UP] > sent or copies._feed.sent_bytes, "some was sent")
         road.proxy.cut()
         wire.until(lambda: not copies.is_sending, "the client knows")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -72,8 +75,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def processes(folder: pathlib.Path) -> Iterator[tuple[Process, Process]]:
-    """A server and a client of it that have said hello."""
+def processes(folder: pathlib.Path, **environment: str) -> Iterator[tuple[Process, Process]]:
+    """A server and a client of it that have said hello; the client in this environment."""
     port_file = folder / "port"
     command = [sys.executable, "-m", "optwire_server", "serve", "--listen", "127.0.0.1:0", "--port-file", port_file]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True) as server:
@@ -88,6 +91,7 @@ def processes(folder: pathlib.Path) -> Iterator[tuple[Process, Process]]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                env={**os.environ, **environment},
             ) as client:
                 ends = Process(server), Process(client)
                 ends[1].ask()
@@ -103,19 +107,26 @@ def processes(folder: pathlib.Path) -> Iterator[tuple[Process, Process]]:
 def test_a_streamed_payload_faults_few_pages_on_either_end(tmp_path: pathlib.Path):
     """At most 10,000 minor faults a GB, both ends together, where a page each 4 KiB would be 244,000 an end."""
     with processes(tmp_path) as (server, client):
-        client.ask(size=8_000_000, steps=4)
-        before = server.faults() + client.faults()
-        client.ask(steps=16)
-        faults = server.faults() + client.faults() - before
-    gigabytes = 16 * 2 * 32e6 / 1e9
+        client.ask(size=4_000_000, steps=8)
+        counts = [server.faults() + client.faults()]
+        for _ in range(5):
+            client.ask(steps=8)
+            counts.append(server.faults() + client.faults())
+    gigabytes = 8 * 2 * 16e6 / 1e9
+    # The median: a heap grows now and then, and stays as it is afterwards.
+    faults = statistics.median(after - before for before, after in itertools.pairwise(counts))
     assert faults / gigabytes < 10_000
 
 
 @pytest.mark.slow
 def test_a_large_payload_needs_little_memory_beside_the_arrays(tmp_path: pathlib.Path):
-    """400 MB each way: the server's peak is at most 64 MiB above state and landing, the client's 32 MiB above arrays."""
+    """400 MB each way: the server's peak is at most 64 MiB above state and landing, the client's 32 MiB above arrays.
+
+    With one heap for all threads of the client. By default glibc gives each its own, up to eight a core, and each of them
+    keeps some free megabytes (docs/adr/0011).
+    """
     size = 100_000_000
-    with processes(tmp_path) as (server, client):
+    with processes(tmp_path, MALLOC_ARENA_MAX="1") as (server, client):
         idle = server.memory("VmRSS"), client.memory("VmRSS")
         client.ask(size=size, steps=1)
         server.reset_peak()
@@ -123,6 +134,5 @@ def test_a_large_payload_needs_little_memory_beside_the_arrays(tmp_path: pathlib
         client.ask(steps=3)
         peaks = server.memory("VmHWM"), client.memory("VmHWM")
     arrays = 2 * 4 * size
-    print([(p-i-arrays)/MIB for p,i in zip(peaks,idle)])
     assert peaks[0] - idle[0] <= arrays + 64 * MIB
     assert peaks[1] - idle[1] <= arrays + 32 * MIB

@@ -104,6 +104,17 @@ def workers(target: str, model: Any, ddp: Any, rank: int) -> dict[str, Any]:
         return told
 
 
+def overlapped(target: str, model: Any, ddp: Any, rank: int) -> dict[str, Any]:
+    """As ``workers``, while backward and forward run."""
+    ddp.register_comm_hook(None, no_allreduce_hook)
+    with RemoteOptimizer(
+        model.named_parameters(), "adamw", lr=0.05, target=target, distributed="workers", overlap=True
+    ) as optimizer:
+        train(model, ddp, optimizer, rank)
+        was_late = optimizer._overlap._pushed is not None
+        return {"step": optimizer.last_reply.step, "late": was_late}
+
+
 def resumed(target: str, model: Any, distributed: str) -> dict[str, Any]:
     """From a checkpoint of local torch, before there is a session and after."""
     local = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -236,6 +247,7 @@ CASES = (
     replicated,
     failing,
     workers,
+    overlapped,
     resumed_replicated,
     resumed_workers,
     grown_replicated,

@@ -1,4 +1,4 @@
-"""``overlap=True``: the same bits as without it, whatever the loop does, and nobody sees parameters that have not come."""
+"""``overlap=True``: the same bits as without, whatever the loop does, and nobody uses parameters that have not come."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_gradients_go_up_before_the_step(pair: Callable[..., Pair]) -> None:
     loss(model, 2).backward()
     size = sum(4 * p.numel() for p in model.parameters())
     feed = optimizer._overlap._stage._feed
-    wire.until(lambda: feed._sent == size, "all were sent")
+    wire.until(lambda: feed.sent_bytes == size, "all were sent")
     optimizer.step()
     plain_step(both.models[0], both.plain, 2)
     both.check()
@@ -155,15 +155,13 @@ def test_micro_batches_go_up_in_the_last_of_them(pair: Callable[..., Pair]) -> N
 
 
 @pytest.mark.parametrize("clipped", [True, False])
-def test_clipped_gradients_are_sent_again_where_clipping_changed_them(
-    pair: Callable[..., Pair], clipped: bool
-) -> None:
+def test_clipped_gradients_are_sent_again_where_clipping_changed_them(pair: Callable[..., Pair], clipped: bool) -> None:
     def step(model: Any, optimizer: Any, index: int) -> None:
         optimizer.zero_grad()
         loss(model, index).backward()
         if optimizer is both.overlapped and index:
             feed = optimizer._overlap._stage._feed
-            wire.until(lambda: feed._sent >= 4 * sum(p.numel() for p in model.parameters()), "all were sent")
+            wire.until(lambda: feed.sent_bytes >= 4 * sum(p.numel() for p in model.parameters()), "all were sent")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3 if clipped else 1e3)
         optimizer.step()
 
@@ -446,7 +444,7 @@ DOORS: dict[str, Callable[[Any, Any], Any]] = {
     "load_state_dict": lambda model, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
     "add_param_group": lambda model, optimizer: optimizer.add_param_group({"params": [("new", _new())]}),
     "deepcopy": lambda model, optimizer: copy.deepcopy(optimizer),
-    "pickle": lambda model, optimizer: pickle.dumps(optimizer),  # noqa: S301
+    "pickle": lambda model, optimizer: pickle.dumps(optimizer),
     "close": lambda model, optimizer: optimizer.close(),
     "backward": lambda model, optimizer: model[0].weight.sum().backward(),
 }
@@ -560,7 +558,7 @@ def test_a_connection_that_is_cut_during_backward_costs_nothing_but_time(server:
 
         def cut() -> None:
             feed = both.overlapped._overlap._stage._feed
-            wire.until(lambda: feed is None or feed._sent > 0, "some was sent")
+            wire.until(lambda: feed is None or feed.sent_bytes > 0, "some was sent")
             proxy.cut()
 
         both.train(step, steps=5)
@@ -616,8 +614,10 @@ def hooks_of(model: Any) -> int:
 def test_nothing_is_left_behind(server: testing.Serving, client: optwire.Client, ending: str) -> None:
     gc.collect()  # what other tests left
     model, twin = network(), network()
-    threads, before = threading.active_count(), hooks_of(model)
-    optimizer = RemoteOptimizer(model.parameters(), "sgd", lr=0.1, target=server.target, overlap=True, transport="stream")
+    threads, before = proxies.threads(), hooks_of(model)
+    optimizer = RemoteOptimizer(
+        model.parameters(), "sgd", lr=0.1, target=server.target, overlap=True, transport="stream"
+    )
     assert hooks_of(model) == before + 1 + len([*model.parameters()])
     local = torch.optim.SGD(twin.parameters(), lr=0.1)
     for index in range(3):
@@ -636,7 +636,38 @@ def test_nothing_is_left_behind(server: testing.Serving, client: optwire.Client,
     assert training.drift(model, twin) < training.RELATIVE, "the last step is not lost"
     assert hooks_of(model) == before
     client.delete_session(name)
-    wire.until(lambda: threading.active_count() <= threads, "threads ended")
+    wire.until(lambda: proxies.threads() <= threads, "threads ended")
+
+
+def test_a_collector_on_any_thread_may_end_an_optimizer(server: testing.Serving, client: optwire.Client) -> None:
+    """Even on one that the push needs: it does not wait there, and the last step is not lost."""
+    model, twin = network(), network()
+    with proxies.before(server.target) as proxy:
+        optimizer = RemoteOptimizer(
+            model.parameters(),
+            "sgd",
+            lr=0.1,
+            target=proxy.target,
+            session="collected",
+            overlap=True,
+            transport="stream",
+        )
+        local = torch.optim.SGD(twin.parameters(), lr=0.1)
+        for index in range(3):
+            plain_step(twin, local, index)
+            optimizer.synchronize()
+            if index == 2:
+                fault = proxy.fail(proxies.DOWN, bytes=0, act="hold")
+            plain_step(model, optimizer, index)
+        held, optimizer = [optimizer], None
+        collector = threading.Thread(target=held.clear, daemon=True)
+        collector.start()
+        collector.join(10)
+        assert not collector.is_alive()
+        assert fault.done.wait(10)
+        proxy.heal()
+        wire.until(lambda: training.drift(model, twin) < training.RELATIVE, "the parameters are written")
+    client.delete_session("collected")
 
 
 SCRIPT = """

@@ -96,6 +96,13 @@ def test_workers_push_their_own_gradients_and_the_server_averages(outcome: Outco
         assert str(session.info().aggregation) == "sync(2)"
 
 
+def test_overlapping_workers_end_with_the_same_bits(outcome: Outcome) -> None:
+    assert outcome.said("overlapped", "step") == ["5", "5"]
+    assert outcome.said("overlapped", "late") == ["True", "True"]
+    for params in outcome.params("overlapped"):
+        assert all(map(torch.equal, params, outcome.params("workers")[0]))
+
+
 @pytest.mark.parametrize("way", ["replicated", "workers"])
 def test_a_checkpoint_of_torch_is_resumed_from_before_and_after_there_is_a_session(outcome: Outcome, way: str) -> None:
     case = f"resumed_{way}"

@@ -182,15 +182,16 @@ class Session:
                 options = dataclasses.replace(options, view_step=self._view.step)
                 receive = functools.partial(self._view.incoming, filled=filled)
             payload = self._up.outgoing(arrays, options.grad_scale)
-            with self._sharing.settled(), self._up.settling(key.seq, payload):
-                ack, answer = _deadlines.retried(
-                    lambda _: push(deadline, key, options, payload, receive),
-                    deadline,
-                    f"push on step {base} of {self}",
-                    _UNKNOWN,
-                )
-            self._up.applied(payload, ack)
-            self._seq, self._step, self._last_ack = key.seq, ack.step, ack
+            with self._sharing.settled():
+                with self._up.settling(key.seq, payload):
+                    ack, answer = _deadlines.retried(
+                        lambda _: push(deadline, key, options, payload, receive),
+                        deadline,
+                        f"push on step {base} of {self}",
+                        _UNKNOWN,
+                    )
+                self._up.applied(payload, ack)
+                self._seq, self._step, self._last_ack = key.seq, ack.step, ack
         if not wanted:
             return None
         return trees.unflatten(self._tree, answer, self._types) if out is None else out
@@ -236,8 +237,8 @@ class Session:
     def param_buffers(self) -> Any:
         """Arrays for ``step(..., out=)`` to fill, in the structure given at creation; always the same ones.
 
-        Zeros, until a step has filled them. Where memory is shared with the server they lie in it, and every step writes
-        to them, whatever its ``out``.
+        Zeros, until a step has filled them. Where memory is shared with the server they lie in it, and every step
+        writes to them, whatever its ``out``.
         """
         return trees.unflatten(self._tree, self._buffers()[1], self._types)
 
@@ -546,12 +547,18 @@ class Session:
         """The arrays of ``grad_buffers`` and ``param_buffers``: in shared memory, or else in some of our own."""
         if self._own is None:
             with self._using():
-                segment = self._sharing.segment(self._deadline())
-                if self._own is None and segment is not None:
-                    self._own = segment.grads, segment.params
-                elif self._own is None:
-                    self._own = _payload.aligned(self._tree), _payload.aligned(self._tree)
+                self._make_buffers()
+        assert self._own is not None, "buffers were not made"
         return self._own
+
+    def _make_buffers(self) -> None:
+        if self._own is not None:
+            return  # another thread was faster
+        segment = self._sharing.segment(self._deadline())
+        if segment is not None:
+            self._own = segment.grads, segment.params
+        else:
+            self._own = _payload.aligned(self._tree), _payload.aligned(self._tree)
 
     def _taken_stream(self) -> _rpc.Stream:
         """An open stream, to be put back only after a whole reply."""
@@ -595,11 +602,12 @@ class Session:
             feed, stream = None, self._taken_stream()
         try:
             reply = stream.push(deadline, key, options, payload, heard, staged=feed)
-        finally:
+        except BaseException:
             if feed is not None:
-                stage.resent_bytes += feed.end()
+                stage.lost(feed)
+            raise
         if feed is not None:
-            stage.resent_bytes -= payload.length
+            stage.resent_bytes += feed.sent_bytes - payload.length
         self._stream = stream
         return reply
 

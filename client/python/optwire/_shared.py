@@ -1,8 +1,8 @@
 """Shared memory with a server on this host: how a handle gets it, and what goes through it. No gRPC, no protobuf.
 
-The server makes a segment and hands it over on a Unix socket; the push that names its slot travels as a message. While a
-push is under way its gradients are the server's to read: they are not written over before it is known that the server
-has finished with them.
+The server makes a segment and hands it over on a Unix socket; the push that names its slot travels as a message.
+While a push is under way its gradients are the server's to read: they are not written over before it is known that the
+server has finished with them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MESSAGE_S: Final = 5.0
 _PAGE: Final = mmap.PAGESIZE
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """There is no segment; says why, for people."""
 
 
@@ -68,7 +68,7 @@ class Sharing:
         self._segment: Segment | None = None
         self._unanswered: _Unanswered | None = None
         self._is_in_use = False  # whether the server may be reading and writing the segment
-        self._pid = os.getpid()
+        self._pid = 0  # of the process that the segment was handed over to
         self._is_closed = False
         self.reason = unless or self._refusal()
 
@@ -83,11 +83,12 @@ class Sharing:
         if self._segment is not None and os.getpid() != self._pid:
             self._lose("this process was forked off the one that the memory was handed over to")
         if not self.reason:
+            soon = _deadlines.Deadline(min(_MESSAGE_S, deadline.remaining_s / 2))
             try:
-                path = self._find_path(_deadlines.Deadline(min(_MESSAGE_S, deadline.remaining_s / 2)))
+                path = _deadlines.retried(lambda _: self._find_path(soon), soon, "asking for shared memory")
                 self._segment = attach(path, self._session_id, self._worker, self._tree)
-                self.reason = f"handed over on {path}"
-            except Refused as exc:
+                self._pid, self.reason = os.getpid(), f"handed over on {path}"
+            except RefusedError as exc:
                 self.reason = str(exc)
             except (errors.UnavailableError, errors.DeadlineError) as exc:
                 if must:
@@ -144,9 +145,7 @@ class Sharing:
         if self._is_in_use:
             self._take_back(segment, deadline.remaining_s)
         if before is None or before.payload is not payload or before.segment is not segment:
-            # A push whose outcome is not known, made again by the user, is the same if its bytes are.
-            again = before is not None and before.content is not None and before.content == _digest(payload.arrays)
-            token = before.token if before is not None and again else secrets.token_bytes(limits.TOKEN_BYTES)
+            token = before.token if before and before.is_made_by(payload) else secrets.token_bytes(limits.TOKEN_BYTES)
             segment.fill(payload.arrays, options.absent)  # once: what is copied may come from where replies go
             before = _Unanswered(token, payload, options.absent, segment)
         # From here on the server may read what lies there: until its answer says that it has.
@@ -161,7 +160,7 @@ class Sharing:
                 self._lose()
                 raise SegmentLostError from exc
             raise
-        self._unanswered, self._is_in_use = None, False
+        self._is_in_use = False
         if options.reply is sessions.ReplyContent.NONE:
             return ack, []
         incoming = receive(ack)
@@ -172,12 +171,13 @@ class Sharing:
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
-        """Around all tries of a push: where its outcome stays unknown, notes what its gradients were.
+        """Around all tries of a push, until it is counted: where its outcome stays unknown, notes what it was.
 
-        Afterwards they may be written over: the server reads them no more.
+        Afterwards its gradients may be written over: the server reads them no more.
         """
         try:
             yield
+            self._unanswered = None
         except BaseException:
             unanswered = self._unanswered
             if unanswered is not None and unanswered.payload is not None:
@@ -240,6 +240,10 @@ class _Unanswered:
     absent: tuple[int, ...]
     segment: Segment
     content: sessions.Digest | None = None
+
+    def is_made_by(self, payload: _payload.Outgoing) -> bool:
+        """Whether it is the push of a payload: made by the same call, or made again by the user with the same bytes."""
+        return payload is self.payload or (self.content is not None and self.content == _digest(payload.arrays))
 
 
 class Segment:
@@ -316,12 +320,12 @@ def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Seg
     """A segment from the server whose handover socket is at ``path``.
 
     Raises:
-      Refused: there is none, and why.
+      RefusedError: there is none, and why.
     """
     if sys.platform != "linux":
-        raise Refused(f"shared memory is handed over on Linux, this is {sys.platform}")
+        raise RefusedError(f"shared memory is handed over on Linux, this is {sys.platform}")
     if not path:
-        raise Refused("the server shares no memory")
+        raise RefusedError("the server shares no memory")
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     files: list[int] = []
     try:
@@ -329,12 +333,12 @@ def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Seg
         connection.connect(path)
         user = handover.peer_user(connection)
         if user != os.geteuid():
-            raise Refused(f"the server is of user {user}, this process of user {os.geteuid()}")
+            raise RefusedError(f"the server is of user {user}, this process of user {os.geteuid()}")
         with contextlib.suppress(BrokenPipeError):  # a server that is full refuses before it listens
             handover.send(connection, handover.Request(session_id, worker).to_json(), _MESSAGE_S)
         answer = handover.receive(connection, limits.HANDOVER_REPLY_BYTES_MAX, _HANDOVER_S, files=files)
         if "refused" in answer:
-            raise Refused(f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX])
+            raise RefusedError(f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX])
         grant = handover.Grant.from_json(answer)
         if len(files) != 1:
             raise handover.HandoverError(f"{len(files)} file descriptors, expected one")
@@ -343,11 +347,11 @@ def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Seg
     except BaseException as exc:
         connection.close()
         if isinstance(exc, FileNotFoundError | ConnectionRefusedError):
-            raise Refused(
+            raise RefusedError(
                 f"no socket of the server at {path} here: another host, or a container that does not share its folder"
             ) from exc
         if isinstance(exc, OSError | handover.HandoverError | ValueError):
-            raise Refused(f"{path}: {exc}") from exc
+            raise RefusedError(f"{path}: {exc}") from exc
         raise
     finally:
         for file in files:

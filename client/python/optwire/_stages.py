@@ -50,7 +50,7 @@ class Stage:
         """
         lost, self._feed = self._feed, None
         if lost is not None:
-            self.resent_bytes += lost.end()
+            self.lost(lost)
         feed = Feed(self._tree, self._bytes)
         start(feed)
         self._feed = feed
@@ -93,7 +93,12 @@ class Stage:
         """Ends the sending, and forgets what was copied."""
         feed, self._feed, self._copied = self._feed, None, set()
         if feed is not None:
-            self.resent_bytes += feed.end()
+            self.lost(feed)
+
+    def lost(self, feed: Feed) -> None:
+        """Ends a feed, all that was sent of which was in vain."""
+        feed.end()
+        self.resent_bytes += feed.sent_bytes
 
 
 class Feed:
@@ -131,12 +136,16 @@ class Feed:
             self._absent = frozenset(absent)
             self._changed.notify()
 
-    def end(self) -> int:
-        """Ends the sending; gives how many bytes were sent."""
+    def end(self) -> None:
+        """Ends the sending."""
         with self._changed:
             self._over = True
             self._changed.notify()
-            return self._sent
+
+    @property
+    def sent_bytes(self) -> int:
+        """How many bytes were sent so far."""
+        return self._sent
 
     def staged(self) -> Iterator[tuple[int, list[memoryview]]]:
         """Offset and bytes of each chunk up to the push; waits for more until it is known. Ends early if it ends."""

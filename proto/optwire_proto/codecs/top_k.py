@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,9 @@ ELEMENTS_MAX: Final = 2**32
 _MAGNITUDE: Final = np.uint32(0x7FFF_FFFF)
 # Elements that the threshold is guessed from.
 _SAMPLES: Final = 65_536
+# How much lower than the sample suggests the threshold is guessed, in standard deviations: the first guess is nearly
+# always low enough, and then few candidates are too many.
+_SPREADS: Final = (4, 64)
 
 
 class TopK(codec.Codec):
@@ -103,32 +106,51 @@ def _largest(bits: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.intp]:
     A threshold guessed from a sample picks candidates; the exact one is found among those. What the guess was has no
     influence on the result.
     """
-    found = _candidates(bits, _guess(bits, count))
-    if len(found) < count:
-        found = np.arange(len(bits))
-    magnitudes = bits[found] & _MAGNITUDE
-    at = len(found) - count
-    threshold = np.partition(magnitudes, at)[at]
-    above = magnitudes > threshold
-    equal = np.flatnonzero(magnitudes == threshold)[: count - int(np.count_nonzero(above))]
-    above[equal] = True
-    return found[above]
+    for spread in _SPREADS:
+        threshold = _guess(bits, count, spread)
+        above = _positions(bits, lambda magnitudes, threshold=threshold: magnitudes > threshold)  # type: ignore[misc]
+        if len(above) >= count:
+            break
+        # Whatever there is of equal ones, as where most values are 0, no more of them is looked for than is taken.
+        equal = _positions(
+            bits,
+            lambda magnitudes, threshold=threshold: magnitudes == threshold,  # type: ignore[misc]
+            enough=count - len(above),
+        )
+        if len(above) + len(equal) >= count:
+            return np.sort(np.concatenate([above, equal[: count - len(above)]]))
+    else:
+        above = np.arange(len(bits))
+    magnitudes = bits[above] & _MAGNITUDE
+    exact = np.partition(magnitudes, len(above) - count)[len(above) - count]
+    chosen = magnitudes > exact
+    chosen[np.flatnonzero(magnitudes == exact)[: count - int(np.count_nonzero(chosen))]] = True
+    return above[chosen]
 
 
-def _guess(bits: npt.NDArray[np.uint32], count: int) -> np.uint32:
-    """A magnitude that probably somewhat more than ``count`` others reach."""
+def _guess(bits: npt.NDArray[np.uint32], count: int, spread: int) -> np.uint32:
+    """A magnitude that probably somewhat more than ``count`` others exceed."""
     stride = max(1, len(bits) // _SAMPLES) | 1  # odd, so that it meets all columns of a matrix
     sample = bits[::stride] & _MAGNITUDE
     expected = count / len(bits) * len(sample)
-    wanted = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 4))
+    wanted = min(len(sample), math.ceil(expected + spread * math.sqrt(expected) + spread))
     threshold: np.uint32 = np.partition(sample, len(sample) - wanted)[len(sample) - wanted]
     return threshold
 
 
-def _candidates(bits: npt.NDArray[np.uint32], threshold: np.uint32) -> npt.NDArray[np.intp]:
-    magnitudes = np.empty(min(len(bits), codec.PIECE), np.uint32)
-    found = []
+def _positions(
+    bits: npt.NDArray[np.uint32],
+    wanted: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.bool_]],
+    enough: int | None = None,
+) -> npt.NDArray[np.intp]:
+    """Positions, ascending, of the magnitudes that are ``wanted``; ends once there are ``enough``."""
+    room = np.empty(min(len(bits), codec.PIECE), np.uint32)
+    found: list[npt.NDArray[np.intp]] = [np.empty(0, np.intp)]
+    total = 0
     for piece in codec.pieces(len(bits)):
-        part = np.bitwise_and(bits[piece], _MAGNITUDE, out=magnitudes[: piece.stop - piece.start])
-        found.append(np.flatnonzero(part >= threshold) + piece.start)
+        magnitudes = np.bitwise_and(bits[piece], _MAGNITUDE, out=room[: piece.stop - piece.start])
+        found.append(np.flatnonzero(wanted(magnitudes)) + piece.start)
+        total += len(found[-1])
+        if enough is not None and total >= enough:
+            break
     return np.concatenate(found)

@@ -168,18 +168,18 @@ def _whole(parts: tuple[Part, ...]) -> Block:
 
 
 def _flat(tree: trees.TreeSpec, verdicts: Sequence[Hashable]) -> Cut:
-    members: dict[Hashable, list[int]] = {}
+    members: dict[tuple[Hashable, str, bool], list[int]] = {}
     for index, leaf in enumerate(tree.leaves):
-        members.setdefault((verdicts[index], leaf.dtype), []).append(index)
+        members.setdefault((verdicts[index], leaf.dtype, math.prod(leaf.shape) == 1), []).append(index)
     offsets = [0] * len(tree.leaves)
     gaps, bounds, first = [], [], 0
-    for positions in members.values():
+    for (_, _, is_single), positions in members.items():
         end = first
         for index in positions:
             offsets[index] = end
             end += tree.leaves[index].nbytes
         itemsize = tensors.itemsize(tree.leaves[positions[0]].dtype)
-        stop = layouts.padded(first + sum(_sizes((end - first) // itemsize)) * itemsize)
+        stop = layouts.padded(first + sum(_sizes((end - first) // itemsize, is_single)) * itemsize)
         if stop > end:
             gaps.append((end, stop))
         bounds.append(first)
@@ -192,8 +192,13 @@ def _flat(tree: trees.TreeSpec, verdicts: Sequence[Hashable]) -> Cut:
     return Cut(Granularity.ELEMENT, tuple(members), spans, layout)
 
 
-def _sizes(elements: int) -> list[int]:
-    """The blocks of so many elements; one at least, as what belongs to no leaf must go on, too."""
+def _sizes(elements: int, is_single: bool) -> list[int]:
+    """The blocks of so many elements; one at least, as what belongs to no leaf must go on, too.
+
+    Leaves of a single element have a block each: by itself, such a leaf is rounded otherwise than one among others.
+    """
+    if is_single:
+        return [1] * elements
     whole, rest = divmod(elements, BLOCK)
     small = -(-rest // SMALL)
     if small > SMALL_MAX:
@@ -208,7 +213,7 @@ def _span(kind: int, positions: Sequence[int], tree: trees.TreeSpec, layout: Lay
     starts = tuple(itertools.accumulate((leaf.nbytes // dtype.itemsize for leaf in leaves), initial=0))
     ranges = _merged(starts, [layout.offsets[index] for index in positions], dtype.itemsize)
     blocks, start = [], 0
-    for size in _sizes(starts[-1]):
+    for size in _sizes(starts[-1], len(leaves) == starts[-1] and all(math.prod(leaf.shape) == 1 for leaf in leaves)):
         offset = None if first is None else first + start * dtype.itemsize
         runs = tuple(_within(ranges, start, start + size, dtype.itemsize))
         valid = max(0, min(size, starts[-1] - start))

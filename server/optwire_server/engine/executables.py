@@ -23,6 +23,8 @@ _COMPILERS = threading.BoundedSemaphore(4)
 _COMPILER_WAIT_S = 60.0
 # Functions that a listing of a program names by where they are in memory; none of them says what is computed.
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
+# A copy of an array; those of scalars and of constants cost nothing.
+_COPY = re.compile(r"\w\[[\d,]+\]\S* copy\((?!%constant)")
 # Beside arrays that are written in place: scalars, tables of pointers, and what a partial sum is gathered in.
 _SCRATCH_BYTES = 1 << 16
 
@@ -126,7 +128,7 @@ def _flaw(run: Any, donated_bytes: int) -> str:
         return f"{memory.alias_size_in_bytes} of {donated_bytes} bytes of state are written in place"
     if memory.temp_size_in_bytes > donated_bytes + _SCRATCH_BYTES:
         return f"{memory.temp_size_in_bytes} bytes beside {donated_bytes} bytes of state"
-    return "the state is copied" if " copy(" in run.as_text() else ""
+    return "the state is copied" if _COPY.search(run.as_text()) else ""
 
 
 def _bytes(argument: Any) -> int:

@@ -292,7 +292,9 @@ class Held:
         """One array of the state, flat."""
         with self.program.precision():
             segments = self._segments(self.program.places[position])
-        return segments[0] if len(segments) == 1 else np.concatenate([*segments, np.empty(0, segments[0].dtype)])
+        if len(segments) == 1:
+            return segments[0]
+        return np.concatenate([*segments, np.empty(0, self.program.array_dtype(position))])
 
     def _read(self, which: str, each: kernel.Kernel, common: list[Any], own: list[Any]) -> list[np.ndarray]:
         """Parameters of a block, each part flat."""

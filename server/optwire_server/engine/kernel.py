@@ -213,6 +213,7 @@ class Kernel:
         self, recipe: Recipe, positions: Sequence[int], leaves: Sequence[trees.LeafSpec], *, is_flat: bool
     ) -> None:
         self._recipe = recipe
+        self._is_flat = is_flat
         self.positions = tuple(positions)
         changed = zip(positions, leaves, strict=True)
         self._changed = {at: leaf for at, leaf in changed if leaf.shape != recipe.leaves[at].shape}
@@ -441,7 +442,7 @@ class Kernel:
         call = rule.Call(operands.push, variant.closing, operands.extras, present=present, rounded=variant.updates)
         if variant.scaled:
             grads = [_unscaled(g, operands.grad_scale) for g in grads]
-        within = contextlib.nullcontext(None) if is_tree else reductions.reducing(reduced, valid)
+        within = contextlib.nullcontext(None) if is_tree else reductions.reducing(reduced, valid if self._is_flat else None)
         sums: dict[str, Any] = {}
         with within as reducer:
             new = self._advanced(made, grads, state, call)
@@ -460,11 +461,18 @@ class Kernel:
 
     def _advanced(self, made: rule.Rule, grads: list[Any], state: Any, call: rule.Call) -> Any:
         """The state after an update, in the element types that it has for good."""
-        new = jax.tree.map(_kept, made.update(grads, state, call), state)
-        if (self._recipe.restores or self.every == 1) and "finite" in call.notes:  # what is around the policy keeps its state, too
-            finite = call.notes["finite"]
-            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new
+        call.restored = self._recipe.restores or self.every == 1
+
+        def once(call: rule.Call) -> Any:
+            return jax.tree.map(_kept, made.update(grads, state, call), state)
+
+        start = reductions.count()
+        new = once(call)
+        if not call.restored or "finite" not in call.notes:
+            return new
+        # What is around the policy keeps its state, too.
+        again = functools.partial(once, dataclasses.replace(call, notes={}, added=None))
+        return reductions.chosen(call.notes["finite"], new, state, again, start)
 
     def _sums(self, variant: Variant, grads: list[Any], old: Any, new: Any, made: rule.Rule) -> dict[str, Any]:
         """What figures are made of."""

@@ -415,7 +415,7 @@ def _sizes(made: cut.Cut, span: cut.Span, is_skippable: bool) -> list[int]:
     if not made.is_flat:
         return [0]
     sizes = {block.parts[0].size for block in span.blocks}
-    return sorted(sizes | {cut.SMALL} if is_skippable else sizes)
+    return sorted(sizes | {cut.SMALL} if is_skippable and cut.BLOCK in sizes else sizes)
 
 
 def _held_bytes(made: cut.Cut, kernels: dict[tuple[int, int], Kernel]) -> int:

@@ -41,7 +41,9 @@ class Stage(landing.Landing):
         offsets, end = self._whole.offsets, offset + len(data)
         leaf = bisect.bisect_right(offsets, offset) - 1
         if not data or end > offsets[-1] or end > offsets[leaf + 1]:
-            inside = f"leaf {self._whole.leaves[leaf].name!r} ends at {offsets[leaf + 1]}" if offset < offsets[-1] else ""
+            inside = (
+                f"leaf {self._whole.leaves[leaf].name!r} ends at {offsets[leaf + 1]}" if offset < offsets[-1] else ""
+            )
             raise errors.PayloadError(
                 f"staged chunk of {len(data)} bytes at offset {offset}: expected a byte or more, inside of one leaf"
                 f"; {inside or f'the payload ends at {offsets[-1]}'}",

@@ -63,7 +63,7 @@ def clip_by_leaf_norm(max_norm: float) -> Any:
 def apply_if_finite(inner: Any, max_consecutive_errors: int) -> Any:
     """Keeps updates that are not finite from a transformation, as optax's, unless they have come too often in a row.
 
-    Without its branch, inside of which no sum could cross blocks: both sides are computed, and one is taken.
+    Without its branch around sums, which could not cross blocks from inside of it.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -79,10 +79,14 @@ def apply_if_finite(inner: Any, max_consecutive_errors: int) -> Any:
         finite = reductions.all_finite(jax.tree.leaves(updates))
         count = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
         applied = finite | (count > max_consecutive_errors)
-        new, new_inner = inner.update(updates, state.inner_state, params, **extras)
+
+        def once() -> Any:
+            return inner.update(updates, state.inner_state, params, **extras)
+
+        start = reductions.count()
+        nothing = jax.tree.map(jnp.zeros_like, updates)
+        taken, kept = reductions.chosen(applied, once(), (nothing, state.inner_state), once, start)
         total = jnp.where(finite, state.total_notfinite, optax.safe_increment(state.total_notfinite))
-        kept = jax.tree.map(lambda after, before: jnp.where(applied, after, before), new_inner, state.inner_state)
-        taken = jax.tree.map(lambda leaf: jnp.where(applied, leaf, jnp.zeros_like(leaf)), new)
         return taken, optax.ApplyIfFiniteState(count, finite, total, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

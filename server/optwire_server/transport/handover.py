@@ -1,7 +1,8 @@
 """The Unix socket on which segments of shared memory are handed over to clients of this host and user.
 
-One thread accepts, and one for each connection answers it: a client that is slow is slow for itself. A connection stands
-for its segment; when it ends, whatever ended it, the segment is let go of. Knows sockets and the registry; no gRPC.
+One thread accepts, and one for each connection answers it: a client that is slow is slow for itself. A connection
+stands for its segment; when it ends, whatever ended it, the segment is let go of. Knows sockets and the registry; no
+gRPC.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Handover:
                 self._answer(connection)
         except (OSError, handover.HandoverError) as exc:
             _log.debug("a connection ended: %s", exc)
-        except Exception:
+        except Exception:  # noqa: BLE001  the boundary: whatever else is raised is a defect of ours, and ends nothing else
             _log.exception("a connection ended by a defect")
         finally:
             with self._lock:

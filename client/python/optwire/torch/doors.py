@@ -26,7 +26,7 @@ class Doors:
     """
 
     def __init__(self, opened: Open) -> None:
-        self._opened = weakref.WeakMethod(opened)  # type: ignore[type-var]
+        self._opened = weakref.WeakMethod(opened)
         self._called: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # since the last step
         self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # in the step before
         self._is_shut = False
@@ -107,7 +107,8 @@ class _Dictionary(_Hook):
     def __reduce__(self) -> NoReturn:
         """A module that has this hook has parameters whose new values have not come: a copy would have old ones."""
         raise errors.UnsupportedError(
-            "copying or pickling a module while its new parameters are on their way: call optimizer.synchronize() first",
+            "copying or pickling a module while its new parameters are on their way: call optimizer.synchronize() "
+            "first",
             subject="overlap",
         )
 

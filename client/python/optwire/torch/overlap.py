@@ -1,8 +1,8 @@
 """Gradients that go up while backward runs, and parameters that come down until they are needed.
 
-Each gradient is copied to the session's stage when autograd has accumulated it. A step compares the copies with what the
-gradients are by then, copies again what differs, and starts the push; the new parameters are written when somebody comes
-to a door: the forward of a module that uses them, or whatever asks the optimizer.
+Each gradient is copied to the session's stage when autograd has accumulated it. A step compares the copies with what
+the gradients are by then, copies again what differs, and starts the push; the new parameters are written when somebody
+comes to a door: the forward of a module that uses them, or whatever asks the optimizer.
 """
 
 from __future__ import annotations
@@ -194,10 +194,21 @@ class Overlap:
     # ----------------------------------------------------------------------------------------------------- endings
 
     def end(self) -> None:
-        """Ends what is under way, and leaves nothing behind. What fails is logged: nobody is there to be told."""
+        """For an optimizer that is gone: ends what is under way, and leaves nothing behind.
+
+        A garbage collector may call this on any thread, and those that must not wait, as the push needs them, are
+        daemons: there it is done once the push is over.
+        """
+        under_way = self._pushed
+        if under_way is not None and threading.current_thread().daemon:
+            under_way.when_over(self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
         try:
             self.wait()
-        except errors.OptwireError as exc:
+        except errors.OptwireError as exc:  # nobody is there to be told
             _log.warning("the last push of a RemoteOptimizer that is gone failed: %s", exc)
         finally:
             self.remove()

@@ -1,10 +1,10 @@
-"""One push of an overlapped step, on its way: its answer is waited for late, its parameters are written as they come."""
+"""A push of an overlapped step: its answer is waited for late, and its parameters are written as they are needed."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from optwire import _session
@@ -80,6 +80,10 @@ class Pushed:
         self._future = self._session.step_async(self._grads, **self._arguments)
         self._future.add_done_callback(lambda _: self.heard(*self._come))
 
+    def when_over(self, then: Callable[[], None]) -> None:
+        """Calls ``then`` once this try is over, on the thread that made it; at once if it is."""
+        self._future.add_done_callback(lambda _: then())
+
     def heard(self, step: int, count: int) -> None:
         """So many bytes of parameters of a step have come; called by the thread that receives them."""
         with self._arrived:
@@ -91,7 +95,8 @@ class Pushed:
         for at, coming in sorted(self._left.items(), key=lambda item: item[1].stop):
             if at in ids:
                 with self._arrived:
-                    self._arrived.wait_for(lambda stop=coming.stop: self._come[1] >= stop or self._future.done())
+                    while self._come[1] < coming.stop and not self._future.done():
+                        self._arrived.wait()
                     step, count = self._come
                 if count < coming.stop:  # all have come in another way, or there is an error
                     return True
