@@ -1,7 +1,7 @@
 """The handover of shared memory: what both ends say on the Unix socket that file descriptors travel on.
 
 A message is its length in four bytes, big-endian, and as many bytes of JSON: an object. The client asks once, with
-``Request``; ``Grant`` comes with the descriptor, ``{"refused": why}`` without. The connection then stays open for as
+``Request``; ``Grant`` comes with the descriptor, a refusal without. The connection then stays open for as
 long as the client wants the segment. On it the client may say ``ASK_QUIET``, and hears in a ``Quiet`` by which slot
 pushes are to name the segment from now on, and whether those that named it by the old one are over. Standard library
 only.

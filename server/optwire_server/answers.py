@@ -84,13 +84,19 @@ def encoded(push: Push, reply: Reply) -> Reply:
         incarnation=reply.ack.incarnation,
         step=reply.ack.step,
         view_step=push.options.view_step,
-        # The gradients have been used, and the landing is lent until the reply is out.
-        room=lambda: list(landing.Landing.filled(push.landing.memory, live.tree, live.held.layout).arrays()),
+        room=lambda: _room(push),
     )
     ack = dataclasses.replace(reply.ack, step=answer.step)
-    if answer.is_change:
+    if answer.is_difference:
         ack = dataclasses.replace(ack, payload_bytes=size, params_codec=how.kind)
     return Reply(ack, answer.arrays)
+
+
+def _room(push: Push) -> Params:
+    """Arrays for parameters: in the landing, which is lent until the reply is out; its gradients have been used."""
+    live = push.session
+    memory = push.landing.memory if push.landing.is_open else np.empty(live.held.layout.nbytes, np.uint8)
+    return list(landing.Landing.filled(memory, live.tree, live.held.layout).arrays())
 
 
 def _spread(pieces: Iterable[np.ndarray], arrays: Iterable[np.ndarray]) -> None:

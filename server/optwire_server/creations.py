@@ -16,7 +16,7 @@ from optwire_server import extensions, replicas
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing, program
+from optwire_server.engine import landing
 from optwire_server.engine import layout as layouts
 from optwire_server.live import Creation, LiveSession
 from optwire_server.session import machine
@@ -259,8 +259,8 @@ class Creations:
 
 def _check_codecs(terms: sessions.Terms, tree: trees.TreeSpec) -> None:
     """Raises TreeError, with the name of the leaf, where a codec cannot encode it."""
-    for codec in (terms.grads_codec, terms.params_codec):
-        for leaf in tree.leaves if codec is not None else ():
+    for codec in (terms.grads_codec or codecs.RAW, terms.params_codec or codecs.RAW):
+        for leaf in tree.leaves:
             try:
                 codec.encoded(leaf)
             except errors.TreeError as exc:

@@ -25,7 +25,7 @@ class LiveSession:
     compiles for the session meanwhile: the next plans, or another variant of their programs. ``variants`` and ``views``
     are what the program of a new plan should have; what one has, it says itself. ``added`` is a step and what it added
     to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are the pushes that
-    wait for those of other workers. ``replica`` is there where replies carry what has changed.
+    wait for those of other workers. ``replica`` is there where replies carry differences.
     """
 
     machine: machine.Session

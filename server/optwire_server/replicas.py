@@ -1,9 +1,10 @@
-"""Replicas: what the clients of a session have of its parameters, where they are sent what has changed in them.
+"""Replicas: what the clients of a session have of its parameters, where they are not sent those whole.
 
-A codec that loses much cannot send parameters, but it can send a change, if what it left behind goes out with the next
-one. So the server keeps what a client has that decoded every change: the replica. A change is the encoded difference
-between parameters and replica; whoever has the replica of the step that it is from is sent that, everybody else the
-replica as a whole. Of one step, all have the same bits, whatever way they came by them.
+A codec that loses much cannot send parameters, but it can send how they differ from what was sent before, if what it
+left behind goes out with the next difference. So the server keeps what a client has that decoded all of them: the
+replica. A difference is what parameters are beyond the replica, encoded; whoever has the replica of the step that it
+starts from is sent that, everybody else the replica as a whole. Of one step, all have the same bits, whatever way they
+came by them.
 
 Works on the threads of calls, outside of the device's. Knows neither protobuf nor sessions.
 """
@@ -28,16 +29,16 @@ class Answer:
     Attributes:
       step: whose parameters they are.
       arrays: in the order of the payload.
-      is_change: whether they are what has changed, encoded; otherwise they are whole.
+      is_difference: whether they are a difference; otherwise they are whole.
     """
 
     step: int
     arrays: Arrays
-    is_change: bool
+    is_difference: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Change:
+class _Difference:
     """What took the replica from one step to the one it is of, encoded."""
 
     from_step: int
@@ -48,7 +49,7 @@ class Replica:
     """The replica of one session. Thread-safe; made without arrays, as the first reply is whole anyway.
 
     Args:
-      how: the codec of changes.
+      how: the codec of differences.
       tree: of the session.
     """
 
@@ -59,7 +60,7 @@ class Replica:
         self._incarnation = 0
         self._step = 0
         self._arrays: Arrays = []
-        self._change: _Change | None = None
+        self._newest: _Difference | None = None
 
     def answer(
         self, params: Arrays, *, incarnation: int, step: int, view_step: int | None, room: Callable[[], Arrays]
@@ -78,21 +79,21 @@ class Replica:
         """
         with self._lock:
             if incarnation < self._incarnation:  # of a history that is none any more: its client will be told
-                return Answer(step, params, is_change=False)
+                return Answer(step, params, is_difference=False)
             if incarnation > self._incarnation or not self._arrays:
                 self._arrays = self._copied(params)
-                self._incarnation, self._step, self._change = incarnation, step, None
-                return Answer(step, params, is_change=False)
+                self._incarnation, self._step, self._newest = incarnation, step, None
+                return Answer(step, params, is_difference=False)
             if step > self._step:
-                arrays = self._follow(params)
-                self._step, self._change = step, _Change(self._step, arrays)
+                self._newest = _Difference(self._step, self._follow(params))
+                self._step = step
             params.clear()
-            if self._change is not None and view_step == self._change.from_step:
-                return Answer(self._step, list(self._change.arrays), is_change=True)
+            if self._newest is not None and view_step == self._newest.from_step:
+                return Answer(self._step, list(self._newest.arrays), is_difference=True)
             copies = room()
             for copy, array in zip(copies, self._arrays, strict=True):
                 np.copyto(copy, array)
-            return Answer(self._step, copies, is_change=False)
+            return Answer(self._step, copies, is_difference=False)
 
     def _copied(self, params: Arrays) -> Arrays:
         pieces = _Pieces(list(params))
@@ -104,19 +105,22 @@ class Replica:
         return copies
 
     def _follow(self, params: Arrays) -> Arrays:
-        """Takes the replica towards the parameters, and returns the encoded change. Empties ``params``."""
+        """Takes the replica towards the parameters, and returns the encoded difference. Empties ``params``."""
         pieces = _Pieces(params)
+        # Whatever may be raised, half of it would have moved, and the next reply must be whole.
+        arrays, self._arrays, self._newest = self._arrays, [], None
         encoded = []
-        for leaf, replica in zip(self._tree.leaves, self._arrays, strict=True):
+        for leaf, replica in zip(self._tree.leaves, arrays, strict=True):
             flat = replica.reshape(-1)
             if not self._codec.bears_on(leaf.dtype):
                 pieces.copy(flat)
                 encoded.append(replica.copy())
                 continue
             parts = [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in self._codec.encoded(leaf)]
-            self._codec.encode(leaf.elements, _difference(pieces, flat), parts)
+            self._codec.encode(leaf.elements, _reader(pieces, flat), parts)
             self._codec.add(parts, flat, codecs.where("params", leaf))
             encoded += parts
+        self._arrays = arrays
         return encoded
 
 
@@ -126,11 +130,11 @@ def replica(how: codecs.Codec, tree: trees.TreeSpec) -> Replica | None:
 
 
 def state_bytes(how: codecs.Codec, tree: trees.TreeSpec) -> int:
-    """Bytes that the replica of a session holds, and the last change with it; 0 for codecs that need none."""
+    """Bytes that the replica of a session holds, and the newest difference with it; 0 for codecs that need none."""
     return tree.payload_bytes + sum(map(how.encoded_bytes, tree.leaves)) if how.loses else 0
 
 
-def _difference(pieces: _Pieces, replica: np.ndarray) -> codecs.Read:
+def _reader(pieces: _Pieces, replica: np.ndarray) -> codecs.Read:
     def read(start: int, stop: int, out: np.ndarray) -> None:
         for at, values in pieces.take(stop - start):
             ours = replica[start + at : start + at + values.size]

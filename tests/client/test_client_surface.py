@@ -164,9 +164,9 @@ def test_a_timeout_that_is_no_positive_number_is_refused(timeout):
         optwire.connect("localhost:1", timeout=timeout)
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "", None, "AUTO", ["auto"]])
+@pytest.mark.parametrize("transport", ["shared-memory", "", None, "AUTO", ["auto"]])
 def test_an_unknown_transport_is_refused_by_name(transport):
-    with pytest.raises(optwire.InvalidArgumentError, match="expected one of auto, stream, unary"):
+    with pytest.raises(optwire.InvalidArgumentError, match="expected one of auto, stream, unary, shared_memory"):
         optwire.connect("localhost:1", transport=transport)
 
 

@@ -315,7 +315,7 @@ INTERRUPTED = """
     import sys, time
     import numpy as np, optwire
     target, name, size, catch = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "catch"
-    client = optwire.connect(target)
+    client = optwire.connect(target, transport=sys.argv[5])
     session = client.attach(name)
     grads = np.ones(size, np.float32)
     session.step(grads)
@@ -351,10 +351,13 @@ def interrupt_step(child: subprocess.Popen[str], relay, observer) -> None:
     os.kill(child.pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["unary", "stream"])
-def test_ctrl_c_in_a_step_ends_the_process_promptly(client, relay, name, size):
+WAYS = [(SMALL, "unary"), (LARGE, "stream"), (LARGE, "shared_memory")]
+
+
+@pytest.mark.parametrize(("size", "transport"), WAYS)
+def test_ctrl_c_in_a_step_ends_the_process_promptly(client, relay, name, size, transport):
     observer = client.create_session(ones(size), opt.sgd(0.25), name=name)
-    with start_child(relay.target, name, size, "raise") as child:
+    with start_child(relay.target, name, size, "raise", transport) as child:
         interrupt_step(child, relay, observer)
         start = time.monotonic()
         try:
@@ -366,10 +369,10 @@ def test_ctrl_c_in_a_step_ends_the_process_promptly(client, relay, name, size):
         assert child.returncode == -signal.SIGINT
 
 
-@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["unary", "stream"])
-def test_after_ctrl_c_the_same_gradients_are_answered_right(client, relay, name, size):
+@pytest.mark.parametrize(("size", "transport"), WAYS)
+def test_after_ctrl_c_the_same_gradients_are_answered_right(client, relay, name, size, transport):
     observer = client.create_session(ones(size), opt.sgd(0.25), name=name)
-    with start_child(relay.target, name, size, "catch") as child:
+    with start_child(relay.target, name, size, "catch", transport) as child:
         interrupt_step(child, relay, observer)
         assert child.stdout.readline() == "interrupted\n"
         relay.cut()
@@ -382,7 +385,7 @@ def test_after_ctrl_c_the_same_gradients_are_answered_right(client, relay, name,
 def test_ctrl_c_in_the_middle_of_an_upload_ends_the_process_promptly(client, relay, name):
     size = 30 * LARGE  # far more than connections hold on their way
     observer = client.create_session(ones(size), opt.sgd(0.25), name=name)
-    with start_child(relay.target, name, size, "raise") as child:
+    with start_child(relay.target, name, size, "raise", "stream") as child:
         assert child.stdout.readline() == "ready\n"
         relay.hold_replies()  # and with them the word that more may be sent
         child.stdin.write("\n")

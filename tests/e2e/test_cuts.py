@@ -9,7 +9,6 @@ here, with its learning rates as operands. What the rule computes is held to opt
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -29,9 +28,11 @@ STEPS = 4
 NAN_STEP = 1
 SEED = {entry.name for entry in catalogue.SEED if entry.kind == "optimizer"}
 ENTRIES = sorted(catalogue_samples.entries())
+# Of the largest magnitude that the leaf has had: where Adam's moments nearly cancel, a step is rounded as they are.
 ULPS_PER_STEP = 2.0
-# Of leaves whose elements depend on one another: of the largest magnitude in the leaf.
-RELATIVE = 1e-6
+
+# What is not written in place altogether, and why.
+IN_PART: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +47,11 @@ def arrays(scalars: bool) -> tuple[trees.TreeSpec, list[Any], tuple[list[Any], .
     """The tree, parameters, and the gradients of every step."""
     rng = np.random.default_rng(21)
     shapes = SHAPES if scalars else SHAPES | {"scale": (1,)}
-    flat = trees.flatten(jax.tree.map(
-            lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda node: isinstance(node, tuple)
-        ))
+    flat = trees.flatten(
+        jax.tree.map(lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda node: isinstance(node, tuple))
+    )
     params, *pushes = (
-        [np.asarray(rng.standard_normal(leaf.shape), np.float32) for leaf in flat.spec.leaves]
-        for _ in range(STEPS + 1)
+        [np.asarray(rng.standard_normal(leaf.shape), np.float32) for leaf in flat.spec.leaves] for _ in range(STEPS + 1)
     )
     return flat.spec, params, tuple(pushes)
 
@@ -118,17 +118,19 @@ def test_blocks_take_the_steps_of_all_leaves_at_once_and_are_written_in_place(
     checked = running.check(sample.spec)
     compiled = running.compile(checked, tree)
     if compiled.granularity == "element":
-        assert len(compiled.cut.spans[-1].blocks) + len(compiled.cut.spans[0].blocks) >= 3
-    largest = [np.abs(leaf) for leaf in params]
-    ours = cut(running, sample, compiled, pushed)
-    theirs = whole(sample, checked, compiled.every, pushed)
-    print(entry, compiled.granularity, compiled.flaws)
-    worst = rel = 0
-    for step, (got, expected) in enumerate(zip(ours, theirs, strict=True)):
-        largest = [np.maximum(most, np.abs(leaf)) for most, leaf in zip(largest, expected, strict=True)]
-        flat, most = (np.concatenate([leaf.reshape(-1) for leaf in leaves]) for leaves in (expected, largest))
-        whole_leaf = np.concatenate([np.full(m.size, m.max()) for m in largest])
-        difference = np.abs(got.astype(np.float64) - flat)
-        worst = max(worst, (difference / np.spacing(most)).max() / (step + 1))
-        rel = max(rel, (difference / whole_leaf).max())
-    print("RESULT", entry, compiled.granularity, worst, rel, compiled.flaws)
+        assert max(len(span.blocks) for span in compiled.cut.spans) > 1
+    assert (entry in IN_PART) == bool(compiled.flaws), compiled.flaws
+    largest = [np.abs(leaf).max() for leaf in params]
+    steps = zip(cut(running, sample, compiled, pushed), whole(sample, checked, compiled.every, pushed), strict=True)
+    for step, (got, expected) in enumerate(steps):
+        largest = [max(most, np.abs(leaf).max()) for most, leaf in zip(largest, expected, strict=True)]
+        unit = np.concatenate(
+            [np.full(leaf.size, np.spacing(most)) for leaf, most in zip(expected, largest, strict=True)]
+        )
+        flat = np.concatenate([leaf.reshape(-1) for leaf in expected])
+        assert np.isfinite(got).all()
+        apart = np.abs(got.astype(np.float64) - flat) / unit
+        print("RESULT", entry, compiled.granularity, step, apart.max() / (step + 1), compiled.flaws)
+        assert apart.max() <= ULPS_PER_STEP * (step + 1)
+        if entry in SEED:
+            assert got.tobytes() == flat.tobytes()

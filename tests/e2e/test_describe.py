@@ -206,7 +206,7 @@ def test_every_argument_of_every_stage_is_a_knob(client: optwire.Client) -> None
         (opt.chain(remote.clip_by_global_norm(1.0), remote.adam(0.1)), "element"),
         (opt.on_nonfinite(opt.sgd(0.1)), "element"),
         (opt.on_nonfinite(opt.sm3(0.1)), "tensor"),
-        (remote.add_noise(0.1, 0.5, 1), "tree"),
+        (remote.noisy_sgd(0.1, 0.5), "tree"),
         (opt.on_nonfinite(opt.sgd(0.1), "zero"), "element"),
     ],
     ids=str,

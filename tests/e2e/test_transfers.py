@@ -122,8 +122,8 @@ def test_a_streamed_payload_faults_few_pages_on_either_end(tmp_path: pathlib.Pat
 def test_a_large_payload_needs_little_memory_beside_the_arrays(tmp_path: pathlib.Path):
     """400 MB each way: the server's peak is at most 64 MiB above state and landing, the client's 32 MiB above arrays.
 
-    With one heap for all threads of the client. By default glibc gives each its own, up to eight a core, and each of them
-    keeps some free megabytes (docs/adr/0011).
+    With one heap for all threads of the client. By default glibc gives each its own, up to eight a core, and each keeps
+    some free megabytes (docs/adr/0011).
     """
     size = 100_000_000
     with processes(tmp_path, MALLOC_ARENA_MAX="1") as (server, client):

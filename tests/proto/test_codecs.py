@@ -43,7 +43,7 @@ def oracle(text, values):
         for start in range(0, x.size, 256):
             block = x[start : start + 256]
             scale = np.float64(np.float32(np.abs(block).max()) / np.float32(127))
-            codes = np.rint((block.astype(np.float32) / np.float32(scale))) if scale else np.zeros_like(block)
+            codes = np.rint(block.astype(np.float32) / np.float32(scale)) if scale else np.zeros_like(block)
             out[start : start + 256] = np.float32(scale) * codes.astype(np.float32)
     elif text == "sign":
         for start in range(0, x.size, 4096):

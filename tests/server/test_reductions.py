@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from jax import lax
 
@@ -267,10 +268,16 @@ def test_the_norm_is_of_the_leaves_that_the_clip_sees(place: str) -> None:
     assert max(ulps(a, b) for a, b in zip(got, expected, strict=True)) <= 2
 
 
-def test_normalizing_by_the_norm_is_optaxs() -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (transformations.normalize_by_update_norm(-0.5, 1e-3), optax.normalize_by_update_norm(-0.5, 1e-3)),
+        (transformations.normalize(), optax.contrib.normalize()),
+    ],
+    ids=["normalize_by_update_norm", "normalize"],
+)
+def test_normalizing_is_optaxs(ours: Any, theirs: Any) -> None:
     leaves = arrays(6)
-    arguments = {"scale_factor": -0.5, "eps": 1e-3}
-    ours, theirs = (module.normalize_by_update_norm(**arguments) for module in (transformations, optax))
     got, _ = jax.jit(lambda g: ours.update(g, ours.init(g)))(leaves)
     expected, _ = jax.jit(lambda g: theirs.update(g, theirs.init(g)))(leaves)
     assert max(ulps(a, b) for a, b in zip(got, expected, strict=True)) <= 2

@@ -80,11 +80,11 @@ class Client:
             when several sessions wait for it. None: as in the session that is extended, otherwise 1.
           grads_codec: how gradients travel, of all workers. "f32": as they are. "bf16", "f16": rounded to half as many
             bytes. "int8", "sign", "top_k(0.01)", which sends a hundredth of the values: what they leave behind is kept
-            by the handle, and added to the next gradients. docs/codecs.md says what they do to training. None: as in the
-            session that is extended, otherwise "f32".
+            by the handle, and added to the next gradients. docs/codecs.md says what they do to training. None: as in
+            the session that is extended, otherwise "f32".
           params_codec: how parameters travel in the replies to pushes; ``params`` is always exact. "int8", "sign" and
-            "top_k(...)" send what has changed, once the handle had its first reply. Of two "top_k(...)", both have one
-            fraction. None: as ``grads_codec``.
+            "top_k(...)" send how they differ from what was sent before, once the handle had its first reply. Of two
+            "top_k(...)", both have one fraction. None: as in the session that is extended, otherwise "f32".
 
         Returns:
           A handle at step 0, or at the step of the session that was extended.

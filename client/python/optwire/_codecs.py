@@ -1,4 +1,4 @@
-"""What a handle keeps of what codecs leave behind: the residual of its gradients, and its view of the parameters.
+"""What a handle keeps of what codecs leave behind: the residual of its gradients, and its copy of the replica.
 
 Knows neither gRPC nor protobuf. Used under the handle's lock.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -214,12 +215,12 @@ class Up:
                 self._spare[index] = left
 
 
-class View:
-    """The parameters that a handle has of a session whose replies carry what has changed; and where replies go.
+class Down:
+    """Where parameters go that come with replies, and a copy of the replica, where those carry differences.
 
     Attributes:
       codec: of the parameters.
-      step: whose parameters the view has; None: it has none, and the next reply must be whole.
+      step: whose replica the copy is; None: there is none, and the next reply must be whole.
 
     Args:
       how: the codec.
@@ -232,12 +233,19 @@ class View:
         self._tree = tree
         self._arrays: list[tensors.Array] = []
 
-    def incoming(self, ack: sessions.Ack, filled: Sequence[tensors.Array]) -> _payload.Incoming:
-        """Where the parameters of a reply go.
+    def receiving(
+        self, filled: Sequence[tensors.Array], *, is_params: bool
+    ) -> Callable[[sessions.Ack], _payload.Incoming]:
+        """Where the arrays of a reply go, once its ack is known.
 
         Args:
-          ack: of the reply.
-          filled: arrays for the decoded parameters.
+          filled: arrays for them, decoded.
+          is_params: whether they are parameters; others travel as they are.
+        """
+        return functools.partial(self._incoming, filled) if is_params else lambda _: _payload.Incoming(filled)
+
+    def _incoming(self, filled: Sequence[tensors.Array], ack: sessions.Ack) -> _payload.Incoming:
+        """Where parameters go.
 
         Raises:
           UnavailableError: they are encoded in another way than the session says.
@@ -248,10 +256,10 @@ class View:
             raise _payload.damaged("their codec", self.codec, ack.params_codec.name.lower())
         if self.codec.casts:
             return _Decoded(self.codec, self._tree, filled)
-        return _Change(self, filled, ack.step)
+        return _Difference(self, filled, ack.step)
 
     def forget(self) -> None:
-        """The history that the view belongs to is none any more."""
+        """The history that the copy belongs to is none any more."""
         self.step = None
 
     def take(self, arrays: Sequence[tensors.Array], step: int) -> None:
@@ -264,18 +272,18 @@ class View:
         self.step = step
 
     def encoded(self) -> list[tensors.Array]:
-        """New arrays for what has changed, encoded."""
+        """New arrays for a difference."""
         parts = [part for leaf in self._tree.leaves for part in self.codec.encoded(leaf)]
         return [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in parts]
 
-    def add(self, change: Sequence[tensors.Array], filled: Sequence[tensors.Array], step: int) -> None:
-        """Takes what has changed, and writes the parameters that come of it to ``filled``.
+    def add(self, difference: Sequence[tensors.Array], filled: Sequence[tensors.Array], step: int) -> None:
+        """Adds a difference to the copy, and writes the parameters that come of it to ``filled``.
 
         Raises:
-          UnavailableError: it means no values; the view is void.
+          UnavailableError: it means no values; the copy is void.
         """
         self.step = None
-        rest = iter(change)
+        rest = iter(difference)
         for leaf, own, array in zip(self._tree.leaves, self._arrays, filled, strict=True):
             parts = [next(rest) for _ in self.codec.encoded(leaf)]
             if self.codec.bears_on(leaf.dtype):
@@ -290,25 +298,25 @@ class View:
 
 
 class _Whole(_payload.Incoming):
-    """Whole parameters, of which the view is to have a copy."""
+    """Whole parameters, of which a copy is to be kept."""
 
-    def __init__(self, view: View, filled: Sequence[tensors.Array], step: int) -> None:
+    def __init__(self, down: Down, filled: Sequence[tensors.Array], step: int) -> None:
         super().__init__(filled)
-        self._view = view
+        self._down = down
         self._step = step
 
     def finish(self, length: int) -> list[tensors.Array]:
         arrays = super().finish(length)
-        self._view.take(arrays, self._step)
+        self._down.take(arrays, self._step)
         return arrays
 
 
-class _Change(_payload.Incoming):
-    """What has changed; the view takes it once all of it is there."""
+class _Difference(_payload.Incoming):
+    """A difference, which is added once all of it is there."""
 
-    def __init__(self, view: View, filled: Sequence[tensors.Array], step: int) -> None:
-        super().__init__(view.encoded())
-        self._view = view
+    def __init__(self, down: Down, filled: Sequence[tensors.Array], step: int) -> None:
+        super().__init__(down.encoded())
+        self._down = down
         self._filled = list(filled)
         self._step = step
 
@@ -316,7 +324,7 @@ class _Change(_payload.Incoming):
         """Nothing of the parameters is there yet."""
 
     def finish(self, length: int) -> list[tensors.Array]:
-        self._view.add(super().finish(length), self._filled, self._step)
+        self._down.add(super().finish(length), self._filled, self._step)
         _tell_all(self, self._filled)
         return self._filled
 

@@ -21,8 +21,8 @@ BYTES_PER_SECOND_MIN = 4 * limits.MIB
 LEAVES_PER_SECOND_MIN = 10
 # How long the thread that watches deadlines outlives the last of them, in seconds.
 WATCHDOG_IDLE_S = 1.0
-# So many small pushes in one call each, before a handle opens a stream for them: on each end that is a thread. Pushes on
-# an open stream take two thirds of the time.
+# So many small pushes in one call each, before a handle opens a stream for them: on each end that is a thread. Pushes
+# on an open stream take less time.
 UNARY_FIRST = 3
 # And so many after the server ended a stream, as it does with idle ones where others want its place.
 UNARY_AFTER_LOSS = 64

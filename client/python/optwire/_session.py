@@ -64,8 +64,8 @@ class Session:
         self._stage: _stages.Stage | None = None  # once gradients are to go up before their push
         self._staged: _rpc.Stream | None = None  # that they go up on
         self._up = _codecs.Up(codecs.parse(info.grads_codec), tree)
-        self._view = _codecs.View(codecs.parse(info.params_codec), tree)
-        used = [str(codec) for codec in (self._up.codec, self._view.codec) if codec != codecs.RAW]
+        self._down = _codecs.Down(codecs.parse(info.params_codec), tree)
+        used = [str(codec) for codec in (self._up.codec, self._down.codec) if codec != codecs.RAW]
         self._sharing = _shared.Sharing(
             options.transport,
             info.id,
@@ -177,10 +177,9 @@ class Session:
             # The server may have to compile what a push asks for beside a plain update, the first time.
             compiles = dataclasses.replace(options, extras=()) != sessions.PLAIN
             deadline = self._deadline(2 * self._tree.payload_bytes, len(self._tree.leaves) if compiles else 0)
-            receive: _rpc.Receive = lambda _: _payload.Incoming(filled)
             if options.reply is sessions.ReplyContent.PARAMS:
-                options = dataclasses.replace(options, view_step=self._view.step)
-                receive = functools.partial(self._view.incoming, filled=filled)
+                options = dataclasses.replace(options, view_step=self._down.step)
+            receive = self._down.receiving(filled, is_params=options.reply is sessions.ReplyContent.PARAMS)
             payload = self._up.outgoing(arrays, options.grad_scale)
             with self._sharing.settled():
                 with self._up.settling(key.seq, payload):
@@ -272,7 +271,7 @@ class Session:
                 self._up.learned(seq)
             else:
                 self._up.forget()
-                self._view.forget()
+                self._down.forget()
             self._incarnation, self._seq, self._step = info.incarnation, seq, info.step
         return trees.unflatten(self._tree, arrays, self._types) if out is None else out
 
@@ -335,7 +334,7 @@ class Session:
                 "the state may or may not have been loaded",
             )
             self._up.forget()
-            self._view.forget()
+            self._down.forget()
             self._incarnation, self._seq, self._step = info.incarnation, 0, info.step
 
     def info(self) -> sessions.SessionInfo:

@@ -32,7 +32,11 @@ _PAGE: Final = mmap.PAGESIZE
 
 
 class RefusedError(Exception):
-    """There is no segment; says why, for people."""
+    """There is no segment; says why, for people. ``reason`` is that of the server's error, where it gave one."""
+
+    def __init__(self, why: str, reason: object = "") -> None:
+        super().__init__(why)
+        self.reason = reason
 
 
 class Sharing:
@@ -76,7 +80,7 @@ class Sharing:
         """The segment of this handle, which is asked for at the first call; None where there is none.
 
         Raises:
-          UnsupportedError: the user wants no other transport.
+          UnsupportedError, SessionNotFoundError: the user wants no other transport.
           UnavailableError, DeadlineError: nor could the server be asked.
         """
         must = self._transport is _options.Transport.SHARED_MEMORY and not self._is_closed
@@ -90,6 +94,8 @@ class Sharing:
                 self._pid, self.reason = os.getpid(), f"handed over on {path}"
             except RefusedError as exc:
                 self.reason = str(exc)
+                if must and exc.reason == errors.SessionNotFoundError.reason:
+                    raise errors.SessionNotFoundError(self.reason, subject=self._session_id) from exc
             except (errors.UnavailableError, errors.DeadlineError) as exc:
                 if must:
                     raise
@@ -338,7 +344,8 @@ def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Seg
             handover.send(connection, handover.Request(session_id, worker).to_json(), _MESSAGE_S)
         answer = handover.receive(connection, limits.HANDOVER_REPLY_BYTES_MAX, _HANDOVER_S, files=files)
         if "refused" in answer:
-            raise RefusedError(f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX])
+            why = f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX]
+            raise RefusedError(why, answer.get("reason", ""))
         grant = handover.Grant.from_json(answer)
         if len(files) != 1:
             raise handover.HandoverError(f"{len(files)} file descriptors, expected one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -108,15 +109,11 @@ def _largest(bits: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.intp]:
     """
     for spread in _SPREADS:
         threshold = _guess(bits, count, spread)
-        above = _positions(bits, lambda magnitudes, threshold=threshold: magnitudes > threshold)  # type: ignore[misc]
+        above = _positions(bits, operator.gt, threshold)
         if len(above) >= count:
             break
         # Whatever there is of equal ones, as where most values are 0, no more of them is looked for than is taken.
-        equal = _positions(
-            bits,
-            lambda magnitudes, threshold=threshold: magnitudes == threshold,  # type: ignore[misc]
-            enough=count - len(above),
-        )
+        equal = _positions(bits, operator.eq, threshold, enough=count - len(above))
         if len(above) + len(equal) >= count:
             return np.sort(np.concatenate([above, equal[: count - len(above)]]))
     else:
@@ -140,16 +137,17 @@ def _guess(bits: npt.NDArray[np.uint32], count: int, spread: int) -> np.uint32:
 
 def _positions(
     bits: npt.NDArray[np.uint32],
-    wanted: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.bool_]],
+    compare: Callable[[npt.NDArray[np.uint32], np.uint32], npt.NDArray[np.bool_]],
+    threshold: np.uint32,
     enough: int | None = None,
 ) -> npt.NDArray[np.intp]:
-    """Positions, ascending, of the magnitudes that are ``wanted``; ends once there are ``enough``."""
+    """Positions, ascending, of the magnitudes that compare so; ends once there are ``enough``."""
     room = np.empty(min(len(bits), codec.PIECE), np.uint32)
     found: list[npt.NDArray[np.intp]] = [np.empty(0, np.intp)]
     total = 0
     for piece in codec.pieces(len(bits)):
         magnitudes = np.bitwise_and(bits[piece], _MAGNITUDE, out=room[: piece.stop - piece.start])
-        found.append(np.flatnonzero(wanted(magnitudes)) + piece.start)
+        found.append(np.flatnonzero(compare(magnitudes, threshold)) + piece.start)
         total += len(found[-1])
         if enough is not None and total >= enough:
             break

@@ -18,9 +18,9 @@ from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
 # A key is the field's number times 8, plus 0 for a number and 2 for what has a length.
-_FRAME_CHUNK: Final = 8 * pb.StreamStepsRequest.CHUNK_FIELD_NUMBER + 2
-_OFFSET: Final = 8 * tensor_pb.Chunk.OFFSET_FIELD_NUMBER
-_DATA: Final = 8 * tensor_pb.Chunk.DATA_FIELD_NUMBER + 2
+_FRAME_CHUNK: Final = bytes((8 * pb.StreamStepsRequest.CHUNK_FIELD_NUMBER + 2,))
+_OFFSET: Final = bytes((8 * tensor_pb.Chunk.OFFSET_FIELD_NUMBER,))
+_DATA: Final = bytes((8 * tensor_pb.Chunk.DATA_FIELD_NUMBER + 2,))
 # The longest number that is read here, in bytes of seven bits; longer ones may need 64.
 _NUMBER_BYTES_MAX: Final = 9
 
@@ -48,8 +48,8 @@ def chunk_to_wire(offset: int, views: Sequence[memoryview]) -> bytes:
       views: of bytes, 1 byte or more in all.
     """
     length = sum(view.nbytes for view in views)
-    head = (b"" if offset == 0 else bytes((_OFFSET, *_number(offset)))) + bytes((_DATA, *_number(length)))
-    return b"".join((bytes((_FRAME_CHUNK, *_number(len(head) + length))), head, *views))
+    head = (_OFFSET + _number(offset) if offset else b"") + _DATA + _number(length)
+    return b"".join((_FRAME_CHUNK, _number(len(head) + length), head, *views))
 
 
 def frame_writer(write: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
@@ -88,28 +88,26 @@ def kind_of(frame: Any) -> str | None:
 def _chunk(data: bytes) -> Chunk | None:
     """The chunk that a message is, or None where the generated code is to say what it is."""
     size = len(data)
-    at, length = _read(data, 0, size, _FRAME_CHUNK)
+    at, length = _read(data, 0, _FRAME_CHUNK)
     if at == 0 or at + length != size:
         return None
     inside = at
-    at, offset = _read(data, inside, size, _OFFSET)
-    at, length = _read(data, at or inside, size, _DATA)
+    at, offset = _read(data, inside, _OFFSET)
+    at, length = _read(data, at or inside, _DATA)
     if at == 0 or length == 0 or at + length != size:
         return None
     return Chunk(offset, memoryview(data)[at:])
 
 
-def _read(data: bytes, at: int, size: int, key: int) -> tuple[int, int]:
+def _read(data: bytes, at: int, key: bytes) -> tuple[int, int]:
     """Where the field of ``key`` at ``at`` goes on, and its number; (0, 0) where another is there, or an odd form."""
-    if at >= size or data[at] != key:
+    if data[at : at + 1] != key:
         return 0, 0
-    number, shift = 0, 0
-    for at in range(at + 1, min(at + 1 + _NUMBER_BYTES_MAX, size)):
-        seven = data[at]
-        number |= (seven & 0x7F) << shift
+    number = 0
+    for index, seven in enumerate(data[at + 1 : at + 1 + _NUMBER_BYTES_MAX]):
+        number |= (seven & 0x7F) << 7 * index
         if seven < 0x80:
-            return (at + 1, number) if seven or not shift else (0, 0)
-        shift += 7
+            return (at + index + 2, number) if seven or not index else (0, 0)
     return 0, 0
 
 

@@ -19,6 +19,7 @@ _REPLIES: Final = {
     _Reply.UPDATES: pb.REPLY_CONTENT_UPDATES,
     _Reply.NONE: pb.REPLY_CONTENT_NONE,
 }
+_REPLIES_OF: Final = {pb.REPLY_CONTENT_UNSPECIFIED: _Reply.PARAMS} | {number: ours for ours, number in _REPLIES.items()}
 
 
 def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = sessions.PLAIN) -> pb.PushBegin:
@@ -59,13 +60,10 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.P
       InvalidArgumentError: an id that is none, a seq of 0, a scale or an extra that is no finite number.
       UnsupportedError: a capability that this version does not serve.
     """
-    for field, value, allowed in (
-        ("weight", message.weight, (0.0, 1.0)),
-        ("reply", message.reply, (pb.REPLY_CONTENT_UNSPECIFIED, *_REPLIES.values())),
-        ("key.worker_epoch", message.key.worker_epoch, (0,)),
-    ):
-        served("push", field, value, allowed)
     key = message.key
+    served("push", "weight", message.weight, (0.0, 1.0))
+    served("push", "reply", message.reply, _REPLIES_OF)
+    served("push", "key.worker_epoch", key.worker_epoch, (0,))
     if key.seq == 0:
         raise errors.InvalidArgumentError("push.key.seq: 0, expected 1 or more", subject="seq", got="0")
     return sessions.PushKey(
@@ -100,11 +98,11 @@ def _options(message: pb.PushBegin) -> sessions.PushOptions:
         extras[argument.name] = float(value)
     return sessions.PushOptions(
         grad_scale=scale,
-        extras=tuple(sorted(extras.items())),
+        extras=tuple(sorted(extras.items())) if extras else (),
         hyperparams=tuple(sorted(changes_from_proto(message.hyperparams).items())) if message.hyperparams else (),
-        absent=_absent(message.absent_leaves),
+        absent=_absent(message.absent_leaves) if message.absent_leaves else (),
         telemetry=message.telemetry,
-        reply=next((ours for ours, theirs in _REPLIES.items() if theirs == message.reply), _Reply.PARAMS),
+        reply=_REPLIES_OF[message.reply],
         codec=codec_from_proto(message.codec, "push.codec"),
         view_step=message.view_step if message.HasField("view_step") else None,
     )

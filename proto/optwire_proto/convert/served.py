@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from typing import Any
 
 from google.protobuf import message as protobuf_message
@@ -18,26 +20,35 @@ def refuse_unknown_fields(message: protobuf_message.Message, where: str = "") ->
     Raises:
       UnsupportedError: names the message and the field's number.
     """
-    where = where or message.DESCRIPTOR.name
+    descriptor = message.DESCRIPTOR
     unknown_set: Any = unknown_fields.UnknownFieldSet(message)
     for unknown in unknown_set:
+        where = where or descriptor.name
         raise errors.UnsupportedError(
             f"{where}: field number {unknown.field_number} is not known to this version",
             subject=where,
             got=str(unknown.field_number),
         )
     # Only the fields that are messages are looked at: reading a chunk's data would copy it.
-    for field in message.DESCRIPTOR.fields:
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
-            continue
-        value = getattr(message, field.name)
-        if isinstance(value, protobuf_message.Message):
-            value = [value] if message.HasField(field.name) else []
-        for child in value:
-            refuse_unknown_fields(child, f"{where}.{field.name}")
+    for name, is_repeated in _inside(descriptor):
+        if is_repeated:
+            for child in getattr(message, name):
+                refuse_unknown_fields(child, f"{where or descriptor.name}.{name}")
+        elif message.HasField(name):
+            refuse_unknown_fields(getattr(message, name), f"{where or descriptor.name}.{name}")
 
 
-def served(where: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+@functools.cache
+def _inside(descriptor: Any) -> tuple[tuple[str, bool], ...]:
+    """Names of a message's fields that are messages, and whether each is repeated."""
+    return tuple(
+        (field.name, field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED)
+        for field in descriptor.fields
+        if field.message_type is not None and not field.message_type.GetOptions().map_entry
+    )
+
+
+def served(where: str, field: str, value: Any, allowed: Collection[Any]) -> None:
     """Raises UnsupportedError where ``value`` is none of ``allowed``."""
     if value not in allowed:
         raise errors.UnsupportedError(

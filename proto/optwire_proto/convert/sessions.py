@@ -204,10 +204,13 @@ def codec_to_proto(kind: codecs.Kind) -> tensor_pb.Codec.ValueType:
     return tensor_pb.Codec.ValueType(kind)
 
 
+_CODECS: Final = (tensor_pb.CODEC_UNSPECIFIED, *codecs.Kind)
+
+
 def codec_from_proto(number: int, where: str) -> codecs.Kind | None:
     """The kind of a codec; None where none is said. Raises UnsupportedError."""
     message, _, field = where.rpartition(".")
-    served(message, field, number, (tensor_pb.CODEC_UNSPECIFIED, *codecs.Kind))
+    served(message, field, number, _CODECS)
     return codecs.Kind(number) if number else None
 
 

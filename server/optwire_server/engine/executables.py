@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import logging
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,8 +25,9 @@ _COMPILERS = threading.BoundedSemaphore(4)
 _COMPILER_WAIT_S = 60.0
 # Functions that a listing of a program names by where they are in memory; none of them says what is computed.
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
-# A copy of an array; those of scalars and of constants cost nothing.
-_COPY = re.compile(r"\w\[[\d,]+\]\S* copy\((?!%constant)")
+# The sides of an array that is copied, and how many elements take less time than the call.
+_COPY = re.compile(r"\w\[([\d,]+)\]\S* copy\(")
+_COPIED_MAX = 256
 # Beside arrays that are written in place: scalars, tables of pointers, and what a partial sum is gathered in.
 _SCRATCH_BYTES = 1 << 16
 
@@ -113,11 +116,22 @@ def _compiled(closed: Any, outputs: Sequence[int], donated: Sequence[int]) -> Ex
     ]
     donate = tuple(place for place, position in enumerate(positions) if position in kept)
     function = core.jaxpr_as_fun(core.ClosedJaxpr(own, closed.consts))
-    run = jax.jit(function, donate_argnums=donate, keep_unused=True).lower(*arguments).compile()
+    run = jax.jit(function, donate_argnums=donate, keep_unused=True).lower(*arguments).compile(_options())
     flaw = _flaw(run, sum(_bytes(arguments[place]) for place in donate)) if donate else ""
     if flaw:
         _log.warning("an update is not all in place: %s", flaw)
     return Executable(run, positions, flaw)
+
+
+@functools.cache
+def _options() -> dict[str, bool] | None:
+    """For the compiler: without the first it copies a slot that is written while another array is computed from it."""
+    wanted = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    try:
+        jax.jit(lambda x: x).lower(0).compile(wanted)
+    except jax.errors.JaxRuntimeError:  # it has no such option, or another name for it
+        return None
+    return wanted
 
 
 def _flaw(run: Any, donated_bytes: int) -> str:
@@ -128,7 +142,8 @@ def _flaw(run: Any, donated_bytes: int) -> str:
         return f"{memory.alias_size_in_bytes} of {donated_bytes} bytes of state are written in place"
     if memory.temp_size_in_bytes > donated_bytes + _SCRATCH_BYTES:
         return f"{memory.temp_size_in_bytes} bytes beside {donated_bytes} bytes of state"
-    return "the state is copied" if _COPY.search(run.as_text()) else ""
+    sizes = (math.prod(map(int, sides.split(","))) for sides in _COPY.findall(run.as_text()))
+    return "the state is copied" if any(size > _COPIED_MAX for size in sizes) else ""
 
 
 def _bytes(argument: Any) -> int:

@@ -221,6 +221,7 @@ class Kernel:
         self._lock = threading.Lock()
         self._steps: dict[Variant, Step] = {}
         self._views: dict[str, View] = {}
+        self._first: executables.Executable | None = None
         # Paths of learning rates that some update looks at.
         self.used_rates: frozenset[str] = frozenset()
         with recipe.building():
@@ -357,6 +358,15 @@ class Kernel:
         """How parameters are read; ``prepare_view`` comes first."""
         return self._views[which]
 
+    def prepare_first(self) -> None:
+        """Compiles how a flat block's first state is made, unless it is."""
+        with self._lock:
+            if self._is_flat and self._first is None:
+                zeros = self._recipe.zeros(Variant(), 1).rates
+                with self._recipe.building():
+                    closed = jax.make_jaxpr(self._started)(*zeros, *self._grads)
+                    self._first = self._recipe.compiled.get(closed, range(len(self.arrays)))
+
     def prepare_view(self, which: str) -> None:
         """Compiles how parameters are read, unless it is."""
         with self._lock:
@@ -372,8 +382,12 @@ class Kernel:
     def init(self, params: Sequence[tensors.Array], rates: tuple[float, ...], seed: int) -> tuple[list[Any], list[Any]]:
         """The own and the common arrays before the first step; copies ``params``."""
         with self._recipe.precision(), jax.default_device(self._recipe.device):
-            state = self._rule(rates, seed).init([jnp.array(leaf, copy=True) for leaf in params])
-            arrays = jax.tree.leaves(_owned(state, self.state))
+            leaves = [jnp.array(leaf, copy=True) for leaf in params]
+            if self._first is None:  # one block of its shape, which may start from random numbers
+                arrays = jax.tree.leaves(_owned(self._rule(rates, seed).init(leaves), self.state))
+            else:
+                given = [*rates, *leaves]
+                arrays = _apart(self._first.run(*(given[at] for at in self._first.used)))
         return [arrays[at] for at in self.own], [arrays[at] for at in self.common]
 
     # ------------------------------------------------------------------------------------------- tracing
@@ -395,6 +409,12 @@ class Kernel:
                 return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
             state = new
         raise TypeError("the update changes the structure, shape or type of its state at every step")
+
+    def _started(self, *given: Any) -> list[Any]:
+        """The arrays of a first state, of rates and parameters; to be traced."""
+        count = len(self._recipe.rate_paths)
+        state = self._rule(given[:count]).init(list(given[count:]))
+        return jax.tree.leaves(jax.tree.map(lambda leaf, kind: jnp.asarray(leaf, kind.dtype), state, self.state))
 
     def _scalars(self) -> list[int]:
         """Positions of what belongs to no element of a flat block: what stays as it is where the block is longer."""
@@ -461,18 +481,11 @@ class Kernel:
 
     def _advanced(self, made: rule.Rule, grads: list[Any], state: Any, call: rule.Call) -> Any:
         """The state after an update, in the element types that it has for good."""
-        call.restored = self._recipe.restores or self.every == 1
-
-        def once(call: rule.Call) -> Any:
-            return jax.tree.map(_kept, made.update(grads, state, call), state)
-
-        start = reductions.count()
-        new = once(call)
-        if not call.restored or "finite" not in call.notes:
-            return new
-        # What is around the policy keeps its state, too.
-        again = functools.partial(once, dataclasses.replace(call, notes={}, added=None))
-        return reductions.chosen(call.notes["finite"], new, state, again, start)
+        new = jax.tree.map(_kept, made.update(grads, state, call), state)
+        if (self._recipe.restores or self.every == 1) and "finite" in call.notes:
+            finite = call.notes["finite"]  # what is around the policy keeps its state, too
+            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        return new
 
     def _sums(self, variant: Variant, grads: list[Any], old: Any, new: Any, made: rule.Rule) -> dict[str, Any]:
         """What figures are made of."""
@@ -587,6 +600,17 @@ def _owned(state: Any, like: Any) -> Any:
         return array
 
     return jax.tree.map(own, state, like)
+
+
+def _apart(arrays: Sequence[Any]) -> list[Any]:
+    """Arrays no two of which share memory."""
+    seen: set[int] = set()
+    made = []
+    for array in arrays:
+        pointer = array.unsafe_buffer_pointer()
+        made.append(jnp.array(np.asarray(array), copy=True) if pointer in seen and array.size else array)
+        seen.add(pointer)
+    return made
 
 
 def nbytes(array: Any) -> int:

@@ -198,7 +198,7 @@ class Landing:
         assert self._memory is not None, "read after close"
         return self._memory
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         """Copies a chunk to its place.
 
         Raises:
@@ -267,6 +267,11 @@ class Landing:
         for leaf, start in zip(self._tree.leaves, self._layout.offsets, strict=True):
             self.memory[start : start + leaf.nbytes] = memory[start : start + leaf.nbytes]
         self._received = self._tree.payload_bytes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its memory is still lent."""
+        return self._memory is not None
 
     @property
     def payload_bytes(self) -> int:

@@ -23,6 +23,8 @@ Operands = kernel.Operands
 OPTAX_EXTRAS = kernel.OPTAX_EXTRAS
 
 _WIDE = ("f64", "c128")
+# So many kinds of leaves, such as those with weight decay and those without, are compiled for at once in all sizes.
+_KINDS_FEW = 4
 # From here on one program for all tensors compiles sooner than one for each.
 _TENSORS_MAX = 64
 # The time to compile a whole tree grows faster than the number of its leaves.
@@ -51,6 +53,14 @@ class Program:
     Every update of a block has the form ``(operands, sums, gradients, common, own) -> (own, common, ...)`` with all own
     arrays donated and returned in the order they came, so that XLA writes the new state over the old. Learning rates,
     index, scale and extras are operands: none of them compiles anew.
+
+    Args:
+      spec: checked.
+      tree: the session's.
+      device: that it computes on.
+      state_bytes_max: a larger state is refused before anything is compiled.
+      compiled: executables that are shared; None: none are.
+      finest: how finely it is cut at most.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class Program:
         device: jax.Device,
         state_bytes_max: int = 2**63,
         compiled: executables.Executables | None = None,
+        finest: Granularity = Granularity.ELEMENT,
     ) -> None:
         self.spec = spec
         self.tree = tree
@@ -87,7 +98,9 @@ class Program:
         self._named = slots.Known()
         self._ready: set[Variant] = set()
         self._state_bytes_max = state_bytes_max
-        self.cut, self._kernels = self._fitting()
+        self.cut, self._kernels = self._fitting(finest)
+        for each in self._kernels.values():
+            each.prepare_first()
         first = next(iter(self._kernels.values()))
         self.every = first.every
         # How many pushes a skipped update is the end of: those gathered for it, where it is inside an accumulation.
@@ -323,14 +336,12 @@ class Program:
 
     # ------------------------------------------------------------------------------------------- how it is cut
 
-    def _fitting(self) -> tuple[cut.Cut, dict[tuple[int, int], Kernel]]:
-        """The finest cut that the rule computes the same in, and its kernels."""
+    def _fitting(self, finest: Granularity) -> tuple[cut.Cut, dict[tuple[int, int], Kernel]]:
+        """The finest cut, but no finer than asked for, that the rule computes the same in, and its kernels."""
         verdicts = _verdicts(self.spec, tuple(leaf.name for leaf in self.tree.leaves))
         few = Kernel(self._recipe, *self._sample(verdicts), is_flat=False)
-        finest = self._derived(few)
-        for found in Granularity:
-            if list(Granularity).index(found) < list(Granularity).index(finest):
-                continue
+        order = list(Granularity)
+        for found in order[max(order.index(self._derived(few)), order.index(finest)) :]:
             made = cut.make(self.tree, found, verdicts)
             try:
                 return made, self._cut_into(made, few)
@@ -372,7 +383,7 @@ class Program:
             raise kernel.UnfitError(f"{len(made.kinds)} kinds of tensors")
         kernels: dict[tuple[int, int], Kernel] = {}
         for span in made.spans:
-            for size in _sizes(made, span, build.skippable(self.spec)):
+            for size in _sizes(made, span):
                 if (span.kind, size) not in kernels:
                     kernels[span.kind, size] = self._kernel(made, span, size)
         if made.granularity is not Granularity.TREE:
@@ -410,12 +421,17 @@ class Program:
             raise kernel.UnfitError(f"arrays of single leaves have other names: {sorted(together ^ alone)[:4]}")
 
 
-def _sizes(made: cut.Cut, span: cut.Span, is_skippable: bool) -> list[int]:
-    """The sizes of a span's flat blocks, also after it is split; 0 where blocks are not flat."""
+def _sizes(made: cut.Cut, span: cut.Span) -> list[int]:
+    """The sizes of a span's flat blocks, also after it is split; 0 where blocks are not flat.
+
+    All there are, unless there are many kinds: then nothing is left to compile for a tree of any other shapes.
+    """
     if not made.is_flat:
         return [0]
     sizes = {block.parts[0].size for block in span.blocks}
-    return sorted(sizes | {cut.SMALL} if is_skippable and cut.BLOCK in sizes else sizes)
+    if len(made.kinds) <= _KINDS_FEW:
+        return sorted(sizes | {1, cut.SMALL, cut.BLOCK})
+    return sorted(sizes | {cut.SMALL} if cut.BLOCK in sizes else sizes)
 
 
 def _held_bytes(made: cut.Cut, kernels: dict[tuple[int, int], Kernel]) -> int:

@@ -104,59 +104,17 @@ def alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def repeating(start: int = 0) -> Iterator[None]:
-    """Gives sums again, from one of them on, and takes no partials: for what is traced once more.
+def repeating() -> Iterator[None]:
+    """Gives the sums of the update again, from the first one on, and takes no partials: for what its first stage did.
 
-    Where sums were those of the leaves at hand, they are so again.
+    For figures, which are made after the update, of the gradients that it was given.
     """
-    with _again(_crossing(), start):
-        yield
-
-
-@contextlib.contextmanager
-def _again(reducer: Reducer | None, start: int) -> Iterator[None]:
-    token = _active.set(reducer and Reducer(reducer.reduced[start:], reducer.valid))
+    reducer = _crossing()
+    token = _active.set(reducer and Reducer(reducer.reduced, reducer.valid))
     try:
         yield
     finally:
         _active.reset(token)
-
-
-def count() -> int:
-    """How many sums over all blocks have been asked for."""
-    reducer = _crossing()
-    return len(reducer.partials) if reducer else 0
-
-
-def chosen(take: Any, new: Any, old: Any, again: Callable[[], Any], start: int) -> Any:
-    """The new one of two nests of arrays where ``take`` holds, otherwise the old one.
-
-    In the trace of a block, arrays come out of a branch in which they are computed once more, and what was computed
-    before is left out: XLA writes them in place then. Selected one by one they would be copied first, as each is
-    computed from what others are written over. Traces of whole trees are not made twice as long.
-
-    Args:
-      take: depends on sums alone. shape=(), bool
-      new: what an update gave.
-      old: what it was given, in the same structure.
-      again: gives ``new`` once more, and has no other effect.
-      start: what ``count`` gave before ``new`` was made.
-    """
-    reducer = _crossing()
-    if reducer is None:
-        return jax.tree.map(lambda after, before: jnp.where(take, after, before), new, old)
-    before, structure = jax.tree.flatten(old)
-    arrays = [at for at, leaf in enumerate(before) if leaf.ndim]
-
-    def taken() -> list[Any]:
-        with _again(reducer, start):
-            after = jax.tree.leaves(again())
-        return [after[at].astype(before[at].dtype) for at in arrays]
-
-    picked = lax.cond(take, taken, lambda: [before[at] for at in arrays]) if arrays else []
-    made = [jnp.where(take, *pair) for pair in zip(jax.tree.leaves(new), before, strict=True) if not pair[1].ndim]
-    both, scalars = iter(picked), iter(made)
-    return structure.unflatten([next(both if leaf.ndim else scalars) for leaf in before])
 
 
 def summed(arrays: Sequence[Any]) -> Any:

@@ -31,7 +31,6 @@ class Call:
       extras: what the push brought along, by optax's names, such as ``value``. shape=(), float32
       notes: scalars of this update for the one who asked, by name.
       present: whether each leaf has a gradient; None: all have. shape=(), bool, each
-      restored: whether whoever asked for the update keeps all of the old state where ``notes["finite"]`` is false.
       rounded: whether updates are rounded before they are added, so that whoever adds them elsewhere gets the same.
       added: what was added to the parameters, one array a leaf, where the rule knows. Set by the update.
     """
@@ -41,7 +40,6 @@ class Call:
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     present: Sequence[Any] | None = None
-    restored: bool = False
     rounded: bool = False
     added: Leaves | None = None
 
@@ -229,18 +227,11 @@ def on_nonfinite(rule: Rule, policy: str) -> Rule:
         if policy == "zero":
             grads = [jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)) for g in grads]
             return Guarded(taken + 1, rule.update(grads, inner, call))
-
-        def once(notes: dict[str, Any]) -> State:
-            return rule.update(grads, inner, dataclasses.replace(call, index=taken, notes=notes))
-
-        start = reductions.count()
-        new = once(call.notes)
+        new = rule.update(grads, inner, dataclasses.replace(call, index=taken))
         # Parameters may be narrower than the state: what master weights hold can be infinite in f16.
         finite = reductions.all_finite([*grads, *jax.tree.leaves(new), *rule.params(new)])
         call.notes["finite"] = finite & call.notes.get("finite", True)
-        if call.restored:
-            return Guarded(taken + 1, new)
-        kept = reductions.chosen(finite, new, inner, lambda: once({}), start)
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, inner)
         return Guarded(taken + finite.astype(taken.dtype), kept)
 
     return around(rule, init, update)

@@ -35,13 +35,13 @@ def clip_by_global_norm(max_norm: float) -> Any:
 
 
 def normalize_by_update_norm(scale_factor: float = 1.0, eps: float = 1e-6) -> Any:
-    """``g * scale_factor / (‖g‖ + eps)``, as optax's."""
+    """``g / ((‖g‖ + eps) / scale_factor)``, as optax's."""
+    return optax.stateless(lambda updates, _: _divided(updates, (_norm(updates) + eps) / scale_factor))
 
-    def update(updates: Any, _: Any) -> Any:
-        norm = (_norm(updates) + eps) / scale_factor
-        return jax.tree.map(lambda g: (g / norm).astype(g.dtype), updates)
 
-    return optax.stateless(update)
+def normalize() -> Any:
+    """``g / ‖g‖``, as optax's."""
+    return optax.stateless(lambda updates, _: _divided(updates, _norm(updates)))
 
 
 def clip_grads(max_norm: float) -> Any:
@@ -63,7 +63,7 @@ def clip_by_leaf_norm(max_norm: float) -> Any:
 def apply_if_finite(inner: Any, max_consecutive_errors: int) -> Any:
     """Keeps updates that are not finite from a transformation, as optax's, unless they have come too often in a row.
 
-    Without its branch around sums, which could not cross blocks from inside of it.
+    Without its branch, inside of which no sum could cross blocks: both sides are computed, and one is taken.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -79,17 +79,17 @@ def apply_if_finite(inner: Any, max_consecutive_errors: int) -> Any:
         finite = reductions.all_finite(jax.tree.leaves(updates))
         count = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
         applied = finite | (count > max_consecutive_errors)
-
-        def once() -> Any:
-            return inner.update(updates, state.inner_state, params, **extras)
-
-        start = reductions.count()
-        nothing = jax.tree.map(jnp.zeros_like, updates)
-        taken, kept = reductions.chosen(applied, once(), (nothing, state.inner_state), once, start)
+        new, new_inner = inner.update(updates, state.inner_state, params, **extras)
+        taken = jax.tree.map(lambda leaf: jnp.where(applied, leaf, jnp.zeros_like(leaf)), new)
+        kept = jax.tree.map(lambda after, before: jnp.where(applied, after, before), new_inner, state.inner_state)
         total = jnp.where(finite, state.total_notfinite, optax.safe_increment(state.total_notfinite))
         return taken, optax.ApplyIfFiniteState(count, finite, total, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _divided(updates: Any, divisor: Any) -> Any:
+    return jax.tree.map(lambda g: (g / divisor).astype(g.dtype), updates)
 
 
 def _norm(leaves: Any) -> Any:
@@ -103,5 +103,12 @@ def _norm(leaves: Any) -> Any:
 # By their name in the catalogue.
 OURS: Final[Mapping[str, Callable[..., Any]]] = {
     made.__name__: made
-    for made in (apply_if_finite, clip_by_global_norm, clip_by_leaf_norm, clip_grads, normalize_by_update_norm)
+    for made in (
+        apply_if_finite,
+        clip_by_global_norm,
+        clip_by_leaf_norm,
+        clip_grads,
+        normalize,
+        normalize_by_update_norm,
+    )
 }

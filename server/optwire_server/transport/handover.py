@@ -137,7 +137,7 @@ class Handover:
             request = handover.Request.from_json(message)
             segment, layout = self._registry.share(request.session_id, request.worker)
         except (errors.OptwireError, handover.HandoverError) as exc:
-            _refuse(connection, str(exc))
+            _refuse(connection, str(exc), exc.reason if isinstance(exc, errors.OptwireError) else "")
             return
         try:
             grant = handover.Grant(segment.slot, segment.nbytes, segment.params_offset, layout.offsets)
@@ -188,5 +188,6 @@ def _remove_if_dead(path: pathlib.Path) -> None:
             path.unlink()
 
 
-def _refuse(connection: socket.socket, why: str) -> None:
-    handover.send(connection, {"refused": why[: limits.ERROR_MESSAGE_BYTES_MAX]}, MESSAGE_S)
+def _refuse(connection: socket.socket, why: str, reason: str = "") -> None:
+    refusal = {"refused": why[: limits.ERROR_MESSAGE_BYTES_MAX], "reason": reason}
+    handover.send(connection, refusal, MESSAGE_S)

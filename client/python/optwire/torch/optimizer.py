@@ -42,6 +42,7 @@ class RemoteOptimizer(copies.Detachable):
       state: what ``state_dict`` holds: a "handle" on the session, or the "full" state in torch's layout.
       transport: as in ``optwire.connect``; with ``target`` only.
       timeout: of each call, in seconds; with ``target`` only.
+      grads_codec: how gradients travel, as in ``optwire.Client.create_session``, where the session is made here.
       allow_zero: whether a step may be pushed whose learning rates and gradients are all zero.
       telemetry: whether ``last_reply.metrics`` reports norms and the like, at the price of computing them.
       **arguments: torch's own, with its defaults, where ``optimizer`` is torch's.
@@ -70,6 +71,7 @@ class RemoteOptimizer(copies.Detachable):
         state: str = "handle",
         transport: str = ways.TRANSPORT,
         timeout: float = ways.TIMEOUT_S,
+        grads_codec: str = "f32",
         allow_zero: bool = False,
         telemetry: bool = False,
         **arguments: Any,
@@ -95,7 +97,7 @@ class RemoteOptimizer(copies.Detachable):
         self._recipe = recipes.recipe(optimizer, arguments)
         self._remote = remote.Remote(
             self._recipe,
-            ways.way(target, client, transport=transport, timeout_s=timeout),
+            ways.way(target, client, transport=transport, timeout_s=timeout, grads_codec=grads_codec),
             client=client,
             name=session,
             workers=self._distributed == "workers",

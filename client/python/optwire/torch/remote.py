@@ -146,7 +146,9 @@ class Remote(link.Link):
             if self.origin is not None and self.loaded is None:
                 self.loaded = checkpoints.copied(self.client, self.origin, self._by_name())
             spec = self._recipe.spec(groups, self._kinds())
-            self._session = self.client.create_session(self._params(), spec, name=self.name, **options)
+            self._session = self.client.create_session(
+                self._params(), spec, name=self.name, grads_codec=self.way.grads_codec, **options
+            )
         except errors.SessionExistsError:  # somebody was faster
             if not self._join(groups):
                 raise

@@ -7,6 +7,7 @@ from typing import Final
 
 import optwire
 from optwire import _client, _options
+from optwire_proto import codecs
 
 # As in `optwire.connect`.
 TRANSPORT: Final = "auto"
@@ -21,18 +22,33 @@ class Way:
       target: a gRPC target.
       transport: as in ``optwire.connect``.
       timeout_s: of each call.
+      grads_codec: how gradients travel in a session that is made, as in ``optwire.Client.create_session``.
+
+    Raises:
+      InvalidArgumentError: there is no such codec.
     """
 
     target: str
     transport: str = TRANSPORT
     timeout_s: float = TIMEOUT_S
+    grads_codec: str = str(codecs.RAW)
+
+    def __post_init__(self) -> None:
+        codecs.parse(self.grads_codec, "grads_codec")
 
     def connect(self) -> _client.Client:
         """A new client."""
         return optwire.connect(self.target, timeout=self.timeout_s, transport=self.transport)
 
 
-def way(target: str | None, client: _client.Client | None, *, transport: str, timeout_s: float) -> Way:
+def way(
+    target: str | None,
+    client: _client.Client | None,
+    *,
+    transport: str,
+    timeout_s: float,
+    grads_codec: str = str(codecs.RAW),
+) -> Way:
     """How the server is reached, by the one of two arguments that was given.
 
     Raises:
@@ -47,4 +63,9 @@ def way(target: str | None, client: _client.Client | None, *, transport: str, ti
         raise TypeError("RemoteOptimizer: transport= and timeout= belong to the client that was given")
     else:
         options = client._options
-    return Way(target=options.target, transport=str(options.transport), timeout_s=options.timeout_s)
+    return Way(
+        target=options.target,
+        transport=str(options.transport),
+        timeout_s=options.timeout_s,
+        grads_codec=grads_codec,
+    )

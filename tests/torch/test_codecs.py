@@ -1,0 +1,50 @@
+"""RemoteOptimizer with a codec: fewer bytes go up, and the model learns."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import optwire
+from optwire.torch import RemoteOptimizer
+from optwire_server import testing
+
+
+def model_and_loss(codec: str, server: testing.Serving) -> tuple[float, RemoteOptimizer, torch.nn.Module]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    inputs = torch.randn(256, 20)
+    wanted = inputs[:, :1] - inputs[:, 1:2] * 0.5
+    optimizer = RemoteOptimizer(model.named_parameters(), "sgd", lr=0.1, target=server.target, grads_codec=codec)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(inputs), wanted)
+        loss.backward()
+        optimizer.step()
+    return loss.item(), optimizer, model
+
+
+@pytest.mark.parametrize("codec", ["int8", "sign"])
+def test_a_model_learns_with_a_codec_as_without(server: testing.Serving, codec: str):
+    exact, optimizer, _ = model_and_loss("f32", server)
+    optimizer.close()
+    loss, optimizer, _ = model_and_loss(codec, server)
+    assert optimizer.session.info().grads_codec == codec
+    assert loss < 1.1 * exact
+    optimizer.close()
+
+
+def test_copies_keep_the_codec(server: testing.Serving):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = RemoteOptimizer([weight], "sgd", lr=0.1, target=server.target, grads_codec="int8")
+    twin = copy.deepcopy(optimizer)
+    twin.attach("twin")
+    assert twin.session.info().grads_codec == "int8"
+    twin.close()
+
+
+def test_what_is_no_codec_is_refused_at_once(server: testing.Serving):
+    with pytest.raises(optwire.InvalidArgumentError, match="grads_codec"):
+        RemoteOptimizer([torch.nn.Parameter(torch.zeros(3))], "sgd", lr=0.1, target=server.target, grads_codec="zip")
