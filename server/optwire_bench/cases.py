@@ -36,7 +36,7 @@ class Check:
 
     def __str__(self) -> str:
         if self.path:
-            return f"within {self.path:.0%} of the way"
+            return f"within {self.path * 100:g} % of the way"
         return f"within {self.difference:g} a step" if self.difference else "bit for bit"
 
 

@@ -15,6 +15,9 @@ from optwire_bench import models, processes, roles, stepping
 # Reported by JAX once for each module that XLA compiles, on whichever thread, with the seconds it took.
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
+# Without a compilation for as long, there is none under way.
+_SETTLED_S = 1.0
+
 
 def serve() -> None:
     """Serves until the input ends; answers how often XLA has compiled so far, and for how long."""
@@ -24,9 +27,9 @@ def serve() -> None:
 
     seconds: list[float] = []
 
-    def hear(event: str, duration_s: float, **_: Any) -> None:
+    def hear(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _EVENT:
-            seconds.append(duration_s)
+            seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(hear)
     with testing.serve() as server:
@@ -71,7 +74,19 @@ def _round(server: processes.Role, model: models.Model, optimizer: str) -> dict[
                 "compilations": after["count"] - before["count"],
                 "compile_s": after["seconds"] - before["seconds"],
             }
+            row[name]["ahead"] = _settled(server) - after["count"]
     return row
+
+
+def _settled(server: processes.Role) -> int:
+    """How often the server has compiled once it has stopped: what it compiles ahead, nobody waits for."""
+    seen, since = -1, time.monotonic()
+    while time.monotonic() - since < _SETTLED_S:
+        count: int = server.ask("compilations")["count"]
+        if count != seen:
+            seen, since = count, time.monotonic()
+        time.sleep(0.05)
+    return seen
 
 
 if __name__ == "__main__":

@@ -141,9 +141,9 @@ def _step(flags: argparse.Namespace) -> dict[str, Any]:
     labels = flags.params or (["100k"] if flags.quick else ["1k", "1M", "25M", "100M", "gpt2"])
     result: dict[str, Any] = {}
     for label in labels:
-        pairs = _USUAL_GPT2 if label == "gpt2" else _USUAL
+        pairs: Sequence[tuple[str, str]] = _USUAL_GPT2 if label == "gpt2" else _USUAL
         if flags.transport or flags.grads_codec:
-            pairs = tuple((w, c) for w in flags.transport or ["stream"] for c in flags.grads_codec or ["f32"])
+            pairs = [(w, c) for w in flags.transport or ["stream"] for c in flags.grads_codec or ["f32"]]
         ours = [cases.remote(way, codec, flags.params_codec or "") for way, codec in pairs]
         names = flags.against if flags.against is not None else _usual_against(label, quick=flags.quick)
         others = [cases.against(name) for name in names if name != stepping.REFERENCE]

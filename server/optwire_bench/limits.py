@@ -93,7 +93,7 @@ def far(port: int) -> None:
 
 def receive(peer: socket.socket, into: np.ndarray) -> None:
     """Fills an array of bytes."""
-    view = memoryview(into).cast("B")
+    view = into.data.cast("B")
     while view:
         got = peer.recv_into(view)
         if not got:

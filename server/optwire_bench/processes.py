@@ -113,6 +113,7 @@ def server(cores: Sequence[int] = (), arguments: Sequence[str] = ()) -> Iterator
     with tempfile.TemporaryDirectory(prefix="optwire-bench-") as folder:
         port_file, unix = pathlib.Path(folder, "port"), f"unix:{folder}/socket"
         command = [sys.executable, "-m", "optwire_server", "serve", "--listen", "127.0.0.1:0", "--listen", unix]
+        command += ["--compilation-cache", "none"]
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(
                 [*command, "--port-file", str(port_file), *arguments],

@@ -69,7 +69,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
     yield (
         "|"
-        + "|".join("---" if name in ("model", "step", "checked", "way", "transport") else "---:" for name in head)
+        + "|".join(
+            "---" if name in ("model", "step", "checked", "way", "transport", "session") else "---:" for name in head
+        )
         + "|"
     )
     for row in rows:
@@ -173,13 +175,6 @@ def _cold(result: Mapping[str, Any]) -> Iterator[str]:
     for name in ("first", "second"):
         ordered = sorted((row[name] for row in result["rows"]), key=lambda row: row["create_s"] + row["step_s"])
         row = ordered[len(ordered) // 2]
-        rows.append(
-            (
-                name,
-                f"{row['create_s']:.2f}",
-                f"{row['step_s']:.2f}",
-                str(row["compilations"]),
-                f"{row['compile_s']:.2f}",
-            )
-        )
-    yield from _table(("session", "create s", "first step s", "compilations", "compile s"), rows)
+        counts = str(row["compilations"]), f"{row['compile_s']:.2f}", str(row["ahead"])
+        rows.append((name, f"{row['create_s']:.2f}", f"{row['step_s']:.2f}", *counts))
+    yield from _table(("session", "create s", "first step s", "compilations", "compile s", "ahead, later"), rows)

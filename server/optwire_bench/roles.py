@@ -4,7 +4,8 @@ A line of JSON in, a line of JSON out. Each role is a process of its own, so tha
 lock is counted against another. A program of anyone's that speaks the same lines can take part (``--beside``):
 
     {"do": "open", "model": "25M", "tensors": 0}   -> facts: "pids": other processes whose work is this one's; "says":
-                                                      for the report; "reference": whether it brings one of its own
+                                                      for the report; "reference": whether it brings one of its own;
+                                                      "path": how far it may be from that, as in ``cases.Check``
     {"do": "step", "count": 3}                     -> {"seconds": [...], "cpu_s": 0.1, "faults": 12}
     {"do": "save", "path": "...", "what": ""}      -> null; parameters of all leaves, one after the other, float32;
                                                       "reference": what they should be, where it brings that
@@ -149,17 +150,15 @@ class Remote:
 
         self._client = optwire.connect(target, transport=transport, timeout=120.0)
         self._client.server_info()
-        self._codecs = {
-            name: codec
-            for name, codec in (("grads_codec", grads_codec), ("params_codec", params_codec))
-            if codec != "f32"
-        }
+        self._grads_codec, self._params_codec = grads_codec, params_codec
 
     def open(self, model: models.Model) -> dict[str, Any]:
         from optwire import optimizers
 
         spec = optimizers.adam(models.LEARNING_RATE, models.B1, models.B2, models.EPS)
-        self._session = self._client.create_session(models.params(model), spec, **self._codecs)
+        self._session = self._client.create_session(
+            models.params(model), spec, grads_codec=self._grads_codec, params_codec=self._params_codec
+        )
         self._grads, self._params = self._session.grad_buffers(), self._session.param_buffers()
         for name, leaf in models.grads(model).items():
             self._grads[name][...] = leaf
@@ -179,7 +178,7 @@ class Remote:
     def transport(self) -> tuple[str, str]:
         """Which transport is in use, and why: a client falls back by itself."""
         info = self._session.info()
-        return getattr(info, "transport", "") or "stream", getattr(info, "transport_reason", "")
+        return info.transport, info.transport_reason
 
     def close(self) -> None:
         name = self._session.name

@@ -158,12 +158,16 @@ class _Rounds:
             facts, where = self._facts[case.name], f"{case.name}, {self._model.label}"
             wanted = self._saved(role, "own", "reference") if facts.get("reference") else reference
             held = self._saved(role, "held", "" if case.reply is None else "master")
-            seen = cases.compare(held, wanted, start, case.check, steps=steps, where=where)
+            seen = cases.compare(held, wanted, start, self._checked(case), steps=steps, where=where)
             worst = self._errors.setdefault(case.name, seen)
             self._errors[case.name] = {key: max(value, worst[key]) for key, value in seen.items()}
             if case.reply is not None:
                 found = self._saved(role, "found")
                 cases.compare(found, held, start, case.reply, steps=steps, where=f"{where}, what came back")
+
+    def _checked(self, case: cases.Case) -> cases.Check:
+        path = self._facts[case.name].get("path")
+        return cases.Check(path=path) if path else case.check
 
     def _saved(self, role: processes.Role, file: str, what: str = "") -> np.ndarray:
         path = self._folder / file
@@ -193,7 +197,7 @@ class _Rounds:
             "cpu_s_a_step": sum(turn["cpu_s"] for turn in turns) / steps,
             "faults_a_step": sum(turn["faults"] for turn in turns) / steps,
             "says": self._facts[case.name].get("says", ""),
-            "check": "is the reference" if case.name == REFERENCE else str(case.check),
+            "check": "is the reference" if case.name == REFERENCE else str(self._checked(case)),
             "difference": self._errors.get(case.name, {"unequal": 0, "greatest": 0.0, "path": 0.0}),
         }
 

@@ -83,7 +83,8 @@ def serve(role: Transfers) -> None:
             case "check":
                 roles.reply(role.check())
             case "close":
-                roles.reply(role.close())
+                role.close()
+                roles.reply(None)
             case do:
                 roles.reply(roles.measured(role.act(do), command["count"]))
 

@@ -27,7 +27,7 @@ class ServerConfig:
       insecure: whether an address beyond loopback may be served without TLS.
       allow_programs: whether sessions may bring exported programs as their optimizers (docs/programs.md).
       sessions_max: most sessions; one more is refused.
-      leaves_max: most leaves of a session's tree; the time to compile an update grows faster than their number.
+      leaves_max: most leaves of a session's tree. An optimizer that needs the whole tree at once takes at most 2,048.
       streams_max: most streams open at once; each holds a thread while it is open.
       threads: size of the pool that serves requests; what exceeds ``streams_max`` is left to short calls. 0: 32 of
         them, and 128 threads at least.
@@ -50,7 +50,7 @@ class ServerConfig:
     insecure: bool = False
     allow_programs: bool = False
     sessions_max: int = 1024
-    leaves_max: int = 2048
+    leaves_max: int = limits.LEAVES_MAX
     streams_max: int = 96
     threads: int = 0
     landing_bytes_max: int = dataclasses.field(default_factory=lambda: _memory_bytes() // 4)
@@ -117,7 +117,7 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
     serve.add_argument("--port-file", metavar="FILE", help="write the first address served to FILE once ready")
     for name, kind, text in (
         ("sessions-max", int, "most sessions (default 1024)"),
-        ("leaves-max", int, "most leaves of a session's tree (default 2048)"),
+        ("leaves-max", int, "most leaves of a session's tree (default 65,536)"),
         ("streams-max", int, "most streams open at once, one a worker (default 96)"),
         ("landing-bytes-max", int, "most bytes of payloads in flight (default: a quarter of the memory)"),
         ("shared-bytes-max", int, "most bytes of shared memory (default: a quarter of the memory)"),

@@ -96,7 +96,7 @@ class Creations:
         compiled = self._engine.compile(checked, tree)
         if old is not None:
             extensions.check_closed(old, compiled)
-        size = compiled.state_bytes + replicas.state_bytes(whole.params_codec or codecs.RAW, tree)
+        size = compiled.held_bytes + replicas.state_bytes(whole.params_codec or codecs.RAW, tree)
         room = self._reserved(size, compiled.layout, workers, old) if first_try else contextlib.nullcontext()
         with room, contextlib.closing(self._landings.land(tree, compiled.layout)) as lent:
             yield Creation(
@@ -219,7 +219,7 @@ class Creations:
 
     def _check_room(self, state_bytes: int, old: LiveSession | None) -> None:
         """Raises LimitError; a session that takes the place of an ``old`` one is held beside it for a moment."""
-        held = sum(live.state_bytes for live in self._table.by_id.values())
+        held = sum(live.held_bytes for live in self._table.by_id.values())
         held += sum(state_bytes for state_bytes, _ in self._creating)
         for what, count, most in (
             ("sessions_max", len(self._table.by_id) + len(self._creating) + (old is None), self._config.sessions_max),

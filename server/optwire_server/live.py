@@ -117,6 +117,11 @@ class LiveSession:
         """Size of parameters and slots, and of the replica."""
         return self.held.state_bytes + replicas.state_bytes(self.params_codec, self.tree)
 
+    @property
+    def held_bytes(self) -> int:
+        """As ``state_bytes``, and what blocks are padded with."""
+        return self.held.held_bytes + replicas.state_bytes(self.params_codec, self.tree)
+
     def ack(self, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
         """The outcome of a push as the client hears it."""
         return sessions.Ack(

@@ -19,6 +19,10 @@ from optwire_server import config as configs
 
 _log = logging.getLogger("optwire")
 
+# How long a thread may keep the interpreter while others wait: a tiny push waits that long for each step of its way while
+# a large one is being received. Python's own 5 ms are several tiny steps.
+_SWITCH_INTERVAL_S = 0.0005
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``optwire``; returns its exit code."""
@@ -43,6 +47,7 @@ def _serve(flags: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("jax").setLevel(logging.WARNING)  # which accelerators it did not find is no news
     allocator.tune()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     engine.own_process()
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -129,15 +129,18 @@ def test_classes_have_no_public_names_beyond_the_promised_ones():
     assert public(optwire.Session) == {
         "close",
         "describe",
+        "grad_buffers",
         "id",
         "info",
         "last_ack",
         "load_state",
         "name",
+        "param_buffers",
         "params",
         "set_hyperparams",
         "state",
         "step",
+        "step_async",
         "step_count",
     }
 

@@ -4,8 +4,8 @@ Two measures, both against the largest magnitude there has been so far. What rou
 through: where a parameter crosses zero, the distance in representable numbers between two sums of the same terms is
 astronomic, and says nothing about the terms.
 
-- ulps per step: for each element, its difference in units in the last place of the largest magnitude that it has had,
-  divided by the steps so far. A rounding that differs at every step drifts by about one.
+- ulps per step: for each element, its difference in units in the last place of the largest magnitude that it, or what
+  was added to it, has had, divided by the steps so far. A rounding that differs at every step drifts by about one.
 - relative: the largest difference in a leaf over the largest magnitude in it, for updates that mix a leaf's elements.
 """
 
@@ -58,7 +58,8 @@ def measure(client: optwire.Client, entry: str, dtype: str) -> Drift:
     oracle = sample.oracle()
     update = jax.jit(oracle.update)
     state = oracle.init(params)
-    largest = [np.abs(_wide(leaf)) for leaf in jax.tree.leaves(params)]
+    before = [_wide(leaf) for leaf in jax.tree.leaves(params)]
+    largest = [np.abs(leaf) for leaf in before]
     ulps = relative = 0.0
     with client.create_session(params, sample.spec) as session:
         for step in range(catalogue_samples.STEPS):
@@ -71,7 +72,9 @@ def measure(client: optwire.Client, entry: str, dtype: str) -> Drift:
             assert_alike(remote, local)
             pairs = zip(jax.tree.leaves(remote), jax.tree.leaves(local), strict=True)
             for k, (ours, theirs) in enumerate(pairs):
-                largest[k] = np.maximum(largest[k], np.abs(_wide(theirs)))
+                added = np.abs(_wide(theirs) - before[k])
+                largest[k] = np.maximum(np.maximum(largest[k], added), np.abs(_wide(theirs)))
+                before[k] = _wide(theirs)
                 difference = np.abs(_wide(ours) - _wide(theirs))
                 ulps = max(ulps, float((difference / _ulp(largest[k], dtype)).max()) / (step + 1))
                 relative = max(relative, float(difference.max() / largest[k].max()))

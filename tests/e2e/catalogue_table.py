@@ -138,11 +138,13 @@ transformation stood in a chain that ends in a step.
 
 - **Granularity** is how finely a session's state may be cut into blocks, read off the update's dataflow.
 - **Worst** is the largest difference over all steps and elements. *exact*: the bits were the same throughout. *ulp a
-  step*: units in the last place, of the largest magnitude that the element has had so far, divided by the number of
-  steps; up to {catalogue_drift.ULPS_PER_STEP:g} is allowed. A plain number: the difference over the largest magnitude
-  in the leaf. Differences come from learning rates being operands of the server's executable, where the local one has
-  them as constants, which XLA folds; `accumulate` keeps a sum where `optax.MultiSteps` keeps a running mean,
-  `on_nonfinite` selects where `optax.apply_if_finite` branches; `clip_by_leaf_norm` takes norms in 32 bits at least.
+  step*: units in the last place, of the largest magnitude that the element or what was added to it has had so far,
+  divided by the number of steps; up to {catalogue_drift.ULPS_PER_STEP:g} is allowed.
+  A plain number: the difference over the largest magnitude in the leaf. Differences come from learning rates being
+  operands of the server's executable, where the local one has them as constants, which XLA folds, and from blocks,
+  which it compiles otherwise than leaves; `accumulate` keeps a sum where `optax.MultiSteps` keeps a running mean, sums
+  over all leaves are rounded once, `on_nonfinite` selects where `optax.apply_if_finite` branches; `clip_by_leaf_norm`
+  takes norms in 32 bits at least.
 - **Bytes** are what the session holds for each parameter of float32 beside the parameter itself, with the arguments of
   the sample: 4 for each slot of 32 bits."""
     without = [

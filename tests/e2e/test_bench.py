@@ -241,6 +241,6 @@ def test_one_parameter_is_as_far_off_as_its_check_allows(change: float, check: c
 
 def test_memory_decides_how_many_take_turns_at_a_time():
     taken = [cases.remote(way) for way in ("stream", "unix", "shared_memory")]
-    grouped = stepping.groups(taken, models.model("25M"), available_bytes=4 << 30)
+    grouped = stepping.groups(taken, models.model("25M"), available_bytes=5 << 30)
     assert [[case.name for case in group] for group in grouped] == [["stream", "unix"], ["shared_memory"]]
     assert stepping.groups(taken, models.model("1k"), available_bytes=4 << 30) == [taken]

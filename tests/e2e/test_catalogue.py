@@ -60,9 +60,10 @@ def trusting() -> Iterator[optwire.Client]:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_hundred_remote_steps_are_those_of_optax_run_here(trusting: optwire.Client, entry: str, dtype: str) -> None:
     drift = catalogue_drift.measure(trusting, entry, dtype)
-    assert drift.ulps_per_step <= catalogue_drift.ULPS_PER_STEP
     bound, _ = FURTHER.get((entry, dtype), (catalogue_drift.RELATIVE[dtype], ""))
-    if drift.granularity != "element":
+    if drift.granularity == "element":
+        assert drift.ulps_per_step <= catalogue_drift.ULPS_PER_STEP
+    else:  # what mixes a leaf's elements is rounded as the largest of them
         assert drift.relative <= bound
     for which, relative in drift.views.items():
         assert relative <= bound, which

@@ -217,14 +217,17 @@ class Road:
     def lose_an_answer(self, seed: int) -> None:
         """The push arrives, its answer does not, and the caller is told so."""
         fault = self.proxy.fail(DOWN, messages=0, act="hold")
-        self.session._options = type(self.session._options)(
-            target=self.proxy.target, timeout_s=0.5, transport=self.session._options.transport
-        )
+        hurry(self.session, self.proxy.target)
         with pytest.raises(optwire.DeadlineError):
             self.session.step(tree(seed))
         assert fault.done.is_set()
         self.proxy.heal()
         self.session._options = self.client._options
+
+
+def hurry(session: Any, target: str) -> None:
+    """From now on the session waits for half a second only."""
+    session._options = dataclasses.replace(session._options, target=target, timeout_s=0.5)
 
 
 @pytest.fixture
@@ -294,9 +297,7 @@ def test_an_answer_given_up_never_touches_the_memory_again(serving: testing.Serv
     thread.start()
     began.wait(10)
     buffers = road.session.grad_buffers()
-    road.session._options = type(road.session._options)(
-        target=road.proxy.target, timeout_s=0.3, transport=road.session._options.transport
-    )
+    hurry(road.session, road.proxy.target)
     for name, grad in tree(2).items():
         buffers[name][...] = grad
     with pytest.raises(optwire.DeadlineError):
@@ -313,13 +314,14 @@ def test_an_answer_given_up_never_touches_the_memory_again(serving: testing.Serv
 
 def test_a_push_of_a_server_that_is_gone_ends_and_the_buffers_stay() -> None:
     with testing.serve() as serving, contextlib.ExitStack() as stack:
-        client = stack.enter_context(connected(serving.target, timeout=0.5))
+        client = stack.enter_context(connected(serving.target))
         session = client.create_session(tree(0), opt.adam(RATE))
         session.step(tree(1), out=session.param_buffers())
         kept, path = session.param_buffers(), pathlib.Path(serving.server.handover.path)
         before = {name: array.copy() for name, array in kept.items()}
         assert path.exists()
         serving.server.stop()
+        hurry(session, serving.target)
         assert not path.exists()
         assert not path.parent.exists()
         with pytest.raises(optwire.UnavailableError):
@@ -438,7 +440,7 @@ def test_a_gathered_push_is_what_was_pushed_whatever_its_client_writes_then(serv
         buffers = first.grad_buffers()
         for name, grad in tree(1).items():
             buffers[name][...] = grad
-        first._options = type(first._options)(target=serving.target, timeout_s=0.3, transport=first._options.transport)
+        hurry(first, serving.target)
         with pytest.raises(optwire.DeadlineError):
             first.step(buffers)  # gathered, and nobody waits for it any more
         for grad in buffers.values():

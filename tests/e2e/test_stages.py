@@ -204,7 +204,7 @@ def test_encoded_gradients_are_not_staged_and_encoded_parameters_may_come_back(s
             if grads_codec != "f32":
                 peer = wire.Peer(serving.target)
                 stage = pb.PushStage(session_id=session.id)
-                assert "int8" in refusal(lambda stage=stage: peer.stream(stage), "UNIMPLEMENTED")
+                assert "int8" in refusal(lambda peer=peer, stage=stage: peer.stream(stage), "UNIMPLEMENTED")
                 peer.close()
 
 
@@ -442,6 +442,31 @@ def test_a_connection_lost_before_the_push_is_made_is_not_waited_for(road: Road)
     vain = road.session._staging().resent_bytes
     road.step(stage)
     assert road.session._staging().resent_bytes > vain
+
+
+def test_a_server_without_room_is_asked_twice_a_push_and_no_more() -> None:
+    """And the push, which is made plainly, takes the room that others hold who are in no hurry."""
+    grads = {"w": np.ones(100_000, np.float32), "x": np.ones(1, np.float32)}
+    with (
+        testing.serve(landing_bytes_max=600_000) as serving,
+        optwire.connect(serving.target, transport="stream") as client,
+    ):
+        peer = wire.Peer(serving.target)
+        slow = Slow(peer, stage_of(peer.create(grads, opt.sgd(RATE))))
+        session, plain = (client.create_session(grads, opt.adam(RATE)) for _ in range(2))
+        wire.until(lambda: wire.Failure.of(lambda: list(slow.call)) is not None, "creations took the room")
+        slow = Slow(peer, stage_of(peer.create(grads, opt.sgd(RATE))))
+        wire.until(lambda: staged_bytes(serving) > 0, "the stage is open")
+        for starts in (1, 2, 2):
+            copies = session._staging()
+            assert copies._starts == starts
+            wire.until(lambda copies=copies: not copies.is_sending, "it was refused")
+        for index, array in enumerate(grads.values()):
+            copies.copy(index, array)
+        params = session.step_async(session.grad_buffers()).result()
+        np.testing.assert_array_equal(params["w"], plain.step(grads)["w"])
+        assert session._staging()._starts == 1, "the next push has stages again"
+        peer.close()
 
 
 def test_what_is_replaced_on_the_way_is_what_arrives(road: Road) -> None:

@@ -576,7 +576,10 @@ def test_a_draining_server_loads_nothing_more():
 
 def test_a_state_larger_than_the_landing_buffers_is_read_alone_and_loaded_in_parts():
     params = {"w": np.ones(200_000, np.float32)}
-    with testing.serve(landing_bytes_max=2**20) as serving, optwire.connect(serving.target, timeout=2.0) as client:
+    with (
+        testing.serve(landing_bytes_max=2**20) as serving,
+        optwire.connect(serving.target, transport="stream", timeout=2.0) as client,
+    ):
         session = client.create_session(params, "adam(0.1)")  # three times 800 kB of state
         session.step(params)
         state = session.state()

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from optwire_proto import codecs, errors, tensors, trees
+from optwire_proto import codecs, errors, limits, tensors, trees
 from optwire_proto.codecs import codec as codec_module
 
 ALL = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "top_k(0.3)", "sign")
@@ -327,6 +327,27 @@ def test_a_payload_in_pieces_of_any_length_is_decoded(text, chunk):
     decoder.check()
     for got, wanted in zip(out, expected, strict=True):
         assert got.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("text", ["f32", "bf16", "f16"])
+def test_a_payload_that_is_cast_as_it_leaves_is_the_same(text):
+    how = codecs.parse(text)
+    rng = np.random.default_rng(5)
+    arrays = [
+        np.arange(3, dtype=np.uint8),  # so that values of two bytes stand at odd places
+        rng.standard_normal((700, 1001), np.float32),
+        rng.standard_normal(400_001),
+        np.zeros((0, 3), np.float32),
+        rng.standard_normal(9).astype(np.float16),
+    ]
+    expected = b""
+    for array in arrays:
+        is_cast = how.bears_on(tensors.dtype_name(array.dtype))
+        expected += b"".join(part.tobytes() for part in (encoded(how, array) if is_cast else [array]))
+    pieces = [b"".join(piece) for piece in codecs.payload_views(how, list(arrays))]
+    assert b"".join(pieces) == expected
+    assert max(map(len, pieces)) <= limits.CHUNK_BYTES
+    assert min(map(len, pieces[:-1])) >= limits.CHUNK_BYTES - 1
 
 
 def test_the_first_leaf_that_means_no_values_is_named():

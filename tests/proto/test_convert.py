@@ -266,6 +266,24 @@ def test_a_load_says_its_step_or_none(step: int | None):
     assert convert.load_to_proto(key, flat) == begin
 
 
+def test_a_token_and_a_slot_survive_the_wire():
+    digest = sessions.Digest(2**40, token=bytes(range(16)))
+    assert convert.digest_from_proto(sent(convert.digest_to_proto(digest))) == digest
+    assert str(digest) == f"{2**40} bytes in shared memory, token 000102030405060708090a0b0c0d0e0f"
+    begin = sent(convert.slot_into(convert.push_to_proto(KEY), 2**32 - 1))
+    assert convert.slot_from_proto(begin) == 2**32 - 1
+    assert convert.push_from_proto(begin)[0] == KEY
+    assert convert.slot_from_proto(convert.push_to_proto(KEY)) == 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{"token": b"x"}, {"token": bytes(17)}, {"token": bytes(16), "rows_crc32": 0, "columns_crc32": 0}]
+)
+def test_a_token_that_is_none_is_refused(fields: dict[str, Any]):
+    with pytest.raises(errors.PayloadError, match="digest.token: .*expected 16 bytes and no checksums"):
+        convert.digest_from_proto(tensor_pb.PayloadDigest(length=4, **fields))
+
+
 def test_an_end_without_a_digest_is_refused():
     with pytest.raises(errors.PayloadError, match="without a digest"):
         convert.end_from_proto(pb.PayloadEnd())

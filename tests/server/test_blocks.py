@@ -1,4 +1,4 @@
-"""Blocks: what they cover, that they compute what the whole tree does, and what becomes of them when leaves part ways."""
+"""Blocks: what they cover, that they compute what the whole tree does, and what becomes of leaves that part ways."""
 
 from __future__ import annotations
 

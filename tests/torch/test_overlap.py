@@ -110,9 +110,11 @@ def pair(server: testing.Serving) -> Iterator[Callable[..., Pair]]:
 # ------------------------------------------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("transport", ["stream", "unary", "shared_memory"])
-def test_the_bits_are_those_without_overlap(pair: Callable[..., Pair], transport: str) -> None:
-    both = pair(transport=transport)
+@pytest.mark.parametrize(
+    "options", [{}, {"transport": "unary"}, {"transport": "shared_memory"}, {"grads_codec": "int8"}], ids=str
+)
+def test_the_bits_are_those_without_overlap(pair: Callable[..., Pair], options: dict[str, str]) -> None:
+    both = pair(**options)
     both.train()
     assert both.overlapped.resent_bytes == 0
     assert both.plain.resent_bytes == 0
@@ -389,12 +391,21 @@ def test_a_compiled_model_waits_before_it_runs(pair: Callable[..., Pair]) -> Non
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
-def test_a_module_waits_only_for_what_it_uses(server: testing.Serving) -> None:
-    """The reply stops in the middle: what has come is used, what has not is waited for."""
+@pytest.mark.parametrize("others", [False, True])
+def test_a_module_waits_only_for_what_it_uses(server: testing.Serving, client: optwire.Client, others: bool) -> None:
+    """The reply stops in the middle: what has come is used, what has not is waited for, even if others push then."""
     torch.manual_seed(3)
     model = torch.nn.Sequential(torch.nn.Linear(16, 20_000), torch.nn.Linear(20_000, 20))
     twin = copy.deepcopy(model)
     ran = [threading.Event(), threading.Event()]
+    failures: list[BaseException] = []
+
+    def forward() -> None:
+        try:
+            loss(model, 3)
+        except optwire.OptwireError as exc:
+            failures.append(exc)
+
     with proxies.before(server.target) as proxy:
         optimizer = RemoteOptimizer(
             model.named_parameters(), "sgd", lr=0.1, target=proxy.target, overlap=True, transport="stream"
@@ -407,21 +418,29 @@ def test_a_module_waits_only_for_what_it_uses(server: testing.Serving) -> None:
         hooks = [layer.register_forward_hook(lambda *_, at=at: ran[at].set()) for at, layer in enumerate(model)]
         fault = proxy.fail(proxies.DOWN, messages=3, act="hold")  # the ack and 2 MiB: all of the first layer
         optimizer.step()
-        forward = threading.Thread(target=lambda: loss(model, 3))
-        forward.start()
+        thread = threading.Thread(target=forward)
+        thread.start()
         assert ran[0].wait(20)
         assert fault.done.wait(20)
         assert not ran[1].is_set()
+        if others:
+            with client.attach(optimizer._remote.name) as other:
+                newest = other.step({name: p.grad.numpy() for name, p in model.named_parameters()})
         proxy.heal()
-        forward.join(20)
-        assert ran[1].is_set()
+        thread.join(20)
         for hook in hooks:
             hook.remove()
-        local = torch.optim.SGD(twin.parameters(), lr=0.1)
-        for index in range(3):
-            plain_step(twin, local, index)
-        assert training.drift(twin, model) < training.RELATIVE
-        optimizer._remote.client.delete_session(optimizer.session.name)
+        if others:
+            assert not ran[1].is_set(), "parameters of two steps are not used together"
+            assert [type(exc) for exc in failures] == [optwire.StaleStepError]
+            assert all(torch.equal(p, torch.from_numpy(newest[name])) for name, p in model.named_parameters())
+        else:
+            assert ran[1].is_set()
+            local = torch.optim.SGD(twin.parameters(), lr=0.1)
+            for index in range(3):
+                plain_step(twin, local, index)
+            assert training.drift(twin, model) < training.RELATIVE
+        client.delete_session(optimizer.session.name)
         optimizer.close()
 
 

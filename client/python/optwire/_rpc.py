@@ -10,7 +10,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -53,7 +53,7 @@ class Channel:
 
     def __init__(self, options: _options.Options) -> None:
         self._channel = grpc.insecure_channel(options.target, options=_CHANNEL_OPTIONS)
-        self._stub = pb_grpc.OptimizerServiceStub(_Frames(self._channel))
+        self._stub = pb_grpc.OptimizerServiceStub(cast(grpc.Channel, _Frames(self._channel)))
         self._watchdog = _deadlines.Watchdog()
         self._closed = threading.Event()
         self._sharings: weakref.WeakSet[_shared.Sharing] = weakref.WeakSet()
@@ -418,8 +418,8 @@ def _answer(
     return ack, incoming.finish(response.digest.length)
 
 
-def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame | bytes]:
-    """Begin, chunks, end; the digest is taken on the way."""
+def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Any]:
+    """Begin, chunks, end; the digest is taken on the way. Chunks are bytes of the wire."""
     _allocator.warm_up()
     kind = type(begin)
     yield begin
@@ -434,7 +434,7 @@ def _frames(begin: Frame, payload: _payload.Outgoing) -> Iterator[Frame | bytes]
 
 def _staged(
     stage: pb.StreamStepsRequest, feed: _stages.Feed, begins: queue.SimpleQueue[pb.StreamStepsRequest]
-) -> Iterator[pb.StreamStepsRequest | bytes]:
+) -> Iterator[Any]:
     """Stage, chunks, begin, more chunks, end. Does not hold the call, which ends when nobody does."""
     _allocator.warm_up()
     yield stage

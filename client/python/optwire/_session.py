@@ -573,7 +573,7 @@ class Session:
         with self._using():
             if self._stage is None:
                 self._stage = _stages.Stage(self._tree, buffers)
-            if not self._stage.is_sending and self._goes_in_frames():
+            if self._stage.may_send and self._goes_in_frames():
                 self._staged = stream = self._taken_stream()
                 self._stage.send_by(lambda feed: stream.stage(self._id, self._incarnation, feed))
             return self._stage

@@ -9,34 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import mmap
 import os
 import secrets
-import socket
-import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-import numpy as np
-
-from optwire import _deadlines, _options, _payload
+from optwire import _deadlines, _options, _payload, _segment
 from optwire_proto import digests, errors, handover, limits, sessions, tensors, trees
 
 # What a send gets: the try's deadline, the slot, and what stands for the payload.
 Send = Callable[[_deadlines.Deadline, int, sessions.Digest], sessions.Ack]
 
-_HANDOVER_S: Final = 10.0  # in which a segment must be handed over; the server has to find the memory first
 _MESSAGE_S: Final = 5.0
-_PAGE: Final = mmap.PAGESIZE
-
-
-class RefusedError(Exception):
-    """There is no segment; says why, for people. ``reason`` is that of the server's error, where it gave one."""
-
-    def __init__(self, why: str, reason: object = "") -> None:
-        super().__init__(why)
-        self.reason = reason
 
 
 class Sharing:
@@ -69,14 +53,14 @@ class Sharing:
         self._worker = worker
         self._tree = tree
         self._find_path = find_path
-        self._segment: Segment | None = None
+        self._segment: _segment.Segment | None = None
         self._unanswered: _Unanswered | None = None
         self._is_in_use = False  # whether the server may be reading and writing the segment
         self._pid = 0  # of the process that the segment was handed over to
         self._is_closed = False
         self.reason = unless or self._refusal()
 
-    def segment(self, deadline: _deadlines.Deadline) -> Segment | None:
+    def segment(self, deadline: _deadlines.Deadline) -> _segment.Segment | None:
         """The segment of this handle, which is asked for at the first call; None where there is none.
 
         Raises:
@@ -90,9 +74,9 @@ class Sharing:
             soon = _deadlines.Deadline(min(_MESSAGE_S, deadline.remaining_s / 2))
             try:
                 path = _deadlines.retried(lambda _: self._find_path(soon), soon, "asking for shared memory")
-                self._segment = attach(path, self._session_id, self._worker, self._tree)
+                self._segment = _segment.attach(path, self._session_id, self._worker, self._tree)
                 self._pid, self.reason = os.getpid(), f"handed over on {path}"
-            except RefusedError as exc:
+            except _segment.RefusedError as exc:
                 self.reason = str(exc)
                 if must and exc.reason == errors.SessionNotFoundError.reason:
                     raise errors.SessionNotFoundError(self.reason, subject=self._session_id) from exc
@@ -192,7 +176,7 @@ class Sharing:
                     if self._is_in_use:
                         self._take_back(segment, _MESSAGE_S)
                 there = (views for index, views in enumerate(segment.grads) if index not in unanswered.absent)
-                unanswered.content = _digest([wire_view(array) for array in there])
+                unanswered.content = _digest([_segment.wire_view(array) for array in there])
             raise
 
     def close(self) -> None:
@@ -214,7 +198,7 @@ class Sharing:
             self._segment.close()
         self._segment, self._is_in_use, self.reason = None, False, why
 
-    def _take_back(self, segment: Segment, timeout_s: float) -> None:
+    def _take_back(self, segment: _segment.Segment, timeout_s: float) -> None:
         try:
             is_quiet = segment.quiet(timeout_s)
         except (OSError, handover.HandoverError) as exc:
@@ -244,162 +228,12 @@ class _Unanswered:
     token: bytes
     payload: _payload.Outgoing | None
     absent: tuple[int, ...]
-    segment: Segment
+    segment: _segment.Segment
     content: sessions.Digest | None = None
 
     def is_made_by(self, payload: _payload.Outgoing) -> bool:
         """Whether it is the push of a payload: made by the same call, or made again by the user with the same bytes."""
         return payload is self.payload or (self.content is not None and self.content == _digest(payload.arrays))
-
-
-class Segment:
-    """Memory shared with the server, and the connection that it is held by.
-
-    Attributes:
-      slot: what a push names it by.
-      grads: one array a leaf, to write gradients to.
-      params: one array a leaf, where the server writes the parameters of its replies to.
-    """
-
-    def __init__(
-        self, connection: socket.socket, grant: handover.Grant, memory: mmap.mmap, tree: trees.TreeSpec
-    ) -> None:
-        self.slot = grant.slot
-        whole = np.frombuffer(memory, np.uint8)
-        whole[::_PAGE] = 0  # its pages are entered here, and not during the first step
-        self._first = whole.ctypes.data
-        self._nbytes = grant.nbytes
-        self.grads = _views(whole[: grant.params], grant.offsets, tree)
-        self.params = _views(whole[grant.params :], grant.offsets, tree)
-        self._connection = connection
-        self._asked = False  # whether an answer to the question for quiet is on its way
-        self._end = weakref.finalize(self, connection.close)
-
-    def fill(self, arrays: Sequence[tensors.Array], absent: Sequence[int]) -> None:
-        """Copies gradients to where they belong, except those that are there."""
-        gone = frozenset(absent)
-        there = [array for index, array in enumerate(self.grads) if index not in gone]
-        moved = [(own, array) for own, array in zip(there, arrays, strict=True) if _address(own) != _address(array)]
-        # What lies elsewhere in the segment is saved first: it might be written over before it is copied.
-        saved = [(own, array.copy() if self._has(array) else array) for own, array in moved]
-        for own, array in saved:
-            np.copyto(wire_view(own), array)
-
-    def read(self, incoming: _payload.Incoming) -> list[tensors.Array]:
-        """Copies the arrays of a reply to where they are wanted, except those that are wanted where they are."""
-        for own, array in zip(self.params, incoming.arrays, strict=True):
-            if _address(own) != _address(array):
-                np.copyto(wire_view(array), wire_view(own))
-        return list(incoming.arrays)
-
-    def quiet(self, timeout_s: float) -> bool:
-        """Takes the memory back from pushes that were made before; waits for those that have begun.
-
-        Returns:
-          Whether they are over. If not, ask again.
-
-        Raises:
-          OSError, HandoverError: the connection is of no further use.
-        """
-        if not self._asked:
-            handover.send(self._connection, handover.ASK_QUIET, _MESSAGE_S)
-            self._asked = True
-        self._connection.settimeout(max(timeout_s, 1e-3))
-        try:
-            self._connection.recv(1, socket.MSG_PEEK)
-        except TimeoutError:
-            return False
-        answer = handover.receive(self._connection, limits.HANDOVER_REPLY_BYTES_MAX, _MESSAGE_S)
-        quiet = handover.Quiet.from_json(answer)
-        self._asked, self.slot = False, quiet.slot
-        return quiet.is_quiet
-
-    def close(self) -> None:
-        """Ends the connection, and with it the server's side."""
-        self._end()
-
-    def _has(self, array: tensors.Array) -> bool:
-        return self._first - array.nbytes < _address(array) < self._first + self._nbytes
-
-
-def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Segment:
-    """A segment from the server whose handover socket is at ``path``.
-
-    Raises:
-      RefusedError: there is none, and why.
-    """
-    if sys.platform != "linux":
-        raise RefusedError(f"shared memory is handed over on Linux, this is {sys.platform}")
-    if not path:
-        raise RefusedError("the server shares no memory")
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    files: list[int] = []
-    try:
-        connection.settimeout(_HANDOVER_S)
-        connection.connect(path)
-        user = handover.peer_user(connection)
-        if user != os.geteuid():
-            raise RefusedError(f"the server is of user {user}, this process of user {os.geteuid()}")
-        with contextlib.suppress(BrokenPipeError):  # a server that is full refuses before it listens
-            handover.send(connection, handover.Request(session_id, worker).to_json(), _MESSAGE_S)
-        answer = handover.receive(connection, limits.HANDOVER_REPLY_BYTES_MAX, _HANDOVER_S, files=files)
-        if "refused" in answer:
-            why = f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX]
-            raise RefusedError(why, answer.get("reason", ""))
-        grant = handover.Grant.from_json(answer)
-        if len(files) != 1:
-            raise handover.HandoverError(f"{len(files)} file descriptors, expected one")
-        _check(grant, files[0], tree)
-        return Segment(connection, grant, mmap.mmap(files[0], grant.nbytes), tree)
-    except BaseException as exc:
-        connection.close()
-        if isinstance(exc, FileNotFoundError | ConnectionRefusedError):
-            raise RefusedError(
-                f"no socket of the server at {path} here: another host, or a container that does not share its folder"
-            ) from exc
-        if isinstance(exc, OSError | handover.HandoverError | ValueError):
-            raise RefusedError(f"{path}: {exc}") from exc
-        raise
-    finally:
-        for file in files:
-            os.close(file)
-
-
-def wire_view(array: tensors.Array) -> tensors.Array:
-    """An array as ``trees.match`` gives it: bf16 as its bits."""
-    return array.view(np.uint16) if tensors.is_bf16(array.dtype) else array
-
-
-def _check(grant: handover.Grant, file: int, tree: trees.TreeSpec) -> None:
-    """Raises HandoverError where the segment is not what the tree needs, or could shrink under us."""
-    import fcntl  # not at the top: Windows has none
-
-    sealed = fcntl.fcntl(file, fcntl.F_GET_SEALS)
-    if not sealed & fcntl.F_SEAL_SHRINK or os.fstat(file).st_size < grant.nbytes:
-        raise handover.HandoverError("the segment's size is not sealed, or less than was said")
-    if len(grant.offsets) != len(tree.leaves):
-        raise handover.HandoverError(
-            f"{len(grant.offsets)} offsets, expected one for each of {len(tree.leaves)} leaves"
-        )
-    end = 0
-    for start, leaf in sorted(zip(grant.offsets, tree.leaves, strict=True), key=lambda pair: pair[0]):
-        if leaf.nbytes and (start < end or start % tensors.itemsize(leaf.dtype)):
-            raise handover.HandoverError(f"leaf {leaf.name!r} overlaps another, or is not aligned")
-        end = max(end, start + leaf.nbytes)
-    if end > grant.params or grant.params + end > grant.nbytes or grant.params % limits.ALIGNMENT_BYTES:
-        raise handover.HandoverError("the leaves reach beyond the segment")
-
-
-def _views(memory: tensors.Array, offsets: Sequence[int], tree: trees.TreeSpec) -> list[tensors.Array]:
-    return [
-        memory[start : start + leaf.nbytes].view(tensors.numpy_dtype(leaf.dtype)).reshape(leaf.shape)
-        for start, leaf in zip(offsets, tree.leaves, strict=True)
-    ]
-
-
-def _address(array: tensors.Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
 
 
 def _digest(arrays: Sequence[tensors.Array]) -> sessions.Digest:

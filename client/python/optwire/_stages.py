@@ -15,6 +15,8 @@ import numpy as np
 
 from optwire_proto import digests, limits, sessions, tensors, trees
 
+# How often the gradients of one push are begun to be sent: a connection may have been lost, or the server has no room.
+_STARTS_MAX = 2
 # Bytes that are compared at once; what NumPy makes of them meanwhile stays in the cache.
 _COMPARED_BYTES = 256 * limits.KIB
 
@@ -36,6 +38,12 @@ class Stage:
         self._bytes = [array.reshape(-1).view(np.uint8) for array in self.buffers]
         self._copied: set[int] = set()  # for the push to come
         self._feed: Feed | None = None
+        self._starts = 0
+
+    @property
+    def may_send(self) -> bool:
+        """Whether the sending is to be begun: it is not under way, and was not in vain too often for this push."""
+        return not self.is_sending and self._starts < _STARTS_MAX
 
     @property
     def is_sending(self) -> bool:
@@ -52,6 +60,7 @@ class Stage:
         if lost is not None:
             self.lost(lost)
         feed = Feed(self._tree, self._bytes)
+        self._starts += 1
         start(feed)
         self._feed = feed
         for index in self._copied:
@@ -86,12 +95,13 @@ class Stage:
         if feed is None or feed.is_over:
             self.close()
             return None
-        self._feed, self._copied = None, set()
+        self._feed, self._copied, self._starts = None, set(), 0
         return feed
 
     def close(self) -> None:
         """Ends the sending, and forgets what was copied."""
-        feed, self._feed, self._copied = self._feed, None, set()
+        feed, self._feed = self._feed, None
+        self._copied, self._starts = set(), 0
         if feed is not None:
             self.lost(feed)
 

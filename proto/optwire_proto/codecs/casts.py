@@ -28,6 +28,12 @@ class Cast(codec.Codec):
     def parts(self, size: int) -> tuple[trees.LeafSpec, ...]:
         return (codec.part("values", size, str(self)),)
 
+    def cast(self, values: npt.NDArray[Any], bits: npt.NDArray[np.uint16]) -> None:
+        """Writes the 16 bits of each value; of any size, without a copy of values that are of 32 bits."""
+        with np.errstate(all="ignore"):
+            for piece in codec.pieces(values.size):
+                self.narrow(np.asarray(values[piece], np.float32), bits[piece])
+
     @abc.abstractmethod
     def narrow(self, values: codec.Floats, out: npt.NDArray[np.uint16]) -> None:
         """Writes the 16 bits of each value; of one piece."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import enum
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
@@ -59,7 +60,7 @@ class Codec(abc.ABC):
         return isinstance(other, Codec) and str(self) == str(other)
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(self.kind)
 
     def bears_on(self, dtype: str) -> bool:
         """Whether the bytes of leaves of an element type change at all."""
@@ -67,11 +68,11 @@ class Codec(abc.ABC):
 
     def encoded(self, leaf: trees.LeafSpec) -> tuple[trees.LeafSpec, ...]:
         """The arrays that a leaf becomes, in the order in which they travel; their names are the parts of its own."""
-        return self.parts(leaf.elements) if self.bears_on(leaf.dtype) else (leaf,)
+        return _parts(self, leaf.elements) if self.bears_on(leaf.dtype) else (leaf,)
 
     def encoded_bytes(self, leaf: trees.LeafSpec) -> int:
         """Length of what a leaf becomes."""
-        return sum(part.nbytes for part in self.encoded(leaf))
+        return _parts_bytes(self, leaf.elements) if self.bears_on(leaf.dtype) else leaf.nbytes
 
     @abc.abstractmethod
     def parts(self, size: int) -> tuple[trees.LeafSpec, ...]:
@@ -119,6 +120,17 @@ class Codec(abc.ABC):
         self._decode(arrays, decoded, where)
         for piece in pieces(out.size):
             out[piece] += decoded[piece]
+
+
+# A push asks for these for each of its leaves, over and over.
+@functools.lru_cache(maxsize=4096)
+def _parts(how: Codec, size: int) -> tuple[trees.LeafSpec, ...]:
+    return how.parts(size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts_bytes(how: Codec, size: int) -> int:
+    return sum(part.nbytes for part in how.parts(size))
 
 
 def reader(values: npt.NDArray[Any], plus: Floats | None = None, factor: float = 1.0) -> Read:

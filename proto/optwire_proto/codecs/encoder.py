@@ -33,7 +33,7 @@ def views(how: codec.Codec, arrays: list[tensors.Array]) -> Iterator[list[memory
             count = min(rest.size, (buffer.size - used) // width)
             target = buffer[used : used + count * width]
             if is_cast:
-                how.encode(count, codec.reader(rest[:count]), [target.view(np.uint16)])
+                how.cast(rest[:count], target.view(np.uint16))
             else:
                 target[:] = rest[:count]
             used += target.size

@@ -122,7 +122,8 @@ def _largest(bits: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.intp]:
     exact = np.partition(magnitudes, len(above) - count)[len(above) - count]
     chosen = magnitudes > exact
     chosen[np.flatnonzero(magnitudes == exact)[: count - int(np.count_nonzero(chosen))]] = True
-    return above[chosen]
+    found: npt.NDArray[np.intp] = above[chosen]
+    return found
 
 
 def _guess(bits: npt.NDArray[np.uint32], count: int, spread: int) -> np.uint32:

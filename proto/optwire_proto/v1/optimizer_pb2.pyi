@@ -787,13 +787,15 @@ class CreateSessionBegin(google.protobuf.message.Message):
     durability: global___Durability.ValueType
     """What an acknowledged step survives. This version serves DURABILITY_MEMORY."""
     grads_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
-    """Encoding of gradients."""
+    """Encoding of gradients. CODEC_UNSPECIFIED: as in the session that is extended, otherwise CODEC_RAW."""
     params_codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
-    """Encoding of parameters in the replies to pushes. The initial ones, and those of ReadParams, are CODEC_RAW."""
+    """Encoding of parameters in the replies to pushes. The initial ones, and those of ReadParams, are CODEC_RAW.
+    CODEC_UNSPECIFIED: as in the session that is extended, otherwise CODEC_RAW.
+    """
     seed: builtins.int
     """Seed of the session's randomness: what is random in an update is a function of it and the number of updates."""
     top_k_fraction: builtins.float
-    """Share of the largest elements that CODEC_TOP_K sends, of 1. 0: 0.01."""
+    """Share of the largest elements that CODEC_TOP_K sends, of 1, in both directions: up to 0.5. 0: 0.01."""
     turns: builtins.int
     """Turns that the session gets on the device for each one of a session with 1, when several wait for it; 1 to 64. 0: 1."""
     @property
@@ -1524,7 +1526,7 @@ class PushBegin(google.protobuf.message.Message):
     TELEMETRY_FIELD_NUMBER: builtins.int
     VIEW_STEP_FIELD_NUMBER: builtins.int
     codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
-    """Encoding of this payload. CODEC_UNSPECIFIED: as the session says."""
+    """Encoding of this payload: the session's, which CODEC_UNSPECIFIED stands for."""
     weight: builtins.float
     """Reserved for workers: samples behind these gradients, for weighted means. 0: 1."""
     grad_scale: builtins.float
@@ -1538,8 +1540,8 @@ class PushBegin(google.protobuf.message.Message):
     telemetry: builtins.bool
     """Whether the ack carries metrics."""
     view_step: builtins.int
-    """Step of the parameters that the client has, as a reply or ReadParams told them. Codecs that send what has changed
-    send that to whoever has the step before, and whole parameters to everybody else. Not set: nobody's.
+    """Step of the last reply whose parameters the client has a copy of, in this incarnation. Codecs that send differences
+    send one to whoever has the step it starts from, and whole parameters to everybody else. Not set: it has none.
     """
     @property
     def key(self) -> global___PushKey:
@@ -1773,7 +1775,10 @@ global___StreamStepsRequest = StreamStepsRequest
 @typing.final
 class PushStage(google.protobuf.message.Message):
     """The payload of a push comes before its key: chunks in any order follow, each inside of one leaf, and a later one
-    replaces what an earlier one said of the same bytes. Then its `begin`, more such chunks, and `end`.
+    replaces what an earlier one said of the same bytes. Then its `begin`, more such chunks, and `end`. Offsets are those of
+    a payload with every leaf; the digest in `end` is that of the push's payload, without absent leaves, as if it had come
+    in order. Until `begin` the stream is idle: the server may end it where it needs the stream's place or memory, and the
+    client then sends all again.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

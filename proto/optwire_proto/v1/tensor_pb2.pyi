@@ -110,14 +110,16 @@ class _CodecEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     CODEC_F16: _Codec.ValueType  # 3
     """leaves of 32 or 64 bits rounded to f16"""
     CODEC_INT8: _Codec.ValueType  # 4
-    """blockwise scaled bytes"""
+    """bytes, with a scale for each 256"""
     CODEC_TOP_K: _Codec.ValueType  # 5
-    """largest elements only"""
+    """the largest elements, with their positions"""
     CODEC_SIGN: _Codec.ValueType  # 6
-    """one bit an element"""
+    """one bit an element, with a scale for each 4,096"""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
-    """How a payload is encoded. Up (gradients) and down (parameters) are chosen independently when a session is created."""
+    """How a payload is encoded. Up (gradients) and down (parameters) are chosen independently when a session is created.
+    Leaves of real numbers of 32 or 64 bits are encoded, each by itself; docs/codecs.md has the layouts.
+    """
 
 CODEC_UNSPECIFIED: Codec.ValueType  # 0
 """same as CODEC_RAW"""
@@ -128,11 +130,11 @@ CODEC_BF16: Codec.ValueType  # 2
 CODEC_F16: Codec.ValueType  # 3
 """leaves of 32 or 64 bits rounded to f16"""
 CODEC_INT8: Codec.ValueType  # 4
-"""blockwise scaled bytes"""
+"""bytes, with a scale for each 256"""
 CODEC_TOP_K: Codec.ValueType  # 5
-"""largest elements only"""
+"""the largest elements, with their positions"""
 CODEC_SIGN: Codec.ValueType  # 6
-"""one bit an element"""
+"""one bit an element, with a scale for each 4,096"""
 global___Codec = Codec
 
 @typing.final

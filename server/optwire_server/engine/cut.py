@@ -1,8 +1,8 @@
 """The cut: which leaves of a session lie together, and in which blocks they are updated. Pure: no array, no compiler.
 
-A **span** is what one rule treats alike: leaves of one kind, laid end to end and cut into flat blocks (ELEMENT), one leaf
-in its own shape (TENSOR), or all leaves (TREE). A **block** is what one call of a compiled kernel updates. A span can be
-split later, as its leaves part ways; where its leaves lie in a landing stays as it was.
+A **span** is what one rule treats alike: leaves of one kind, laid end to end and cut into flat blocks (ELEMENT), one
+leaf in its own shape (TENSOR), or all leaves (TREE). A **block** is what one call of a compiled kernel updates. A span
+can be split later, as its leaves part ways; where its leaves lie in a landing stays as it was.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _flat(tree: trees.TreeSpec, verdicts: Sequence[Hashable]) -> Cut:
             offsets[index] = end
             end += tree.leaves[index].nbytes
         itemsize = tensors.itemsize(tree.leaves[positions[0]].dtype)
-        stop = layouts.padded(first + sum(_sizes((end - first) // itemsize, is_single)) * itemsize)
+        stop = layouts.padded(first + sum(_sizes((end - first) // itemsize, is_single=is_single)) * itemsize)
         if stop > end:
             gaps.append((end, stop))
         bounds.append(first)
@@ -192,7 +192,7 @@ def _flat(tree: trees.TreeSpec, verdicts: Sequence[Hashable]) -> Cut:
     return Cut(Granularity.ELEMENT, tuple(members), spans, layout)
 
 
-def _sizes(elements: int, is_single: bool) -> list[int]:
+def _sizes(elements: int, *, is_single: bool) -> list[int]:
     """The blocks of so many elements; one at least, as what belongs to no leaf must go on, too.
 
     Leaves of a single element have a block each: by itself, such a leaf is rounded otherwise than one among others.
@@ -213,7 +213,8 @@ def _span(kind: int, positions: Sequence[int], tree: trees.TreeSpec, layout: Lay
     starts = tuple(itertools.accumulate((leaf.nbytes // dtype.itemsize for leaf in leaves), initial=0))
     ranges = _merged(starts, [layout.offsets[index] for index in positions], dtype.itemsize)
     blocks, start = [], 0
-    for size in _sizes(starts[-1], len(leaves) == starts[-1] and all(math.prod(leaf.shape) == 1 for leaf in leaves)):
+    is_single = all(math.prod(leaf.shape) == 1 for leaf in leaves)
+    for size in _sizes(starts[-1], is_single=is_single):
         offset = None if first is None else first + start * dtype.itemsize
         runs = tuple(_within(ranges, start, start + size, dtype.itemsize))
         valid = max(0, min(size, starts[-1] - start))

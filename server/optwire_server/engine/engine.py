@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jaxlib.version
@@ -116,7 +116,7 @@ class Engine:
             nowhere. shape=(layout.nbytes,), uint8
 
         Returns:
-          Notes of the update, and what it added to the parameters (segments in payload order), where the variant has it.
+          Notes of the update, and what it added to the parameters, where the variant has it: segments in payload order.
 
         Raises:
           UpdateError: nothing or everything of the old state is left, as it says.
@@ -141,7 +141,7 @@ class Engine:
         return holding.params(which)
 
     def arrays(self, holding: Held) -> list[np.ndarray]:
-        """All arrays of the state, in the order that their program names them: flat segments, as those of ``params``."""
+        """All arrays of the state, in the order that their program names them: segments, as those of ``params``."""
         return holding.arrays()
 
     def replace(self, holding: Held, arrays: Mapping[int, tensors.Array]) -> None:

@@ -68,7 +68,7 @@ class Executables:
         Raises:
           LimitError: others have been compiling for too long.
         """
-        key = (digest(closed), tuple(outputs), tuple(donated), bool(jax.config.jax_enable_x64))
+        key = (digest(closed), tuple(outputs), tuple(donated), bool(jax.config.read("jax_enable_x64")))
         with self._lock:
             if key in self._made:
                 self._made.move_to_end(key)
@@ -110,10 +110,7 @@ def _compiled(closed: Any, outputs: Sequence[int], donated: Sequence[int]) -> Ex
         [position in kept for position in range(len(jaxpr.invars))],
     )
     positions = tuple(position for position, is_used in enumerate(used) if is_used)
-    arguments = [
-        jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype, weak_type=getattr(variable.aval, "weak_type", False))
-        for variable in own.invars
-    ]
+    arguments = [_abstract(variable.aval) for variable in own.invars]
     donate = tuple(place for place, position in enumerate(positions) if position in kept)
     function = core.jaxpr_as_fun(core.ClosedJaxpr(own, closed.consts))
     run = jax.jit(function, donate_argnums=donate, keep_unused=True).lower(*arguments).compile(_options())
@@ -124,9 +121,9 @@ def _compiled(closed: Any, outputs: Sequence[int], donated: Sequence[int]) -> Ex
 
 
 @functools.cache
-def _options() -> dict[str, bool] | None:
+def _options() -> dict[str, str | bool] | None:
     """For the compiler: without the first it copies a slot that is written while another array is computed from it."""
-    wanted = {"xla_cpu_copy_insertion_use_region_analysis": True}
+    wanted: dict[str, str | bool] = {"xla_cpu_copy_insertion_use_region_analysis": True}
     try:
         jax.jit(lambda x: x).lower(0).compile(wanted)
     except jax.errors.JaxRuntimeError:  # it has no such option, or another name for it
@@ -144,6 +141,10 @@ def _flaw(run: Any, donated_bytes: int) -> str:
         return f"{memory.temp_size_in_bytes} bytes beside {donated_bytes} bytes of state"
     sizes = (math.prod(map(int, sides.split(","))) for sides in _COPY.findall(run.as_text()))
     return "the state is copied" if any(size > _COPIED_MAX for size in sizes) else ""
+
+
+def _abstract(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
 def _bytes(argument: Any) -> int:

@@ -5,7 +5,7 @@ For the device's thread only.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +14,12 @@ import jax
 import numpy as np
 
 from optwire_proto import limits, tensors
-from optwire_server.engine import cut, device, kernel, program, reductions, slots, telemetry
+from optwire_server.engine import cut, device, kernel, reductions, slots, telemetry
+from optwire_server.engine import program as programs
 from optwire_server.engine.layout import Layout
+
+# Programs and variants whose work on a session is remembered.
+_KEPT_MAX = 16
 
 
 class UpdateError(Exception):
@@ -62,25 +66,55 @@ class _Given(NamedTuple):
     gone: frozenset[int]
 
 
-@dataclasses.dataclass(eq=False)
+class _Division:
+    """The spans of a state, and what is looked up in them over and over again.
+
+    Attributes:
+      spans: in order.
+      jobs: what an update does, by program and variant.
+    """
+
+    def __init__(self, spans: tuple[cut.Span, ...], leaves: int) -> None:
+        self.spans = spans
+        self.jobs: dict[tuple[programs.Program, programs.Variant | None], list[_Job]] = {}
+        self._leaves = leaves
+
+    @functools.cached_property
+    def pieces(self) -> list[tuple[cut.Piece, ...]]:
+        """Where each leaf is."""
+        return cut.pieces(self.spans, self._leaves)
+
+    @functools.cached_property
+    def reading(self) -> tuple[cut.Piece, ...]:
+        """The pieces of all leaves in payload order."""
+        return cut.merged(self.pieces)
+
+    @functools.cached_property
+    def span_of(self) -> dict[int, int]:
+        """Position of each leaf's span."""
+        return {leaf: at for at, span in enumerate(self.spans) for leaf in span.leaves}
+
+
 class Held:
     """One session's arrays.
 
     Attributes:
       program: of the step to come.
       state: the arrays of each span; None: they are lost, or freed.
-      spans: what they are the arrays of; the program's, until they are split.
       lane: of the session's tasks.
     """
 
-    program: program.Program
-    state: list[SpanState] | None = None
-    spans: tuple[cut.Span, ...] = ()
-    lane: device.Lane = dataclasses.field(default_factory=device.Lane)
-
-    def __post_init__(self) -> None:
+    def __init__(self, program: programs.Program) -> None:
+        self.program = program
+        self.state: list[SpanState] | None = None
+        self.lane = device.Lane()
         self._scratch: dict[int, np.ndarray] = {}
-        self._divide(self.spans or self.program.cut.spans)
+        self._divided = _Division(program.cut.spans, len(program.tree.leaves))
+
+    @property
+    def spans(self) -> tuple[cut.Span, ...]:
+        """What the state is the arrays of: the program's spans, until they are split."""
+        return self._divided.spans
 
     @property
     def layout(self) -> Layout:
@@ -101,7 +135,7 @@ class Held:
         """Makes the state before the first step, of parameters in the session's layout, which are copied."""
         given = _Given([], [], memory, frozenset())
         made = []
-        for job in self._jobs(program.Variant(), frozenset()):
+        for job in self._jobs(programs.Variant(), frozenset()):
             parts = [self._grad(given, job, at) for at in range(len(job.block.parts))]
             own, common = job.kernel.init(parts, rates, seed)
             if job.number == 0:
@@ -112,7 +146,7 @@ class Held:
     # ------------------------------------------------------------------------------------------- updates
 
     def update(
-        self, variant: program.Variant, operands: program.Operands, memory: np.ndarray, out: np.ndarray | None
+        self, variant: programs.Variant, operands: programs.Operands, memory: np.ndarray, out: np.ndarray | None
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, block by block, yielding between them.
 
@@ -169,11 +203,12 @@ class Held:
         assert self.state is not None, "the session's state is gone"
         return self.state
 
-    def _jobs(self, variant: program.Variant | None, gone: frozenset[int]) -> list[_Job]:
+    def _jobs(self, variant: programs.Variant | None, gone: frozenset[int]) -> list[_Job]:
         """What an update does, block by block; None: nothing."""
         key = (self.program, variant)
-        if not gone and (known := self._known.get(key)) is not None:
-            return known
+        kept = self._divided.jobs
+        if not gone and key in kept:
+            return kept[key]
         jobs = []
         for at, span in enumerate(self.spans):
             is_gone = not self.program.is_tree and span.leaves[0] in gone
@@ -183,18 +218,20 @@ class Held:
                 own = variants[is_gone] if is_gone < len(variants) else None
                 jobs.append(_Job(at, number, block, each, each.step(own) if own else None, is_gone))
         if not gone:
-            self._known = {key: jobs} if len(self._known) > 8 else {**self._known, key: jobs}
+            if len(kept) > _KEPT_MAX:
+                kept.clear()
+            kept[key] = jobs
         return jobs
 
     def _reduce(self, jobs: Sequence[_Job], given: _Given) -> device.Work[None]:
         """Takes the sums over all leaves, one after the other, each of the parts of all blocks in their order."""
         steps = [(job, job.step) for job in jobs if job.step is not None]
         for at in range(max((len(step.partials) for _, step in steps), default=0)):
-            parts = []
+            parts: list[Any] = []
             for job, step in steps:
                 part = step.partials[at]
                 if isinstance(part, float):
-                    parts.append(np.float64(part))
+                    parts.append(part)
                 else:
                     parts.append(np.asarray(self._call(part, job, given)[0]))
                     yield
@@ -213,7 +250,7 @@ class Held:
         arguments += [self._grad(given, job, at) for at in takes.grads]
         arguments += [common[at] for at in takes.common]
         arguments += own if len(takes.own) == len(own) else [own[at] for at in takes.own]
-        if self.program.is_wide == jax.config.jax_enable_x64:
+        if self.program.is_wide == jax.config.read("jax_enable_x64"):
             made: list[Any] = call.run(*arguments)
             return made
         with self.program.precision():
@@ -246,7 +283,7 @@ class Held:
             out[run.offset : run.offset + segment.nbytes] = segment
 
     def _told(
-        self, variant: program.Variant, results: Sequence[tuple[_Job, list[Any]]]
+        self, variant: programs.Variant, results: Sequence[tuple[_Job, list[Any]]]
     ) -> tuple[Mapping[str, float], list[np.ndarray]]:
         """What an update tells, of what its blocks gave beside their state."""
         notes: dict[str, float] = {}
@@ -266,7 +303,7 @@ class Held:
             notes |= telemetry.figures(totals, self.program.elements)
         if not variant.updates:
             return notes, []
-        return notes, [added[at.span, at.block][at.part][at.start : at.stop] for at in self._reading()]
+        return notes, [added[at.span, at.block][at.part][at.start : at.stop] for at in self._divided.reading]
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -274,7 +311,7 @@ class Held:
         """The parameters, or those of a view that was prepared: segments in payload order, views of the state."""
         found: dict[tuple[int, int], list[np.ndarray]] = {}
         segments = []
-        for at in self._reading():
+        for at in self._divided.reading:
             if (arrays := found.get((at.span, at.block))) is None:
                 common, blocks = self._state[at.span]
                 span = self.spans[at.span]
@@ -306,8 +343,8 @@ class Held:
             made = view.call.run(*(common[at] for at in takes.common), *(own[at] for at in takes.own))
         return [np.asarray(array).reshape(-1) for array in made]
 
-    def _segments(self, place: program.Place) -> list[np.ndarray]:
-        at = 0 if place.leaf is None else self._span(place.leaf)
+    def _segments(self, place: programs.Place) -> list[np.ndarray]:
+        at = 0 if place.leaf is None else self._divided.span_of[place.leaf]
         each, holder = self._holder(at, place)
         is_common, index = each.where[place.array]
         if is_common or not self.program.cut.is_flat or place.leaf is None:
@@ -315,25 +352,13 @@ class Held:
             return [slots.to_numpy(array).reshape(-1)]
         return [
             np.asarray(holder.blocks[piece.block][index])[piece.start : piece.stop]
-            for piece in self._pieces()[place.leaf]
+            for piece in self._divided.pieces[place.leaf]
         ]
 
-    def _holder(self, at: int, place: program.Place) -> tuple[kernel.Kernel, SpanState]:
+    def _holder(self, at: int, place: programs.Place) -> tuple[kernel.Kernel, SpanState]:
         """The kernel and the arrays of a span."""
         span = self.spans[at]
         return self.program.kernel(span, span.blocks[0]), self._state[at]
-
-    def _reading(self) -> tuple[cut.Piece, ...]:
-        """The pieces of all leaves in payload order."""
-        if self._order is None:
-            self._order = cut.merged(self._pieces())
-        return self._order
-
-    def _pieces(self) -> list[tuple[cut.Piece, ...]]:
-        """Where each leaf is."""
-        if self._where is None:
-            self._where = cut.pieces(self.spans, len(self.program.tree.leaves))
-        return self._where
 
     # ------------------------------------------------------------------------------------------- writing
 
@@ -349,25 +374,24 @@ class Held:
                 self._put(state, places)
                 self.state = jax.block_until_ready(state)
                 return
-            before = self.spans, self.state
+            before = self._divided, self.state
             try:
                 self._share(places)
                 state = [SpanState(list(common), [list(own) for own in blocks]) for common, blocks in self._state]
                 self._put(state, places)
                 self.state = jax.block_until_ready(state)
             except BaseException:
-                self.state = before[1]
-                self._divide(before[0])
+                self._divided, self.state = before
                 raise
 
-    def _put(self, state: list[SpanState], places: Mapping[program.Place, tensors.Array]) -> None:
+    def _put(self, state: list[SpanState], places: Mapping[programs.Place, tensors.Array]) -> None:
         """Writes arrays over those of a state that nobody else has; leaves of a span have the same common arrays."""
         touched: dict[tuple[int, int, int], np.ndarray] = {}
         for place, array in places.items():
             if place.leaf is None:
                 self._put_everywhere(state, place, array)
                 continue
-            at = self._span(place.leaf)
+            at = self._divided.span_of[place.leaf]
             each, _ = self._holder(at, place)
             is_common, index = each.where[place.array]
             if is_common or not self.program.cut.is_flat:
@@ -375,7 +399,7 @@ class Held:
                 holder[index] = slots.from_numpy(array, holder[index])
                 continue
             flat, start = array.reshape(-1), 0
-            for piece in self._pieces()[place.leaf]:
+            for piece in self._divided.pieces[place.leaf]:
                 key = at, piece.block, index
                 if key not in touched:
                     touched[key] = np.array(state[at].blocks[piece.block][index])
@@ -385,7 +409,7 @@ class Held:
         for (at, block, index), host in touched.items():
             state[at].blocks[block][index] = slots.from_numpy(host, state[at].blocks[block][index])
 
-    def _put_everywhere(self, state: list[SpanState], place: program.Place, array: tensors.Array) -> None:
+    def _put_everywhere(self, state: list[SpanState], place: programs.Place, array: tensors.Array) -> None:
         """Writes an array that belongs to no leaf, in all spans."""
         for at, span in enumerate(self.spans):
             each = self.program.kernel(span, span.blocks[0])
@@ -404,32 +428,22 @@ class Held:
     # ------------------------------------------------------------------------------------------- splitting
 
     def _divide(self, spans: tuple[cut.Span, ...]) -> None:
-        self.spans = spans
-        self._known: dict[tuple[program.Program, program.Variant | None], list[_Job]] = {}
-        self._where: list[tuple[cut.Piece, ...]] | None = None
-        self._order: tuple[cut.Piece, ...] | None = None
-        self._spans_of: dict[int, int] | None = None
-
-    def _span(self, leaf: int) -> int:
-        """Position of a leaf's span."""
-        if self._spans_of is None:
-            self._spans_of = {leaf: at for at, span in enumerate(self.spans) for leaf in span.leaves}
-        return self._spans_of[leaf]
+        self._divided = _Division(spans, len(self.program.tree.leaves))
 
     def _split_off(self, gone: Collection[int]) -> None:
         """Splits spans so that each has gradients for all of its leaves, or for none."""
         if gone and self.program.cut.is_flat:
-            for at in sorted({self._span(leaf) for leaf in gone}, reverse=True):
+            for at in sorted({self._divided.span_of[leaf] for leaf in gone}, reverse=True):
                 apart = [leaf for leaf in self.spans[at].leaves if leaf in gone]
                 if len(apart) < len(self.spans[at].leaves):
                     self._split(at, apart)
 
-    def _share(self, places: Mapping[program.Place, tensors.Array]) -> None:
+    def _share(self, places: Mapping[programs.Place, tensors.Array]) -> None:
         """Splits spans so that leaves of one are to have the same common arrays."""
         wanted: dict[int, dict[int, bytes]] = {}
         for place, array in places.items():
             if place.leaf is not None:
-                each, _ = self._holder(self._span(place.leaf), place)
+                each, _ = self._holder(self._divided.span_of[place.leaf], place)
                 if each.where[place.array][0]:
                     wanted.setdefault(place.leaf, {})[place.array] = np.asarray(array).tobytes()
         for at in range(len(self.spans) - 1, -1, -1):
@@ -459,7 +473,7 @@ class Held:
     def _regathered(self, at: int, part: cut.Span) -> list[list[Any]]:
         """The own arrays of some leaves of a span, as the blocks of another one."""
         blocks: list[list[Any]] = [[] for _ in part.blocks]
-        where = self._pieces()
+        where = self._divided.pieces
         for index in range(len(self._state[at].blocks[0])):
             segments = [
                 np.asarray(self._state[at].blocks[piece.block][index])[piece.start : piece.stop]
@@ -477,7 +491,7 @@ class Held:
         return blocks
 
 
-def _gone(operands: program.Operands) -> frozenset[int]:
+def _gone(operands: programs.Operands) -> frozenset[int]:
     """Leaves that a push has no gradients for."""
     present = operands.present or ()
     return frozenset(leaf for leaf, is_there in enumerate(present) if not is_there)

@@ -1,8 +1,8 @@
 """A kernel: a rule traced for the leaves of one block, and what is compiled of it.
 
-The arrays of a block's state are its **own**, of the size of the block and written in place, or **common**: what belongs
-to no element, such as a count of updates. Blocks of one span have one set of common arrays: each takes the old ones and
-gives the same new ones. Only flat blocks have any; where leaves keep their shapes, all arrays are the block's own.
+The arrays of a block's state are its **own**, of the size of the block and written in place, or **common**: what
+belongs to no element, such as a count of updates. Blocks of one span have one set of common arrays: each takes the old
+ones and gives the same new ones. Only flat blocks have any; where leaves keep their shapes, all are the block's own.
 
 Knows no session, and neither which blocks there are nor where they lie.
 """
@@ -421,7 +421,8 @@ class Kernel:
         (grad,) = self._grads
         longer = [jax.ShapeDtypeStruct((2 * grad.size,), grad.dtype)]
         other = jax.eval_shape(lambda leaves: self._probe.init(leaves), longer)
-        if jax.tree.structure(other) != self._structure:
+        structure: Any = jax.tree.structure(other)
+        if structure != self._structure:
             raise UnfitError("the structure of the state depends on the size of a leaf")
         found = []
         for index, (one, two) in enumerate(zip(self.arrays, jax.tree.leaves(other), strict=True)):
@@ -462,7 +463,9 @@ class Kernel:
         call = rule.Call(operands.push, variant.closing, operands.extras, present=present, rounded=variant.updates)
         if variant.scaled:
             grads = [_unscaled(g, operands.grad_scale) for g in grads]
-        within = contextlib.nullcontext(None) if is_tree else reductions.reducing(reduced, valid if self._is_flat else None)
+        within = (
+            contextlib.nullcontext(None) if is_tree else reductions.reducing(reduced, valid if self._is_flat else None)
+        )
         sums: dict[str, Any] = {}
         with within as reducer:
             new = self._advanced(made, grads, state, call)
@@ -552,9 +555,7 @@ def _tainted(jaxpr: Any, inside: set[int]) -> list[bool]:
     return [id(out) in reached for out in jaxpr.outvars]
 
 
-def _with_added(
-    call: rule.Call, state: Any, new: Any, read: Callable[[Any], list[Any]]
-) -> tuple[Any, list[Any]]:
+def _with_added(call: rule.Call, state: Any, new: Any, read: Callable[[Any], list[Any]]) -> tuple[Any, list[Any]]:
     """The new state, and what its update added to the parameters: the optimizer's own word, or the difference.
 
     A difference is rounded; parameters in the state become the old ones plus it, as whoever adds it elsewhere has them.

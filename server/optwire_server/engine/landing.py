@@ -1,7 +1,7 @@
 """Landing buffers: where the bytes of a payload are copied to, once, from the messages they came in.
 
-What a layout says starts on a 64-byte boundary, so that JAX takes the buffer as it is instead of copying it. Buffers are
-reused: fresh memory costs a page fault every 4 KiB, more than the copy itself.
+Where a layout says so, memory is on a 64-byte boundary, so that JAX takes it as it is instead of copying it. Buffers
+are reused: fresh memory costs a page fault every 4 KiB, more than the copy itself.
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ class Program:
         raise AssertionError("a whole tree always fits")
 
     def _sample(self, verdicts: Sequence[Hashable]) -> tuple[list[int], list[trees.LeafSpec]]:
-        """Leaves that show how all are treated: rules look at verdicts, element types, ranks and the length of sides."""
+        """Leaves that show how all are treated: rules look at verdicts, element types, ranks and lengths of sides."""
         alike: dict[Hashable, list[int]] = {}
         for index, leaf in enumerate(self.tree.leaves):
             alike.setdefault((verdicts[index], leaf.dtype, len(leaf.shape)), []).append(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import numpy as np
@@ -20,8 +20,6 @@ from optwire_server import registry as registries
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
 from optwire_server.transport import frames, stages, streams
-
-F = TypeVar("F")
 
 
 class Servicer(pb_grpc.OptimizerServiceServicer):
@@ -231,7 +229,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         messages: Iterator[pb.StreamStepsRequest],
         stream: streams.Stream,
         context: grpc.ServicerContext,
-    ) -> Iterator[pb.StreamStepsResponse | bytes]:
+    ) -> Iterator[Any]:
         """A push and its reply in frames."""
         begun = stages.begun(start, messages, self._registry, stream, context.cancel)
         with begun as (begin, stage), stream.busy():
@@ -275,10 +273,10 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
 
 def _payload(
     params: list[np.ndarray[Any, Any]],
-    response: Callable[..., F],
+    response: Callable[..., Any],
     stream: streams.Stream,
     codec: codecs.Codec = codecs.RAW,
-) -> Iterator[F | bytes]:
+) -> Iterator[Any]:
     """Chunks and the end of the parameters; empties ``params``."""
     offset = 0
     for piece in codecs.payload_views(codec, params):

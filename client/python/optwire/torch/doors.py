@@ -27,8 +27,8 @@ class Doors:
 
     def __init__(self, opened: Open) -> None:
         self._opened = weakref.WeakMethod(opened)
-        self._called: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # since the last step
-        self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # in the step before
+        self._called = _Modules()  # since the last step
+        self._known = _Modules()  # in the step before
         self._is_shut = False
         self._handles: list[Any] = []
         self._watching = torch.nn.modules.module.register_module_forward_pre_hook(_Forward(self))
@@ -39,15 +39,16 @@ class Doors:
         Args:
           ids: of the parameters whose new values are on their way.
         """
-        self._known, self._called = self._called, weakref.WeakSet()
+        self._known, self._called = self._called, _Modules()
         users = [(module, frozenset(map(id, _uses(module, self._known)))) for module in self._known]
         if not ids <= frozenset().union(*(used for _, used in users)):
             return False
         self._is_shut = True
-        for module in {owner for user, used in users if used & ids for owner in _owners(user, self._known)}:
-            door = _Dictionary(self)
-            self._handles.append(module.register_state_dict_pre_hook(door))
-            self._handles.append(module.register_load_state_dict_pre_hook(door))
+        for user, used in users:
+            for module in _owners(user, self._known) if used & ids else ():
+                door = _Dictionary(self)
+                self._handles.append(module.register_state_dict_pre_hook(door))
+                self._handles.append(module.register_load_state_dict_pre_hook(door))
         return True
 
     def open(self) -> None:
@@ -82,6 +83,24 @@ class Doors:
             opened(ids)
 
 
+class _Modules:
+    """Modules that are not kept alive, by identity: what they call equal does not matter."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, weakref.ref[torch.nn.Module]] = {}
+
+    def add(self, module: torch.nn.Module) -> None:
+        if module not in self:
+            self._found[id(module)] = weakref.ref(module)
+
+    def __contains__(self, module: torch.nn.Module) -> bool:
+        found = self._found.get(id(module))
+        return found is not None and found() is module
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        return iter([module for found in self._found.values() if (module := found()) is not None])
+
+
 class _Hook:
     """A hook that does not keep its doors alive."""
 
@@ -113,7 +132,7 @@ class _Dictionary(_Hook):
         )
 
 
-def _owners(module: torch.nn.Module, called: weakref.WeakSet[torch.nn.Module]) -> Iterator[torch.nn.Module]:
+def _owners(module: torch.nn.Module, called: _Modules) -> Iterator[torch.nn.Module]:
     """A module, and the submodules whose parameters it uses itself, as they are not called."""
     yield module
     for child in module.children():
@@ -121,6 +140,6 @@ def _owners(module: torch.nn.Module, called: weakref.WeakSet[torch.nn.Module]) -
             yield from _owners(child, called)
 
 
-def _uses(module: torch.nn.Module, called: weakref.WeakSet[torch.nn.Module]) -> Iterable[torch.Tensor]:
+def _uses(module: torch.nn.Module, called: _Modules) -> Iterable[torch.Tensor]:
     for owner in _owners(module, called):
         yield from owner.parameters(recurse=False)
