@@ -125,7 +125,7 @@ RESULT = $(if $(BENCH),$(BENCH),--json benchmarks/results/$(1).json)
 .PHONY: bench
 bench: .venv/.demo ## measure remote steps beside local ones, limits, fairness, cold starts; half an hour (BENCH=--quick)
 	@.venv/bin/optwire bench step $(call RESULT,step) $(if $(BENCH),,--plot docs/performance.png)
-	@$(if $(BENCH),,.venv/bin/optwire bench step --params 1M --grads-codec '$(CODECS)' $(call RESULT,codecs))
+	@$(if $(BENCH),,.venv/bin/optwire bench step --params 1M --grads-codec '$(CODECS)' $(call RESULT,bytes))
 	@$(if $(BENCH),,for kind in limits fairness cold; do echo; .venv/bin/optwire bench $$kind $(call RESULT,$$kind); done)
 
 PEER = .venv-peers/bin/python benchmarks/peers

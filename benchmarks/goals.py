@@ -17,7 +17,7 @@ from optwire_bench import reports
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 DOCUMENT = HERE.parent / "docs" / "performance.md"
-KINDS = ("step", "peers", "codecs", "limits", "fairness", "cold")
+KINDS = ("step", "peers", "bytes", "limits", "fairness", "cold")
 
 
 class Found:
@@ -64,7 +64,7 @@ def costs(found: Found) -> str:
 def wire(found: Found) -> str:
     said = []
     for case in ("stream bf16", "stream int8", "stream top_k(0.01)", "stream sign"):
-        row = found.row("codecs", "1M", case)
+        row = found.row("bytes", "1M", case)
         up, down = (row[f"wire_{way}_bytes"] / row["payload_bytes"] for way in ("up", "down"))
         said.append(f"{case.removeprefix('stream ')} {up:.3f} up, {down:.3f} down")
     return "; ".join(said)

@@ -1,4 +1,4 @@
-"""What pushes are answered with, on the device's thread: the calls that made them, and those that waited.
+"""What pushes are answered with, in the session's turn: the calls that made them, and those that waited.
 
 Only ``encoded`` is for the threads of calls.
 """

@@ -34,7 +34,7 @@ class Creations:
       landings: where their parameters land.
       table: of all sessions.
       refuse_when_draining: raises UnavailableError once the server drains.
-      end: ends a session whose place another one took; called on the device's thread.
+      end: ends a session whose place another one took; called in the session's turn.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Creations:
         return made.info()
 
     def _put(self, live: LiveSession, creation: Creation, pairs: Sequence[tuple[int, int]] = ()) -> LiveSession:
-        """Enters a new session, or finds the one that another try entered; on the device's thread if it extends one."""
+        """Enters a new session, or finds the one that another try entered; in the session's turn if it extends one."""
         old = creation.extended
         with self._table.lock:
             # Another request may have come first while the state was made.

@@ -87,7 +87,7 @@ def take_over(
     extends: sessions.Extension,
     pairs: Sequence[tuple[int, int]],
 ) -> None:
-    """On the device's thread: gives a new session what is shared, and the step of the old one, which keeps its state.
+    """In the session's turn: gives a new session what is shared, and the step of the old one, which keeps its state.
 
     Raises:
       OptwireError: as ``check``, where the old session has moved on meanwhile; the new one is as it was.

@@ -21,7 +21,7 @@ Params = list[np.ndarray[Any, Any]]
 class LiveSession:
     """A session, its arrays, and what its steps use.
 
-    ``plans`` is replaced on the device's thread, as ``machine`` and ``held`` are; ``preparing`` is held by whoever
+    ``plans`` is replaced in the session's turn, as ``machine`` and ``held`` are; ``preparing`` is held by whoever
     compiles for the session meanwhile: the next plans, or another variant of their programs. ``variants`` and ``views``
     are what the program of a new plan should have; what one has, it says itself. ``added`` is a step and what it added
     to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are the pushes that

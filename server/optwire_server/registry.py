@@ -1,7 +1,7 @@
 """The registry: all live sessions, and the shell that does what their machines decide, in order.
 
 Knows neither protobuf nor update rules. Locks: ``Table.lock`` guards the table; everything that advances a session
-runs on the engine's thread, for each session one event at a time.
+runs in the session's turn, for each session one event at a time.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Registry:
             return (yield from self._apply(push, digest))
 
     def _apply(self, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
-        """On the engine's thread: tells the machine, then does what it says, in order; yields between blocks."""
+        """In the session's turn: tells the machine, then does what it says, in order; yields between blocks."""
         live = push.session
         if push.change and push.change.before is not live.plans and push.key.base_step == live.machine.step:
             raise errors.UnavailableError(
@@ -374,7 +374,7 @@ class Registry:
         return info
 
     def _end(self, live: LiveSession) -> None:
-        """On the device's thread: the session is over."""
+        """In the session's turn: the session is over."""
         for effect in self._advance(live, events.Deleted()):
             if isinstance(effect, effects.Answer):
                 answers.tell(self._engine, live, effect)

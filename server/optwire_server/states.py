@@ -107,7 +107,7 @@ class States:
     def _put(
         self, live: LiveSession, event: events.Loaded, replaced: Mapping[int, tensors.Array]
     ) -> sessions.SessionInfo:
-        """On the device's thread: asks the machine, replaces the arrays, and only then believes the machine."""
+        """In the session's turn: asks the machine, replaces the arrays, and only then believes the machine."""
         after, todo = machine.advance(live.machine, event)
         if effects.Replace() in todo:
             _check_sums(live, event)

@@ -89,7 +89,7 @@ def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
 
 
 def check_ready(push: Push, todo: Sequence[effects.Effect]) -> None:
-    """Raises UnavailableError where an update that is to be done for a push is not compiled; on the device's thread.
+    """Raises UnavailableError where an update that is to be done for a push is not compiled; in the session's turn.
 
     Plans change while pushes are on their way; the push made again compiles what is missing.
     """
@@ -124,7 +124,7 @@ def _variant(options: sessions.PushOptions, *, closing: bool) -> program.Variant
 
 
 def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work[events.Event]:
-    """Runs the update that a push asks for, on the device's thread; says how it ended, whatever happens.
+    """Runs the update that a push asks for, in the session's turn; says how it ended, whatever happens.
 
     What the push changes of the hyperparameters stays changed if the update is applied.
     """

@@ -39,7 +39,7 @@ class Waiting:
 
 
 class WaitingRoom:
-    """Payloads and calls of one session's open step. Thread-safe; filled and emptied on the device's thread."""
+    """Payloads and calls of one session's open step. Thread-safe; filled and emptied in the session's turn."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -18,8 +18,11 @@ ALL = chunk(0, PAYLOAD)
 
 
 def wrong_key(name: str, code: str, reason: str, fragment: str, **key: Any) -> list[Any]:
-    """The same key on both roads that a push may take."""
+    """The same key on all roads that a push may take."""
     return [
+        refused(
+            f"{name}, whole", code, reason, fragment, lambda b: b.peer.stream(wire.whole(b.begin(key=key), PAYLOAD))
+        ),
         refused(f"{name}, unary", code, reason, fragment, lambda b: b.peer.step(b.begin(key=key), PAYLOAD)),
         refused(f"{name}, streamed", code, reason, fragment, lambda b: b.peer.stream(b.begin(key=key), ALL, END)),
     ]
@@ -34,8 +37,15 @@ def argument(name: str, value: float | str) -> pb.Argument:
 
 
 def wrong_option(name: str, fragment: str, reason: str = "INVALID_ARGUMENT", **options: Any) -> list[Any]:
-    """What a push says beside its gradients, on both roads that it may take."""
+    """What a push says beside its gradients, on all roads that it may take."""
     return [
+        refused(
+            f"{name}, whole",
+            INVALID,
+            reason,
+            fragment,
+            lambda b: b.peer.stream(wire.whole(b.begin(**options), PAYLOAD)),
+        ),
         refused(f"{name}, unary", INVALID, reason, fragment, lambda b: b.peer.step(b.begin(**options), PAYLOAD)),
         refused(f"{name}, streamed", INVALID, reason, fragment, lambda b: b.peer.stream(b.begin(**options), ALL, END)),
     ]
@@ -175,6 +185,47 @@ PUSHES = [
         "",
         "larger than max",
         lambda b: b.peer.stream(b.begin(), chunk(0, bytes(2**22))),
+    ),
+    *(
+        refused(f"{name}, whole on a stream", code, reason, fragment, call)
+        for name, code, reason, fragment, call in (
+            ("no begin", INVALID, "INVALID_ARGUMENT", "seq: 0", lambda b: b.peer.stream(pb.StepRequest())),
+            (
+                "no digest",
+                INVALID,
+                "INVALID_PAYLOAD",
+                "without a digest",
+                lambda b: b.peer.stream(wire.whole(b.begin(), PAYLOAD, digest=None)),
+            ),
+            (
+                "too few gradients",
+                INVALID,
+                "INVALID_PAYLOAD",
+                "payload ended after 56 of 60 bytes",
+                lambda b: b.peer.stream(wire.whole(b.begin(), PAYLOAD[:-4])),
+            ),
+            (
+                "a wrong digest",
+                INVALID,
+                "INVALID_PAYLOAD",
+                "payload damaged",
+                lambda b: b.peer.stream(wire.whole(b.begin(), PAYLOAD, digest=wire.digest(PAYLOAD[::-1]))),
+            ),
+            (
+                "a payload over the limit",
+                "RESOURCE_EXHAUSTED",
+                "LIMIT_EXCEEDED",
+                "payload of 2097153 bytes in one message",
+                lambda b: b.peer.stream(wire.whole(b.begin(), bytes(2**21 + 1))),
+            ),
+            (
+                "a whole push inside another",
+                INVALID,
+                "MALFORMED_REQUEST",
+                "frame 'whole', expected 'end'",
+                lambda b: b.peer.stream(b.begin(), ALL, wire.whole(b.begin(), PAYLOAD)),
+            ),
+        )
     ),
     refused("a creation over 4 MiB", "RESOURCE_EXHAUSTED", "", "larger than max", lambda b: b.create(name="x" * 2**22)),
 ]

@@ -121,6 +121,12 @@ def unary(serving: testing.Serving) -> Iterator[Road]:
     yield from travelled(serving, 4000, "unary")
 
 
+@pytest.fixture(scope="module")
+def whole(serving: testing.Serving) -> Iterator[Road]:
+    """A small push, in one frame on an open stream."""
+    yield from travelled(serving, 4000, "stream")
+
+
 def test_the_proxy_sees_the_frames_of_a_step(streamed: Road):
     streamed.step()
     before = dict(streamed.proxy.messages)
@@ -169,6 +175,20 @@ def test_a_unary_step_survives_a_cut_at_any_byte(unary: Road, direction: str, po
     total = unary.proxy.bytes[direction] - before
     fault = unary.proxy.fail(direction, bytes=1 + (total - 2) * point // POINTS)
     unary.step()
+    assert fault.done.is_set()
+
+
+@pytest.mark.parametrize("point", range(POINTS))
+@pytest.mark.parametrize("direction", [UP, DOWN])
+def test_a_step_in_one_frame_survives_a_cut_at_any_byte(whole: Road, direction: str, point: int):
+    whole.session.info()
+    before, messages = whole.proxy.bytes[direction], dict(whole.proxy.messages)
+    grads = whole.grads()
+    assert_same(whole.session.step(grads), whole.local.push(grads))
+    total = whole.proxy.bytes[direction] - before
+    assert {way: whole.proxy.messages[way] - messages[way] for way in (UP, DOWN)} == {UP: 1, DOWN: 1}
+    fault = whole.proxy.fail(direction, bytes=1 + (total - 2) * point // POINTS)
+    whole.step()
     assert fault.done.is_set()
 
 

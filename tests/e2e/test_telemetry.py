@@ -162,6 +162,39 @@ def test_figures_of_gathered_pushes_tell_that_nothing_moved(client: optwire.Clie
         before = after
 
 
+def test_figures_are_of_all_blocks_whatever_they_are_made_of(client: optwire.Client) -> None:
+    """Three element types, a leaf over several blocks, one of a single element, and one of none."""
+    shapes = {"a": ((190, 211), np.float32), "b": ((), np.float32), "c": ((0, 4), np.float32), "d": ((70,), np.float16)}
+    dtypes = {name: (shape, jnp.dtype(dtype)) for name, (shape, dtype) in shapes.items()} | {
+        "e": ((3, 5), jnp.dtype("bfloat16"))
+    }
+
+    def drawn(seed: int) -> Tree:
+        rng = np.random.default_rng(seed)
+        return {name: np.asarray(rng.standard_normal(shape)).astype(dtype) for name, (shape, dtype) in dtypes.items()}
+
+    start, g = drawn(3), drawn(4)
+    g["a"][7, 3:9] = np.inf
+    session = client.create_session(start, opt.chain(remote.clip(0.8), opt.sgd(2.0**-6)))
+    after = session.step(g, telemetry=True)
+    figures = metrics(session)
+    assert figures["nonfinite"] == 6
+    assert figures["param_norm"] == pytest.approx(norm(after), rel=1e-5)
+    assert figures["update_norm"] == pytest.approx(norm(difference(after, start)), rel=1e-5)
+    changed = sum(np.count_nonzero(np.abs(array.astype(np.float32)) > 0.8) for array in g.values())
+    assert figures["clip_fraction"] == pytest.approx(changed / sum(array.size for array in g.values()), rel=1e-3)
+    session.step(drawn(5), telemetry=True)
+    assert metrics(session)["grad_norm"] == pytest.approx(norm(drawn(5)), rel=1e-5)
+
+
+def test_leaves_without_a_gradient_count_in_the_norm_of_the_parameters(client: optwire.Client) -> None:
+    session = client.create_session(PARAMS, opt.per_leaf(opt.sgd(0.1)))
+    after = session.step({"w": GRADS[0]["w"], "b": None, "s": None}, telemetry=True)
+    assert metrics(session)["param_norm"] == pytest.approx(norm(after), rel=1e-5)
+    assert metrics(session)["grad_norm"] == pytest.approx(norm({"w": GRADS[0]["w"]}), rel=1e-5)
+    assert metrics(session)["update_norm"] == pytest.approx(0.1 * norm({"w": GRADS[0]["w"]}), rel=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------------- clip fraction
 
 

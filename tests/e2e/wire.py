@@ -98,8 +98,7 @@ class Peer:
         return self.stub.CreateSession(stream, timeout=TIMEOUT_S).session
 
     def step(self, begin: pb.PushBegin, payload: bytes, **changes: Any) -> pb.StepResponse:
-        request = pb.StepRequest(**{"begin": begin, "payload": payload, "digest": digest(payload)} | changes)
-        return self.stub.Step(request, timeout=TIMEOUT_S)
+        return self.stub.Step(whole(begin, payload, **changes), timeout=TIMEOUT_S)
 
     def stream(self, *frames: Any) -> list[pb.StreamStepsResponse]:
         """Sends frames as they are on one stream, and returns all that comes back."""
@@ -136,6 +135,11 @@ def upload(begin: pb.PushBegin, payload: bytes, size: int = 2**20) -> list[Any]:
     return [begin, *chunks(payload, size), pb.PayloadEnd(digest=digest(payload))]
 
 
+def whole(begin: pb.PushBegin, payload: bytes, **changes: Any) -> pb.StepRequest:
+    """A push in one frame."""
+    return pb.StepRequest(**{"begin": begin, "payload": payload, "digest": digest(payload)} | changes)
+
+
 def params_of(frames: list[pb.StreamStepsResponse]) -> bytes:
     """The payload of one reply, its length checked."""
     payload = b"".join(frame.chunk.data for frame in frames if frame.HasField("chunk"))
@@ -146,6 +150,7 @@ def params_of(frames: list[pb.StreamStepsResponse]) -> bytes:
 _FIELDS = {
     pb.PushStage: "stage",
     pb.PushBegin: "begin",
+    pb.StepRequest: "whole",
     pb.CreateSessionBegin: "begin",
     tensor_pb.Chunk: "chunk",
     pb.PayloadEnd: "end",

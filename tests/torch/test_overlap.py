@@ -507,6 +507,22 @@ def test_a_copy_of_a_module_is_refused_while_it_would_have_old_parameters(pair: 
     torch.save(both.models[1], io.BytesIO())
 
 
+def test_a_dictionary_may_have_hooks_of_others(pair: Callable[..., Pair]) -> None:
+    both = pair()
+    both.train(steps=2)
+    for model, optimizer in zip(both.models, both.optimizers, strict=True):
+        plain_step(model, optimizer, 2)
+    called = []
+    for layer in both.models[1]:
+        layer.register_state_dict_pre_hook(lambda *_: called.append("pre"))
+    training_state = both.models[1].state_dict()
+    assert len(called) == len(both.models[1])
+    assert all(torch.equal(training_state[name], value) for name, value in both.models[0].state_dict().items())
+    copy.deepcopy(both.models[1])
+    both.train()
+    assert [len(layer._state_dict_pre_hooks) for layer in both.models[1]] == [1] * 4
+
+
 def test_a_parameter_written_to_while_its_values_are_coming_is_an_error(pair: Callable[..., Pair]) -> None:
     both = pair()
     both.train(steps=2)
@@ -526,11 +542,13 @@ def test_an_answer_that_is_lost_is_asked_for_again_at_the_next_door(
     server: testing.Serving, client: optwire.Client
 ) -> None:
     model, twin = network(), network()
+    usual = {"lr": 0.1, "momentum": 0.9, "session": "lost-late"}
+    patient = RemoteOptimizer(model.named_parameters(), "sgd", client=client, **usual)
+    assert patient.session.step_count == 0, "compiled, so that nothing below takes long"
     with proxies.before(server.target) as proxy:
         optimizer = RemoteOptimizer(
-            model.named_parameters(), "sgd", lr=0.1, momentum=0.9, target=proxy.target, session="lost-late",
-            transport="stream", timeout=1.0, overlap=True,
-        )  # fmt: skip
+            model.named_parameters(), "sgd", target=proxy.target, transport="stream", timeout=1.5, overlap=True, **usual
+        )
         local = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
         for index in range(3):
             plain_step(twin, local, index)

@@ -22,7 +22,7 @@ UpdateError = held.UpdateError
 def own_process() -> None:
     """Settings for a process that is nothing but a server; before the first ``Engine``.
 
-    The device's thread waits for each update anyway; on a CPU, handing it to yet another thread only adds time.
+    Whoever has the turn waits for each update anyway; on a CPU, handing it to another thread only adds time.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
@@ -42,7 +42,7 @@ class Engine:
         self._turns = device.Device()
 
     def run(self, function: Callable[[], T], held: Held | None = None) -> T:
-        """Runs a function on the device's thread and waits for it; as ``work`` does a generator."""
+        """Runs a function in a session's turn and waits for it; as ``work`` does a generator."""
 
         def once() -> device.Work[T]:
             yield from ()
@@ -51,7 +51,7 @@ class Engine:
         return self.work(once(), held)
 
     def work(self, work: device.Work[T], held: Held | None = None) -> T:
-        """Runs a generator on the device's thread and waits for what it returns; others get their turns as it yields.
+        """Runs a generator in a session's turns and waits for what it returns; others get their turns as it yields.
 
         Args:
           work: the generator.
@@ -105,7 +105,7 @@ class Engine:
         lent: landing.Landing,
         out: np.ndarray | None = None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
-        """Replaces the state by the next one, yielding between blocks. On the device's thread only.
+        """Replaces the state by the next one, yielding between blocks. In the session's turn only.
 
         Args:
           holding: the session's arrays.
@@ -124,7 +124,7 @@ class Engine:
         return holding.update(variant, operands, lent.memory, out)
 
     def write_params(self, holding: Held, out: np.ndarray) -> None:
-        """Writes the parameters to memory, in the session's layout. On the device's thread only.
+        """Writes the parameters to memory, in the session's layout. In the session's turn only.
 
         Args:
           holding: the session's arrays.
@@ -135,7 +135,7 @@ class Engine:
     def params(self, holding: Held, which: str = "") -> list[np.ndarray]:
         """The parameters, or those of a view that was prepared: flat segments, in the order of a payload.
 
-        On the device's thread only. On a CPU they are views of the state: while one is alive, the next update copies
+        In the session's turn only. On a CPU they are views of the state: while one is alive, the next update copies
         instead of writing over it.
         """
         return holding.params(which)
@@ -145,14 +145,14 @@ class Engine:
         return holding.arrays()
 
     def replace(self, holding: Held, arrays: Mapping[int, tensors.Array]) -> None:
-        """Puts copies of arrays in the place of those of the state, by position. On the device's thread only.
+        """Puts copies of arrays in the place of those of the state, by position. In the session's turn only.
 
         Whatever it raises, the state is the old one.
         """
         holding.replace(arrays)
 
     def carry(self, old: Held, new: Held, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies arrays of one state to the place of those of another, by position. On the device's thread only.
+        """Copies arrays of one state to the place of those of another, by position. In the session's turn only.
 
         What is of another type there is left out.
         """

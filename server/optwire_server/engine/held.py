@@ -1,6 +1,6 @@
 """What one session holds on the device: the arrays of its state, block by block, and what is done with them.
 
-For the device's thread only.
+In the session's turn only.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from optwire_server.engine import cut, device, kernel, reductions, slots, teleme
 from optwire_server.engine import program as programs
 from optwire_server.engine.layout import Layout
 
+_NOBODY: Final = frozenset[int]()
 # Programs and variants whose work on a session is remembered.
 _KEPT_MAX = 16
 
@@ -169,7 +170,7 @@ class Held:
             self._split_off(gone)
             state = self._state
             jobs = self._jobs(variant, gone)
-            if not self.program.is_tree:
+            if operands.present is not None and not self.program.is_tree:
                 operands = operands._replace(present=None)
             given = _Given(jax.tree.leaves(operands), [], memory, gone)
             yield from self._reduce(jobs, given)
@@ -286,6 +287,8 @@ class Held:
         self, variant: programs.Variant, results: Sequence[tuple[_Job, list[Any]]]
     ) -> tuple[Mapping[str, float], list[np.ndarray]]:
         """What an update tells, of what its blocks gave beside their state."""
+        if not any(rest for _, rest in results):
+            return {}, []
         notes: dict[str, float] = {}
         sums: dict[str, list[Any]] = {}
         added: dict[tuple[int, int], list[np.ndarray]] = {}
@@ -493,8 +496,9 @@ class Held:
 
 def _gone(operands: programs.Operands) -> frozenset[int]:
     """Leaves that a push has no gradients for."""
-    present = operands.present or ()
-    return frozenset(leaf for leaf, is_there in enumerate(present) if not is_there)
+    if operands.present is None:
+        return _NOBODY
+    return frozenset(leaf for leaf, is_there in enumerate(operands.present) if not is_there)
 
 
 def _aligned(size: int) -> np.ndarray:

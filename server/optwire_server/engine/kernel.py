@@ -382,11 +382,11 @@ class Kernel:
     def init(self, params: Sequence[tensors.Array], rates: tuple[float, ...], seed: int) -> tuple[list[Any], list[Any]]:
         """The own and the common arrays before the first step; copies ``params``."""
         with self._recipe.precision(), jax.default_device(self._recipe.device):
-            leaves = [jnp.array(leaf, copy=True) for leaf in params]
-            if self._first is None:  # one block of its shape, which may start from random numbers
+            if self._first is None:  # the only block of its shape, which may start from random numbers
+                leaves = [jnp.array(leaf, copy=True) for leaf in params]
                 arrays = jax.tree.leaves(_owned(self._rule(rates, seed).init(leaves), self.state))
             else:
-                given = [*rates, *leaves]
+                given = [*rates, *params]
                 arrays = _apart(self._first.run(*(given[at] for at in self._first.used)))
         return [arrays[at] for at in self.own], [arrays[at] for at in self.common]
 
@@ -413,7 +413,7 @@ class Kernel:
     def _started(self, *given: Any) -> list[Any]:
         """The arrays of a first state, of rates and parameters; to be traced."""
         count = len(self._recipe.rate_paths)
-        state = self._rule(given[:count]).init(list(given[count:]))
+        state = self._rule(given[:count]).init([jnp.array(leaf, copy=True) for leaf in given[count:]])
         return jax.tree.leaves(jax.tree.map(lambda leaf, kind: jnp.asarray(leaf, kind.dtype), state, self.state))
 
     def _scalars(self) -> list[int]:

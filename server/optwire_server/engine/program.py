@@ -25,6 +25,8 @@ OPTAX_EXTRAS = kernel.OPTAX_EXTRAS
 _WIDE = ("f64", "c128")
 # So many kinds of leaves, such as those with weight decay and those without, are compiled for at once in all sizes.
 _KINDS_FEW = 4
+# Where a spec tells more kinds of leaves apart, one program for all of them is there sooner than one for each.
+_KINDS_MAX = 16
 # From here on one program for all tensors compiles sooner than one for each.
 _TENSORS_MAX = 64
 # The time to compile a whole tree grows faster than the number of its leaves.
@@ -339,6 +341,9 @@ class Program:
     def _fitting(self, finest: Granularity) -> tuple[cut.Cut, dict[tuple[int, int], Kernel]]:
         """The finest cut, but no finer than asked for, that the rule computes the same in, and its kernels."""
         verdicts = _verdicts(self.spec, tuple(leaf.name for leaf in self.tree.leaves))
+        if len(set(verdicts)) > _KINDS_MAX and len(self.tree.leaves) <= TREE_LEAVES_MAX:
+            whole = cut.make(self.tree, Granularity.TREE, verdicts)
+            return whole, self._cut_into(whole, None)
         few = Kernel(self._recipe, *self._sample(verdicts), is_flat=False)
         order = list(Granularity)
         for found in order[max(order.index(self._derived(few)), order.index(finest)) :]:
@@ -374,7 +379,7 @@ class Program:
             return Granularity.TENSOR
         return found
 
-    def _cut_into(self, made: cut.Cut, few: Kernel) -> dict[tuple[int, int], Kernel]:
+    def _cut_into(self, made: cut.Cut, few: Kernel | None) -> dict[tuple[int, int], Kernel]:
         """The kernels of a cut, their updates compiled; raises UnfitError."""
         if made.granularity is Granularity.TREE and len(self.tree.leaves) > TREE_LEAVES_MAX:
             raise _over("leaves_max", len(self.tree.leaves), TREE_LEAVES_MAX, ", as its leaves are updated together")
@@ -386,7 +391,7 @@ class Program:
             for size in _sizes(made, span):
                 if (span.kind, size) not in kernels:
                     kernels[span.kind, size] = self._kernel(made, span, size)
-        if made.granularity is not Granularity.TREE:
+        if few is not None and made.granularity is not Granularity.TREE:
             self._check_names(made, kernels, few)
         held = _held_bytes(made, kernels)
         if held > self._state_bytes_max:  # before the compiler is asked for as much

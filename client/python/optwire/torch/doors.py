@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -30,6 +30,7 @@ class Doors:
         self._called = _Modules()  # since the last step
         self._known = _Modules()  # in the step before
         self._is_shut = False
+        self._is_passed = False  # whether a hook of a dictionary is running
         self._handles: list[Any] = []
         self._watching = torch.nn.modules.module.register_module_forward_pre_hook(_Forward(self))
 
@@ -56,7 +57,10 @@ class Doors:
         self._is_shut = False
         handles, self._handles = self._handles, []
         for handle in handles:
-            handle.remove()
+            if self._is_passed and not _is_last(handle):
+                self._handles.append(handle)  # a hook that has others behind it is not taken away while it runs
+            else:
+                handle.remove()
 
     def remove(self) -> None:
         """Ends the watching; nothing is left behind in modules."""
@@ -75,7 +79,16 @@ class Doors:
     def before_dictionary(self) -> None:
         """The parameters of a module are about to be read, or replaced, by name."""
         if self._is_shut:
-            self._pass(None)
+            self._is_passed = True
+            try:
+                self._pass(None)
+            finally:
+                self._is_passed = False
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether somebody waits before parameters are used."""
+        return self._is_shut
 
     def _pass(self, ids: frozenset[int] | None) -> None:
         opened = self._opened()
@@ -123,13 +136,29 @@ class _Dictionary(_Hook):
         if doors is not None:
             doors.before_dictionary()
 
-    def __reduce__(self) -> NoReturn:
+    def __reduce__(self) -> tuple[type[_Spent], tuple[()]]:
         """A module that has this hook has parameters whose new values have not come: a copy would have old ones."""
+        doors = self._doors()
+        if doors is None or not doors.is_shut:
+            return _Spent, ()
         raise errors.UnsupportedError(
             "copying or pickling a module while its new parameters are on their way: call optimizer.synchronize() "
             "first",
             subject="overlap",
         )
+
+
+class _Spent:
+    """What a copy of a module has in the place of a hook that had not been taken away yet."""
+
+    def __call__(self, *args: Any) -> None:
+        return
+
+
+def _is_last(handle: Any) -> bool:
+    """Whether a hook is the last one of its kind in its module."""
+    hooks = handle.hooks_dict_ref()
+    return hooks is None or handle.id not in hooks or next(reversed(hooks)) == handle.id
 
 
 def _owners(module: torch.nn.Module, called: _Modules) -> Iterator[torch.nn.Module]:
