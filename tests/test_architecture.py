@@ -17,6 +17,7 @@ PACKAGES = {
     "optwire_proto": ROOT / "proto" / "optwire_proto",
     "optwire": ROOT / "client" / "python" / "optwire",
     "optwire_server": ROOT / "server" / "optwire_server",
+    "optwire_bench": ROOT / "server" / "optwire_bench",
 }
 
 # What the session machine may import besides our own data types (import-linter sees to those): nothing with a clock,

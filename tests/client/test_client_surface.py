@@ -74,7 +74,8 @@ def test_every_error_of_the_protocol_is_exported():
             optwire.Client.create_session,
             "(self, params: Any, spec: specs.Spec | str, *, name: str | None = None, seed: int = 0, "
             "extends: _session.Session | None = None, aggregation: str | None = None, worker: int | None = None, "
-            "turns: int | None = None) -> _session.Session",
+            "turns: int | None = None, grads_codec: str | None = None, params_codec: str | None = None) "
+            "-> _session.Session",
         ),
         (optwire.Client.attach, "(self, name: str, *, worker: int | None = None) -> _session.Session"),
         (optwire.Client.list_sessions, "(self) -> list[sessions.SessionInfo]"),

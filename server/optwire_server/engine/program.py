@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import jax
 
 from optwire_proto import checks, errors, patterns, specs, trees
-from optwire_server.engine import build, cut, executables, kernel, rates, slots
+from optwire_server.engine import build, cut, executables, kernel, rates, recipe, slots
 from optwire_server.engine.granularity import Granularity
 from optwire_server.engine.kernel import LEAF, Kernel
 from optwire_server.engine.layout import Layout
 
-Variant = kernel.Variant
-Operands = kernel.Operands
-OPTAX_EXTRAS = kernel.OPTAX_EXTRAS
+Variant = recipe.Variant
+Operands = recipe.Operands
+OPTAX_EXTRAS = recipe.OPTAX_EXTRAS
 
 _WIDE = ("f64", "c128")
 # So many kinds of leaves, such as those with weight decay and those without, are compiled for at once in all sizes.
@@ -84,7 +84,7 @@ class Program:
         self.rejects = specs.any_inside(
             spec, lambda found: found.name == "on_nonfinite" and found["policy"] == "reject"
         )
-        self._recipe = kernel.Recipe(
+        self._recipe = recipe.Recipe(
             spec=spec,
             leaves=tree.leaves,
             rate_paths=self.rate_paths,
