@@ -28,6 +28,9 @@ PURE = {"__future__", "collections", "dataclasses", "enum", "functools", "iterto
 LONG_MODULES: dict[str, str] = {
     "optwire.optimizers": "one constructor with its docstring for each entry that is not optax's",
     "optwire_server.engine.build": "one method for each constructor that is not optax's",
+    "optwire_server.engine.held": "what is done with one session's arrays, all of it block by block",
+    "optwire_server.engine.kernel": "one rule traced for one block, and the four things that are compiled of the trace",
+    "optwire_server.engine.program": "how a tree is cut, and the names of what comes of it, follow from one another",
     "optwire_server.optimizers.torch_rules": "eleven update rules of one form, and what they share",
     "optwire_proto.checks": "one method for each kind of value that a parameter takes",
     "optwire_proto.optax_entries": "generated: optax's signatures",

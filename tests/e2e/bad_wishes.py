@@ -45,7 +45,13 @@ LATER = [
     *not_served("a weight", "push.weight: 2.0", weight=2.0),
     *not_served("a weight that is not a number", "push.weight: nan", weight=NAN),
     *not_served("a negative weight", "push.weight: -1.0", weight=-1.0),
-    *not_served("a slot of shared memory", "push.shared_memory_slot: 1", shared_memory_slot=1),
+    refused(
+        "a slot of shared memory that nobody was given",
+        INVALID,
+        "INVALID_ARGUMENT",
+        "shared_memory_slot",
+        lambda b: b.peer.stream(b.begin(shared_memory_slot=1), END),
+    ),
     *not_served("an unknown reply", "push.reply: 99", reply=99),
     *(
         not_created(f"durability {level}", f"durability: {level} is not served", durability=level)

@@ -18,6 +18,7 @@ import optwire
 from optwire import optax as remote
 from optwire import optimizers as opt
 from optwire_proto import checks, errors, specs, trees
+from optwire_server import testing
 from optwire_server.engine import build, cache, program
 
 # Reported by JAX once for each module that XLA compiles, on whichever thread.
@@ -136,6 +137,22 @@ def test_a_session_with_other_rates_compiles_nothing(client: optwire.Client, spe
     first.close()
     for session in (first, second):
         client.delete_session(session.name)
+
+
+@pytest.mark.parametrize("spec", [opt.adam(0.1), remote.adamw(0.1)], ids=["adam", "optax.adamw"])
+def test_a_second_session_of_any_shape_compiles_nothing(spec: opt.Spec) -> None:
+    """Quotes ADR 0003: "A new model under an elementwise rule compiles nothing, whatever its size"."""
+    others = (
+        {"a": np.ones((300, 700), np.float32), "b": np.float32(1)},
+        [np.ones((k + 1, 3), np.float32) for k in range(200)],
+        {"large": np.ones(1_300_000, np.float32)},
+    )
+    with testing.serve() as serving, optwire.connect(serving.target) as client:
+        client.create_session(params(), spec).step(params())
+        with counted() as heard:
+            for other in others:
+                client.create_session(other, spec).step(other)
+        assert heard.count == 0
 
 
 def test_specs_that_differ_in_rates_are_one_program() -> None:

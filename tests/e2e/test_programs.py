@@ -28,6 +28,7 @@ import optwire.jax
 from optwire import optax as remote
 from optwire import optimizers as opt
 from optwire_server import testing
+from optwire_server.engine import landing
 
 Tree = dict[str, np.ndarray]
 
@@ -334,7 +335,9 @@ def test_hostile_programs_are_refused_and_other_sessions_feel_nothing(
             assert [info.name for info in client.list_sessions()].count("hostile") == 0
             assert not registry.creations._creating, what
             # The other session pushes meanwhile, so what is lent at any moment is room for one payload at most.
-            assert registry._landings.lent_bytes < 2 * live.info().payload_bytes, what
+            assert registry._landings.lent_bytes <= landing.buffer_bytes(registry._table.by_name["live"].held.layout), (
+                what
+            )
             assert children() == before, what
             wire.until(lambda steps=steps: live.step_count > steps or bool(failures), "the other session goes on")  # type: ignore[misc]
     finally:

@@ -23,6 +23,7 @@ from optwire import optimizers as opt
 from optwire_proto import convert, sessions, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_server import testing
+from optwire_server.engine import landing
 
 SMALL, LARGE = 57, 400_000  # elements: one unary message; two chunks on a stream
 
@@ -280,7 +281,7 @@ def test_a_replaced_push_whose_call_has_ended_gives_its_buffer_back(
         for value in (1.0, 2.0, 3.0):
             with pytest.raises(optwire.DeadlineError):
                 hasty.attach(workers.name, worker=1).step(filled(value))
-    one = 384  # 57 elements, aligned
+    one = landing.buffer_bytes(serving.server.registry._table.find(name=workers.name).held.layout)
     wire.until(lambda: 0 < landings.lent_bytes - before <= one, "one payload is kept")
     assert_same(workers.handles[0].step(filled(1.0)), filled(-2.0))
     wire.until(lambda: landings.lent_bytes == before, "none is kept")
@@ -297,7 +298,8 @@ def test_a_push_made_again_while_its_call_waits_holds_one_buffer(
     for others in range(4):
         calls.append(pool.submit(client.attach(workers.name, worker=1).step, filled(1.0)))
         wire.until(lambda others=others: len(room._waiting.get(sessions.worker_id(1), ())) > others, "it waits")
-    assert 0 < landings.lent_bytes - before <= 384, "one payload is kept"
+    one = landing.buffer_bytes(serving.server.registry._table.find(name=workers.name).held.layout)
+    assert 0 < landings.lent_bytes - before <= one, "one payload is kept"
     assert_same(workers.handles[0].step(filled(1.0)), filled(-1.0))
     for call in calls:
         assert_same(call.result(10), filled(-1.0))
@@ -542,9 +544,9 @@ def test_more_workers_than_can_wait_are_refused(client: optwire.Client) -> None:
 
 
 def test_sessions_whose_payloads_cannot_all_wait_are_refused() -> None:
-    with testing.serve(landing_bytes_max=5000) as serving, optwire.connect(serving.target, timeout=5) as client:
+    with testing.serve(landing_bytes_max=600_000) as serving, optwire.connect(serving.target, timeout=5) as client:
         client.create_session(filled(0.0), opt.sgd(1.0), name="first", aggregation="sync(4)")
-        with pytest.raises(optwire.LimitError, match="landing_bytes_max: 2[0-9]{3} bytes.*at most 2500, half of it"):
+        with pytest.raises(optwire.LimitError, match="landing_bytes_max: 52[0-9]{4} bytes.*at most 300000, half of it"):
             client.create_session(filled(0.0), opt.sgd(1.0), aggregation="sync(4)")
         client.delete_session("first")
         client.create_session(filled(0.0), opt.sgd(1.0), aggregation="sync(4)")
@@ -552,7 +554,7 @@ def test_sessions_whose_payloads_cannot_all_wait_are_refused() -> None:
 
 def test_room_for_payloads_that_wait_is_kept_while_a_session_is_created() -> None:
     tree = trees.flatten(filled(0.0)).spec
-    with testing.serve(landing_bytes_max=5000) as serving:
+    with testing.serve(landing_bytes_max=600_000) as serving:
         creations = serving.server.registry.creations
         four = sessions.Terms(aggregation=sessions.Aggregation(sessions.Mode.SYNC, 4))
         with creations.creating("one", tree, opt.sgd(1.0), "a" * 32, terms=four):
@@ -567,7 +569,7 @@ def test_room_for_payloads_that_wait_is_kept_while_a_session_is_created() -> Non
 
 
 def test_a_worker_that_never_comes_leaves_room_for_other_sessions(pool: ThreadPoolExecutor) -> None:
-    with testing.serve(landing_bytes_max=5000) as serving, optwire.connect(serving.target, timeout=5) as client:
+    with testing.serve(landing_bytes_max=600_000) as serving, optwire.connect(serving.target, timeout=5) as client:
         workers = Workers(client, filled(0.0), opt.sgd(1.0), 4)
         other = client.create_session(filled(0.0), opt.sgd(1.0))
         with optwire.connect(serving.target, timeout=0.3) as hasty:
