@@ -16,12 +16,13 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 import optwire
+from optwire_bench import processes
 from optwire_proto import codecs, tensors, trees
 from optwire_server import testing
 
@@ -37,6 +38,14 @@ RUNS = (
     *(("f32", name, True) for name in NAMES),
     *((name, name, True) for name in NAMES),
     *((name, "f32", False) for name in NAMES[2:]),
+)
+PLAIN = RUNS[0]
+# What is said beside: other optimizers, and longer. 60 epochs are 1,320 steps.
+BESIDE = (
+    ("adam(0.002)", 60, (PLAIN, ("int8", "int8", True))),
+    ("momentum(0.01, 0.9)", 60, (PLAIN, ("top_k(0.01)", "f32", True), ("sign", "f32", True))),
+    ("momentum(0.1, 0.9)", 60, (PLAIN, ("sign", "f32", True))),
+    ("sgd(cosine_decay_schedule(0.3, 1320))", 60, (PLAIN, ("top_k(0.01)", "f32", True))),
 )
 
 
@@ -86,9 +95,17 @@ def speeds(elements: int) -> dict[str, dict[str, float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How a training ended: mean loss of the steps of its last epoch, and accuracy on the test images."""
+    """How a training ended.
+
+    Attributes:
+      loss: mean of the steps of the last epoch.
+      train_loss, test_loss: of the last parameters, on all images of either kind.
+      accuracy: on the test images.
+    """
 
     loss: float
+    train_loss: float
+    test_loss: float
     accuracy: float
 
 
@@ -107,9 +124,11 @@ def trained(client: optwire.Client, spec: str, up: str, down: str, *, keeps: boo
         return after
 
     _, losses = demo_train.train(params, images, labels, recipe, step, lambda *_: None)
-    accuracy = demo_train.accuracy(session.params(), data.test_images, data.test_labels)
+    last = session.params()
+    accuracy = demo_train.accuracy(last, data.test_images, data.test_labels)
+    on = [demo_train.loss_and_grads(last, *of)[0] for of in ((images, labels), (data.test_images, data.test_labels))]
     client.delete_session(session.name)
-    return Run(float(np.mean(losses[-(len(images) // recipe.batch) :])), accuracy)
+    return Run(float(np.mean(losses[-(len(images) // recipe.batch) :])), *map(float, on), accuracy)
 
 
 def main() -> None:
@@ -124,19 +143,35 @@ def main() -> None:
     for name, cost in costs.items():
         error = f"{100 * cost['error']:.2g} %"
         print(f"| {name} | {cost['share']:.3f} | {cost['encode']:.0f} | {cost['decode']:.0f} | {error} |")
-    losses: dict[str, dict[str, Any]] = {}
     with testing.serve() as server, optwire.connect(server.target) as client:
-        for spec, epochs in TRAININGS:
-            print(f"\n{spec}, {epochs} epochs\n\n| up | down | residual | loss | against f32 | accuracy |")
-            print("|---|---|---|---:|---:|---:|")
-            for up, down, keeps in RUNS:
-                run = trained(client, spec, up, down, keeps=keeps, epochs=epochs)
-                losses.setdefault(spec, {})[f"{up}, {down}" + ", nothing kept" * (not keeps)] = dataclasses.asdict(run)
-                gap = run.loss / losses[spec]["f32, f32"]["loss"] - 1
-                said = "" if not codecs.parse(up).loses else "kept" if keeps else "not kept"
-                print(f"| {up} | {down} | {said} | {run.loss:.5f} | {gap:+.2%} | {run.accuracy:.1%} |", flush=True)
+        task = {spec: compared(client, spec, epochs, RUNS) for spec, epochs in TRAININGS}
+        beside = {f"{spec}, {epochs} epochs": compared(client, spec, epochs, runs) for spec, epochs, runs in BESIDE}
     if flags.json:
-        flags.json.write_text(json.dumps({"speed": costs, "copy": copied, "task": losses}, indent=2) + "\n")
+        found = {"machine": processes.machine(), "speed": costs, "copy": copied, "task": task, "beside": beside}
+        flags.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def compared(
+    client: optwire.Client, spec: str, epochs: int, runs: Sequence[tuple[str, str, bool]]
+) -> dict[str, dict[str, float]]:
+    """Trains once for each of the runs, the first being the one that others are compared with; prints a table."""
+    print(f"\n{spec}, {epochs} epochs\n\n| up | down | residual | loss | against f32 | train | test | accuracy |")
+    print("|---|---|---|---:|---:|---:|---:|---:|")
+    found: dict[str, dict[str, float]] = {}
+    for up, down, keeps in runs:
+        run = trained(client, spec, up, down, keeps=keeps, epochs=epochs)
+        found[f"{up}, {down}" + ", nothing kept" * (not keeps)] = dataclasses.asdict(run)
+        first = Run(**next(iter(found.values())))
+        gaps = [
+            own / other - 1
+            for own, other in zip(
+                (run.loss, run.train_loss, run.test_loss), (first.loss, first.train_loss, first.test_loss), strict=True
+            )
+        ]
+        said = "" if not codecs.parse(up).loses else "kept" if keeps else "not kept"
+        cells = [up, down, said, f"{run.loss:.5f}", *(f"{gap:+.2%}" for gap in gaps), f"{run.accuracy:.1%}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Writes what `make bench` and `make bench-peers` found into docs/performance.md, and how it stands with the goals.
+"""Writes what `make bench` and `make bench-peers` found into docs/performance.md and README.md, beside the goals.
 
 `python benchmarks/goals.py` replaces what lies between the marks ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ from optwire_bench import reports
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-DOCUMENT = HERE.parent / "docs" / "performance.md"
+DOCUMENTS = (HERE.parent / "docs" / "performance.md", HERE.parent / "README.md")
 KINDS = ("step", "peers", "bytes", "limits", "fairness", "cold")
 
 
@@ -88,6 +89,16 @@ def fair(found: Found) -> str:
     )
 
 
+# Of 25 million parameters: what it is called, and the case.
+FIGURES = (
+    ("local: jitted, flat, state donated", "local"),
+    ("shared memory", "shared_memory"),
+    ("stream", "stream"),
+    ("stream, `bf16` both ways", "stream bf16"),
+    ("stream, `int8` both ways", "stream int8"),
+    ("naive: generated messages, one unary call", "naive"),
+)
+
 # measure, goal, what says it
 GOALS: tuple[tuple[str, str, Callable[[Found], str]], ...] = (
     ("shared memory / local flat, 25 M", "≤ 1.6 [1.3]", lambda f: ratio(f, "25M", "shared_memory")),
@@ -136,16 +147,28 @@ def goals(found: Found) -> Iterator[str]:
         yield f"| {measure} | {goal} | {value} |"
 
 
+def figures(found: Found) -> Iterator[str]:
+    """The table of a few cases; raises LookupError."""
+    yield "| step | ms, median | times the local step (min–max) |"
+    yield "|---|---:|---:|"
+    for said, case in FIGURES:
+        row = found.row("step", "25M", case)
+        yield f"| {said} | {row['median_ms']:.3g} | {ratio(found, '25M', case)} |"
+
+
 def main() -> None:
     found = Found()
     parts = {"goals": "\n".join(goals(found))}
+    with contextlib.suppress(LookupError):
+        parts["figures"] = "\n".join(figures(found))
     for kind, result in found.by_kind.items():
         parts[kind] = reports.text(result)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, body in parts.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = marked.sub(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
-    DOCUMENT.write_text(text, encoding="utf-8")
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for name, body in parts.items():
+            marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+            text = marked.sub(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
+        document.write_text(text, encoding="utf-8")
     print(parts["goals"])
 
 

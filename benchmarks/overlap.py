@@ -50,7 +50,13 @@ def main() -> None:
                 if not options.json:
                     show(figures[-1], options)
     if options.json:
-        print(json.dumps({"machine": machine(options.threads), "figures": figures}, indent=2))
+        found = {
+            "machine": machine(options.threads),
+            "rounds": options.rounds,
+            "steps_a_turn": STEPS,
+            "figures": figures,
+        }
+        print(json.dumps(found, indent=2))
 
 
 def machine(threads: int) -> dict[str, Any]:

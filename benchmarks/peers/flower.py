@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,12 +56,13 @@ class Flower:
     def __init__(self) -> None:
         self.client = Client()
         self.ports: queue.Queue[int] = queue.Queue()
+        self._server: subprocess.Popen[bytes] | None = None
 
     def open(self, model: models.Model) -> dict[str, Any]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, __file__, "serve", str(port), model.label, str(model.tensors)]
-        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.client.grads = list(models.grads(model).values())
         self._reference = [np.array(leaf) for leaf in models.params(model).values()]
         self._slots = [(np.zeros_like(leaf), np.zeros_like(leaf)) for leaf in self._reference]
@@ -81,11 +83,11 @@ class Flower:
         self._steps += 1
         rate = models.LEARNING_RATE * (1 - models.B2 ** (self._steps + 1)) ** 0.5 / (1 - models.B1 ** (self._steps + 1))
         for leaf, grad, (mu, nu) in zip(self._reference, self.client.grads, self._slots, strict=True):
-            delta = (leaf - grad) - leaf
+            difference = (leaf - grad) - leaf
             mu *= np.float32(models.B1)
-            mu += np.float32(1 - models.B1) * delta
+            mu += np.float32(1 - models.B1) * difference
             nu *= np.float32(models.B2)
-            nu += np.float32(1 - models.B2) * np.square(delta)
+            nu += np.float32(1 - models.B2) * np.square(difference)
             leaf += np.float32(rate) * mu / (np.sqrt(nu) + np.float32(models.EPS))
             np.multiply(grad, np.float32(factor), out=grad)
 
@@ -93,8 +95,14 @@ class Flower:
         return self._reference if what == "reference" else self._params
 
     def close(self) -> None:
-        self._server.kill()
+        self.kill()
+        assert self._server is not None
         self._server.wait(30)
+
+    def kill(self) -> None:
+        """Ends the server, if there is one."""
+        if self._server is not None:
+            self._server.kill()
 
 
 def until_served(port: int) -> None:
@@ -131,8 +139,15 @@ def main() -> None:
     role = Flower()
 
     def answer() -> None:
-        roles.serve(role)
-        os._exit(0)
+        code = 1
+        try:
+            roles.serve(role)
+            code = 0
+        finally:  # whatever the main thread waits for
+            if code:
+                traceback.print_exc()
+            role.kill()
+            os._exit(code)
 
     threading.Thread(target=answer).start()
     port = role.ports.get()
@@ -148,6 +163,7 @@ def main() -> None:
 if __name__ == "__main__":
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if sys.argv[1:2] == ["serve"]:
+        roles.end_with_input()
         serve(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     else:
         main()

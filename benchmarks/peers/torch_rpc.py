@@ -40,7 +40,7 @@ class TorchRpc:
     def open(self, model: models.Model) -> dict[str, Any]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self._server = subprocess.Popen([sys.executable, __file__, "serve", str(port)], stdin=subprocess.DEVNULL)
+        self._server = subprocess.Popen([sys.executable, __file__, "serve", str(port)], stdin=subprocess.PIPE)
         _join("worker", 0, port)
         rpc.rpc_sync("server", begin, args=(model.label, model.tensors))
         self._grads = [torch.from_numpy(leaf) for leaf in models.grads(model).values()]
@@ -69,6 +69,7 @@ def _join(name: str, rank: int, port: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
+        roles.end_with_input()
         _join("server", 1, int(sys.argv[2]))
         rpc.shutdown()  # once the worker says so
     else:

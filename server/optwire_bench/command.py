@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ _CODECS = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "sign")
 def main(argv: Sequence[str]) -> int:
     """Runs a benchmark and reports; returns the exit code: 0, or 1 for a run that failed."""
     flags = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     try:
         result: dict[str, Any] = {"kind": flags.kind, "machine": processes.machine(), **flags.run(flags)}
         print(reports.text(result))

@@ -24,6 +24,7 @@ import os
 import platform
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -205,8 +206,8 @@ def measured(step: Callable[[], None], count: int, between: Callable[[], None] =
 
 
 def serve(role: Stepping) -> None:
-    """Answers commands until the input ends."""
-    steps = 0
+    """Answers commands until the input ends; what is open then is closed."""
+    steps, is_open = 0, False
 
     def produce() -> None:
         nonlocal steps
@@ -219,6 +220,7 @@ def serve(role: Stepping) -> None:
             case "open":
                 steps = 0
                 answer = role.open(models.model(command["model"], command["tensors"]))
+                is_open = True
             case "step":
                 answer = measured(role.step, command["count"], produce)
             case "save":
@@ -229,7 +231,20 @@ def serve(role: Stepping) -> None:
                 answer = role.transport() if isinstance(role, Remote) else ("", "")
             case "close":
                 role.close()
+                is_open = False
         reply(answer)
+    if is_open:
+        role.close()
+
+
+def end_with_input() -> None:
+    """Has this process end when its input does: for one that a role has started, which may die."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def commands() -> Iterable[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import statistics
 import tempfile
@@ -28,6 +29,9 @@ _STEPS = ((10_000, 100), (2_000_000, 10), (50_000_000, 4), (2_000_000_000, 2))
 _MEMORY_SHARE = 0.75
 # Memory of a process beside its arrays.
 _PROCESS_BYTES = 350 << 20
+
+# Where parameters that are compared lie: in memory where that is to be had, as writing to a disk goes on for a while.
+_SCRATCH = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)
 
 Progress = Callable[[str], None]
 
@@ -109,7 +113,9 @@ class _Rounds:
     def rows(self) -> list[dict[str, Any]]:
         """A row for each case that ran, the local step first."""
         with contextlib.ExitStack() as stack:
-            self._folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optwire-bench-")))
+            self._folder = pathlib.Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="optwire-bench-", dir=_SCRATCH))
+            )
             server = stack.enter_context(processes.server())
             running = []
             for case in self._group:

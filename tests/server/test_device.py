@@ -81,6 +81,28 @@ def test_an_error_is_the_callers_and_the_next_one_runs() -> None:
     assert scene.device.run(lane, scene.work("a", 1)) == "a"
 
 
+def test_a_wait_that_is_interrupted_takes_nobody_elses_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, lane = Scene(), device.Lane()
+    first = scene.ask(device.Lane(), scene.hold())  # type: ignore[arg-type]
+    second = scene.ask(lane, scene.work("a", 2))
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            raise KeyboardInterrupt
+
+    task = device._Task(scene.work("b", 1), Interrupted())
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "_Task", lambda work: task)
+        for own in (lane, device.Lane()):
+            with pytest.raises(KeyboardInterrupt):
+                scene.device.run(own, task.work)
+    scene.gate.set()
+    first.result(30)
+    assert second.result(30) == "a"
+    assert scene.device.run(lane, scene.work("c", 1)) == "c"
+    assert scene.log == list("aac")
+
+
 def test_many_threads_lose_nothing() -> None:
     turns, count, most = device.Device(), [0], [0]
     lanes = [device.Lane(1 + k % 3) for k in range(5)]

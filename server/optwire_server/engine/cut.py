@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
@@ -213,8 +213,7 @@ def _span(kind: int, positions: Sequence[int], tree: trees.TreeSpec, layout: Lay
     starts = tuple(itertools.accumulate((leaf.nbytes // dtype.itemsize for leaf in leaves), initial=0))
     ranges = _merged(starts, [layout.offsets[index] for index in positions], dtype.itemsize)
     blocks, start = [], 0
-    is_single = all(math.prod(leaf.shape) == 1 for leaf in leaves)
-    for size in _sizes(starts[-1], is_single=is_single):
+    for size in sizes(tree, positions):
         offset = None if first is None else first + start * dtype.itemsize
         runs = tuple(_within(ranges, start, start + size, dtype.itemsize))
         valid = max(0, min(size, starts[-1] - start))
@@ -244,12 +243,15 @@ def _within(ranges: Sequence[tuple[int, int, int]], start: int, stop: int, items
             yield Run(0, a - start, b - start, offset + (a - low) * itemsize)
 
 
-def split(cut: Cut, span: Span, tree: trees.TreeSpec, apart: Collection[int]) -> tuple[Span, Span]:
-    """A flat span in two: leaves that are not among some, and those that are; neither lies together any more."""
-    stay = [index for index in span.leaves if index not in apart]
-    go = [index for index in span.leaves if index in apart]
-    one, other = (_span(span.kind, positions, tree, cut.layout, None) for positions in (stay, go))
-    return one, other
+def sizes(tree: trees.TreeSpec, positions: Sequence[int]) -> list[int]:
+    """The blocks of a flat span of some leaves, by their numbers of elements."""
+    counts = [math.prod(tree.leaves[index].shape) for index in positions]
+    return _sizes(sum(counts), is_single=all(count == 1 for count in counts))
+
+
+def split(cut: Cut, span: Span, tree: trees.TreeSpec, groups: Sequence[Sequence[int]]) -> tuple[Span, ...]:
+    """A flat span in several, one for each group of its leaves; none of them lies together any more."""
+    return tuple(_span(span.kind, positions, tree, cut.layout, None) for positions in groups)
 
 
 def pieces(spans: Sequence[Span], leaves: int) -> list[tuple[Piece, ...]]:
@@ -281,7 +283,8 @@ def merged(found: Sequence[tuple[Piece, ...]]) -> tuple[Piece, ...]:
         if piece.start == piece.stop:
             continue
         last = joined[-1] if joined else None
-        if last and (last.span, last.block, last.part, last.stop) == (*dataclasses.astuple(piece)[:3], piece.start):
+        here = piece.span, piece.block, piece.part, piece.start
+        if last and (last.span, last.block, last.part, last.stop) == here:
             joined[-1] = dataclasses.replace(last, stop=piece.stop)
         else:
             joined.append(piece)

@@ -81,11 +81,7 @@ class Device:
             result: T = stop.value
             return result
         finally:
-            with self._changed:
-                lane.tasks.popleft()
-                if lane.tasks:
-                    self._waiting.append(lane)
-                self._pass_on()
+            self._leave(lane, task)
 
     def close(self) -> None:
         """Takes nothing more, and waits for what was asked for."""
@@ -100,6 +96,18 @@ class Device:
             if self._waiting:
                 task.turn.clear()
                 self._waiting.append(lane)
+                self._pass_on()
+
+    def _leave(self, lane: Lane, task: _Task) -> None:
+        """Ends a task, be it over or its wait interrupted; where it is its turn, the next one's begins."""
+        with self._changed:
+            was_first, had_turn = lane.tasks[0] is task, task.turn.is_set()
+            lane.tasks.remove(task)
+            if was_first and not had_turn:
+                self._waiting.remove(lane)
+            if was_first and lane.tasks:
+                self._waiting.append(lane)
+            if had_turn or not self._is_busy:
                 self._pass_on()
 
     def _pass_on(self) -> None:

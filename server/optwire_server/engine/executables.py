@@ -94,10 +94,25 @@ class Executables:
 def digest(closed: Any) -> bytes:
     """Equal for jaxprs that compute the same in the same way."""
     taken = hashlib.sha256(_ADDRESS.sub("", str(closed.jaxpr)).encode())
-    for constant in closed.consts:
-        array = np.asarray(constant)
+    for constant in _constants(closed):
+        is_key = jax.numpy.issubdtype(getattr(constant, "dtype", np.float64), jax.dtypes.extended)
+        array = np.asarray(jax.random.key_data(constant) if is_key else constant)
         taken.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return taken.digest()
+
+
+def _constants(part: Any) -> Iterator[Any]:
+    """The arrays that a jaxpr and those inside it were closed over, which its text has no numbers of, in order."""
+    if isinstance(part, core.ClosedJaxpr):
+        yield from part.consts
+        yield from _constants(part.jaxpr)
+    elif isinstance(part, core.Jaxpr):
+        for equation in part.eqns:
+            for parameter in equation.params.values():
+                yield from _constants(parameter)
+    elif isinstance(part, (tuple, list)):  # such as the branches of a condition
+        for each in part:
+            yield from _constants(each)
 
 
 def _compiled(closed: Any, outputs: Sequence[int], donated: Sequence[int]) -> Executable:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
 
-from optwire_proto import limits, tensors
+from optwire_proto import errors, limits, tensors
 from optwire_server.engine import cut, device, kernel, reductions, slots, telemetry
 from optwire_server.engine import program as programs
 from optwire_server.engine.layout import Layout
@@ -21,6 +21,12 @@ from optwire_server.engine.layout import Layout
 _NOBODY: Final = frozenset[int]()
 # Programs and variants whose work on a session is remembered.
 _KEPT_MAX = 16
+# A state may grow by so much, or by its own size, as leaves part ways: each of them in blocks of its own at last.
+_GROWTH_BYTES_MAX = 64 * limits.MIB
+# Asks for so many bytes of memory more, for all sessions together; raises LimitError.
+Room = Callable[[int], None]
+# Of some spans, by position, the leaves of each: in groups that part ways.
+_Groups = dict[int, list[list[int]]]
 
 
 class UpdateError(Exception):
@@ -72,13 +78,15 @@ class _Division:
 
     Attributes:
       spans: in order.
+      held_bytes: of their state in memory.
       jobs: what an update does, by program and variant.
     """
 
-    def __init__(self, spans: tuple[cut.Span, ...], leaves: int) -> None:
+    def __init__(self, program: programs.Program, spans: tuple[cut.Span, ...]) -> None:
         self.spans = spans
+        self.held_bytes = sum(map(program.span_bytes, spans))
         self.jobs: dict[tuple[programs.Program, programs.Variant | None], list[_Job]] = {}
-        self._leaves = leaves
+        self._leaves = len(program.tree.leaves)
 
     @functools.cached_property
     def pieces(self) -> list[tuple[cut.Piece, ...]]:
@@ -110,7 +118,7 @@ class Held:
         self.state: list[SpanState] | None = None
         self.lane = device.Lane()
         self._scratch: dict[int, np.ndarray] = {}
-        self._divided = _Division(program.cut.spans, len(program.tree.leaves))
+        self._divided = _Division(program, program.cut.spans)
 
     @property
     def spans(self) -> tuple[cut.Span, ...]:
@@ -129,11 +137,14 @@ class Held:
 
     @property
     def held_bytes(self) -> int:
-        """Size of parameters and slots in memory."""
-        return self.program.held_bytes
+        """Size of parameters and slots in memory, as the spans are now."""
+        return self._divided.held_bytes
 
     def fill(self, memory: np.ndarray, rates: tuple[float, ...], seed: int) -> None:
-        """Makes the state before the first step, of parameters in the session's layout, which are copied."""
+        """Makes the state before the first step, of parameters in the session's layout, which are copied.
+
+        In no turn: nobody else knows the session yet, and a whole tree may compile.
+        """
         given = _Given([], [], memory, frozenset())
         made = []
         for job in self._jobs(programs.Variant(), frozenset()):
@@ -167,7 +178,8 @@ class Held:
         common: dict[int, list[Any]] = {}
         try:
             gone = _gone(operands)
-            self._split_off(gone)
+            if groups := self._without(gone, self._divided):
+                self._divided, self.state = yield from self._parted(groups)
             state = self._state
             jobs = self._jobs(variant, gone)
             if operands.present is not None and not self.program.is_tree:
@@ -194,10 +206,11 @@ class Held:
             raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
         return self._told(variant, results)
 
-    def write_params(self, out: np.ndarray) -> None:
-        """Writes the parameters to memory of the layout's length."""
+    def write_params(self, out: np.ndarray) -> device.Work[None]:
+        """Writes the parameters to memory of the layout's length, yielding between blocks."""
         for job in self._jobs(None, frozenset()):
             self._write(job, self._state[job.at].common, out)
+            yield
 
     @property
     def _state(self) -> list[SpanState]:
@@ -360,120 +373,169 @@ class Held:
 
     def _holder(self, at: int, place: programs.Place) -> tuple[kernel.Kernel, SpanState]:
         """The kernel and the arrays of a span."""
-        span = self.spans[at]
-        return self.program.kernel(span, span.blocks[0]), self._state[at]
+        return self._kernel(self.spans[at]), self._state[at]
+
+    def _kernel(self, span: cut.Span) -> kernel.Kernel:
+        """That of a span's first block."""
+        return self.program.kernel(span, span.blocks[0])
 
     # ------------------------------------------------------------------------------------------- writing
 
-    def replace(self, arrays: Mapping[int, tensors.Array]) -> None:
-        """Puts copies of arrays in the place of those of the state, by position among the program's places.
+    def replace(self, arrays: Mapping[int, tensors.Array], room: Room) -> device.Work[None]:
+        """Puts copies of arrays in the place of those of the state, yielding between them.
 
         Whatever it raises, the state is the old one.
+
+        Args:
+          arrays: by position among the program's places.
+          room: asked before anything is copied, where the state grows.
+
+        Raises:
+          LimitError: there is no room for it.
         """
         places = {self.program.places[position]: array for position, array in arrays.items()}
-        with self.program.precision(), self.program.placing():
-            if not self.program.cut.is_flat:
-                state = [SpanState(list(common), [list(own) for own in blocks]) for common, blocks in self._state]
-                self._put(state, places)
-                self.state = jax.block_until_ready(state)
-                return
-            before = self._divided, self.state
-            try:
-                self._share(places)
-                state = [SpanState(list(common), [list(own) for own in blocks]) for common, blocks in self._state]
-                self._put(state, places)
-                self.state = jax.block_until_ready(state)
-            except BaseException:
-                self._divided, self.state = before
-                raise
+        groups = self._unlike(places) if self.program.cut.is_flat else {}
+        if grown := self._growth(groups, self._divided):
+            room(grown)
+        divided, state = yield from self._parted(groups)
+        yield from self._put(divided, state, places)
+        self._divided, self.state = divided, jax.block_until_ready(state)
 
-    def _put(self, state: list[SpanState], places: Mapping[programs.Place, tensors.Array]) -> None:
+    def _put(
+        self, divided: _Division, state: list[SpanState], places: Mapping[programs.Place, tensors.Array]
+    ) -> device.Work[None]:
         """Writes arrays over those of a state that nobody else has; leaves of a span have the same common arrays."""
         touched: dict[tuple[int, int, int], np.ndarray] = {}
         for place, array in places.items():
             if place.leaf is None:
-                self._put_everywhere(state, place, array)
+                self._put_everywhere(divided, state, place, array)
+                yield
                 continue
-            at = self._divided.span_of[place.leaf]
-            each, _ = self._holder(at, place)
-            is_common, index = each.where[place.array]
+            at = divided.span_of[place.leaf]
+            is_common, index = self._kernel(divided.spans[at]).where[place.array]
             if is_common or not self.program.cut.is_flat:
                 holder = state[at].common if is_common else state[at].blocks[0]
-                holder[index] = slots.from_numpy(array, holder[index])
+                self._set(holder, index, array)
+                yield
                 continue
             flat, start = array.reshape(-1), 0
-            for piece in self._divided.pieces[place.leaf]:
+            for piece in divided.pieces[place.leaf]:
                 key = at, piece.block, index
                 if key not in touched:
                     touched[key] = np.array(state[at].blocks[piece.block][index])
                 size = piece.stop - piece.start
                 touched[key][piece.start : piece.stop] = flat[start : start + size].view(touched[key].dtype)
                 start += size
+                yield
         for (at, block, index), host in touched.items():
-            state[at].blocks[block][index] = slots.from_numpy(host, state[at].blocks[block][index])
+            self._set(state[at].blocks[block], index, host)
+            yield
 
-    def _put_everywhere(self, state: list[SpanState], place: programs.Place, array: tensors.Array) -> None:
+    def _put_everywhere(
+        self, divided: _Division, state: list[SpanState], place: programs.Place, array: tensors.Array
+    ) -> None:
         """Writes an array that belongs to no leaf, in all spans."""
-        for at, span in enumerate(self.spans):
-            each = self.program.kernel(span, span.blocks[0])
+        for at, span in enumerate(divided.spans):
+            each = self._kernel(span)
             found = place.array if self.program.is_tree else each.position(place.name)
             if found is not None:
                 is_common, index = each.where[found]
-                holder = state[at].common if is_common else state[at].blocks[0]
-                holder[index] = slots.from_numpy(array, holder[index])
+                self._set(state[at].common if is_common else state[at].blocks[0], index, array)
 
-    def carry(self, new: Held, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies arrays to another state, by positions here and there; what is of another type there is left out."""
-        theirs = self.program.array_dtype, new.program.array_dtype
-        same = ((i, k) for i, k in pairs if theirs[0](i) == theirs[1](k))
-        new.replace({k: self.array(i).reshape(new.program.array_shape(k)) for i, k in same})
+    def _set(self, holder: list[Any], index: int, array: tensors.Array) -> None:
+        """Puts a copy of an array in the place of an old one."""
+        with self.program.precision(), self.program.placing():
+            holder[index] = slots.from_numpy(array, holder[index])
+
+    def carry(self, new: Held, pairs: Sequence[tuple[int, int]], room: Room) -> device.Work[None]:
+        """Copies arrays to another state, by positions here and there, as ``replace`` does.
+
+        What is of another type there is left out.
+        """
+        arrays: dict[int, tensors.Array] = {}
+        for here, there in pairs:
+            if self.program.array_dtype(here) == new.program.array_dtype(there):
+                arrays[there] = self.array(here).reshape(new.program.array_shape(there))
+                yield
+        yield from new.replace(arrays, room)
 
     # ------------------------------------------------------------------------------------------- splitting
 
-    def _divide(self, spans: tuple[cut.Span, ...]) -> None:
-        self._divided = _Division(spans, len(self.program.tree.leaves))
+    def growth(self, gone: frozenset[int]) -> int:
+        """Bytes of memory that the state takes more once leaves that have no gradients are apart from the rest.
 
-    def _split_off(self, gone: Collection[int]) -> None:
-        """Splits spans so that each has gradients for all of its leaves, or for none."""
-        if gone and self.program.cut.is_flat:
-            for at in sorted({self._divided.span_of[leaf] for leaf in gone}, reverse=True):
-                apart = [leaf for leaf in self.spans[at].leaves if leaf in gone]
-                if len(apart) < len(self.spans[at].leaves):
-                    self._split(at, apart)
+        At any time, of the state as it is then.
 
-    def _share(self, places: Mapping[programs.Place, tensors.Array]) -> None:
-        """Splits spans so that leaves of one are to have the same common arrays."""
+        Raises:
+          LimitError: more than any state may grow by.
+        """
+        divided = self._divided
+        return self._growth(self._without(gone, divided), divided)
+
+    def _growth(self, groups: _Groups, divided: _Division) -> int:
+        grown = 0
+        for at, parts in groups.items():
+            sizes = (cut.sizes(self.program.tree, leaves) for leaves in parts)
+            grown += sum(self.program.span_bytes(divided.spans[at], each) for each in sizes)
+            grown -= self.program.span_bytes(divided.spans[at])
+        least = self.program.held_bytes
+        most = least + max(least, _GROWTH_BYTES_MAX)
+        if grown > 0 and divided.held_bytes + grown > most:
+            raise errors.LimitError(
+                f"state: {divided.held_bytes + grown} bytes in memory, expected at most {most}: leaves that have no "
+                "gradients while others have, or counts of their own, are held apart from these, each set of them in "
+                "blocks of its own; push zeros for some of them, or load equal counts",
+                subject="state",
+                expected=f"at most {most} bytes in memory",
+                got=str(divided.held_bytes + grown),
+            )
+        return max(grown, 0)
+
+    def _without(self, gone: frozenset[int], divided: _Division) -> _Groups:
+        """Spans that have gradients for some of their leaves only: these, and the others."""
+        if not gone or not self.program.cut.is_flat:
+            return {}
+        groups: _Groups = {}
+        for at in sorted({divided.span_of[leaf] for leaf in gone}):
+            leaves = divided.spans[at].leaves
+            if stay := [leaf for leaf in leaves if leaf not in gone]:
+                groups[at] = [stay, [leaf for leaf in leaves if leaf in gone]]
+        return groups
+
+    def _unlike(self, places: Mapping[programs.Place, tensors.Array]) -> _Groups:
+        """Spans whose leaves are to have other common arrays than one another: those with the same ones together."""
         wanted: dict[int, dict[int, bytes]] = {}
         for place, array in places.items():
             if place.leaf is not None:
                 each, _ = self._holder(self._divided.span_of[place.leaf], place)
                 if each.where[place.array][0]:
                     wanted.setdefault(place.leaf, {})[place.array] = np.asarray(array).tobytes()
-        for at in range(len(self.spans) - 1, -1, -1):
+        groups: _Groups = {}
+        for at in sorted({self._divided.span_of[leaf] for leaf in wanted}):
+            arrays = (np.asarray(array).tobytes() for array in self._state[at].common)
+            there = dict(zip(self._kernel(self.spans[at]).common, arrays, strict=True))
             alike: dict[tuple[tuple[int, bytes], ...], list[int]] = {}
             for leaf in self.spans[at].leaves:
-                alike.setdefault(tuple(sorted(self._commons(at, wanted.get(leaf, {})).items())), []).append(leaf)
-            for apart in list(alike.values())[1:]:
-                self._split(at, apart)
+                alike.setdefault(tuple((there | wanted.get(leaf, {})).items()), []).append(leaf)
+            if len(alike) > 1:
+                groups[at] = list(alike.values())
+        return groups
 
-    def _commons(self, at: int, wanted: Mapping[int, bytes]) -> dict[int, bytes]:
-        """What a leaf of a span is to have in common with others: what is wanted, else what there is."""
-        if not wanted and len(self.spans[at].leaves) == 1:
-            return {}
-        each = self.program.kernel(self.spans[at], self.spans[at].blocks[0])
-        there = (np.asarray(array).tobytes() for array in self._state[at].common)
-        return {**dict(zip(each.common, there, strict=True)), **wanted}
+    def _parted(self, groups: _Groups) -> device.Work[tuple[_Division, list[SpanState]]]:
+        """The spans, those with groups split into these, and a state of them; what is split is copied."""
+        spans: list[cut.Span] = []
+        state: list[SpanState] = []
+        for at, (span, old) in enumerate(zip(self.spans, self._state, strict=True)):
+            if at not in groups:
+                spans.append(span)
+                state.append(SpanState(list(old.common), [list(own) for own in old.blocks]))
+                continue
+            for part in cut.split(self.program.cut, span, self.program.tree, groups[at]):
+                spans.append(part)
+                state.append(SpanState(list(old.common), (yield from self._regathered(at, part))))
+        return (_Division(self.program, tuple(spans)) if groups else self._divided), state
 
-    def _split(self, at: int, apart: Collection[int]) -> None:
-        """Splits a flat span in two, the second with some of its leaves; copies its arrays."""
-        span, state = self.spans[at], self._state
-        parts = cut.split(self.program.cut, span, self.program.tree, frozenset(apart))
-        with self.program.precision(), self.program.placing():
-            made = [SpanState(list(state[at].common), self._regathered(at, part)) for part in parts]
-        self.state = [*state[:at], *made, *state[at + 1 :]]
-        self._divide((*self.spans[:at], *parts, *self.spans[at + 1 :]))
-
-    def _regathered(self, at: int, part: cut.Span) -> list[list[Any]]:
+    def _regathered(self, at: int, part: cut.Span) -> device.Work[list[list[Any]]]:
         """The own arrays of some leaves of a span, as the blocks of another one."""
         blocks: list[list[Any]] = [[] for _ in part.blocks]
         where = self._divided.pieces
@@ -487,10 +549,12 @@ class Held:
             flat = np.zeros(sum(block.parts[0].size for block in part.blocks), dtype)
             np.concatenate([*segments, np.empty(0, dtype)], out=flat[: part.starts[-1]])
             start = 0
-            for own, block in zip(blocks, part.blocks, strict=True):
-                size = block.parts[0].size
-                own.append(jax.numpy.array(flat[start : start + size], copy=True))
-                start += size
+            with self.program.precision(), self.program.placing():
+                for own, block in zip(blocks, part.blocks, strict=True):
+                    size = block.parts[0].size
+                    own.append(jax.numpy.array(flat[start : start + size], copy=True))
+                    start += size
+            yield
         return blocks
 
 

@@ -183,6 +183,16 @@ class Kernel:
             return slots.leaf_specs(self.state, [f"{index}.{name}"[:80] for index, name in enumerate(shown)])
 
     @functools.cached_property
+    def own_bytes(self) -> int:
+        """Bytes of a block's own arrays."""
+        return sum(nbytes(self.arrays[at]) for at in self.own)
+
+    @functools.cached_property
+    def common_bytes(self) -> int:
+        """Bytes of the common arrays, which a span has once."""
+        return sum(nbytes(self.arrays[at]) for at in self.common)
+
+    @functools.cached_property
     def where(self) -> Mapping[int, tuple[bool, int]]:
         """For each array whether it is common, and its position among those."""
         own = {array: (False, at) for at, array in enumerate(self.own)}
@@ -266,9 +276,9 @@ class Kernel:
         return self._views[which]
 
     def prepare_first(self) -> None:
-        """Compiles how a flat block's first state is made, unless it is."""
+        """Compiles how the first state is made, unless it is; without, it is made piece by piece."""
         with self._lock:
-            if self._is_flat and self._first is None:
+            if self._first is None:
                 zeros = self._recipe.zeros(Variant(), 1).rates
                 with self._recipe.building():
                     closed = jax.make_jaxpr(self._started)(*zeros, *self._grads)
@@ -287,9 +297,12 @@ class Kernel:
             return executables.digest(self._trace(Variant()).closed)
 
     def init(self, params: Sequence[tensors.Array], rates: tuple[float, ...], seed: int) -> tuple[list[Any], list[Any]]:
-        """The own and the common arrays before the first step; copies ``params``."""
+        """The own and the common arrays before the first step; copies ``params``.
+
+        May compile where ``prepare_first`` was not called.
+        """
         with self._recipe.precision(), jax.default_device(self._recipe.device):
-            if self._first is None:  # the only block of its shape, which may start from random numbers
+            if self._first is None:  # a whole tree, which may start from random numbers
                 leaves = [jnp.array(leaf, copy=True) for leaf in params]
                 arrays = jax.tree.leaves(_owned(self._rule(rates, seed).init(leaves), self.state))
             else:
@@ -321,7 +334,11 @@ class Kernel:
         """The arrays of a first state, of rates and parameters; to be traced."""
         count = len(self._recipe.rate_paths)
         state = self._rule(given[:count]).init([jnp.array(leaf, copy=True) for leaf in given[count:]])
-        return jax.tree.leaves(jax.tree.map(lambda leaf, kind: jnp.asarray(leaf, kind.dtype), state, self.state))
+
+        def settled(leaf: Any, kind: Any) -> Any:
+            return jnp.reshape(jnp.asarray(leaf, kind.dtype), kind.shape)
+
+        return jax.tree.leaves(jax.tree.map(settled, state, self.state))
 
     def _scalars(self) -> list[int]:
         """Positions of what belongs to no element of a flat block: what stays as it is where the block is longer."""

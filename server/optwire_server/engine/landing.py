@@ -92,6 +92,17 @@ class Landings:
         with self._lock:
             self._count(size, is_first=is_first)
             buffer = self._take(size, layout.gaps)
+        try:
+            return self._made(kind, tree, layout, buffer, size)
+        except BaseException:  # there is no memory for it, say: nobody will close it
+            with self._lock:
+                self._lent_bytes -= size
+            raise
+
+    def _made(
+        self, kind: Callable[..., L], tree: trees.TreeSpec, layout: Layout, buffer: _Buffer | None, size: int
+    ) -> L:
+        """A landing in a buffer that is counted as lent; in a new one where there is none."""
         if buffer is None:
             # JAX lets go of memory that it took over when Python collects, and not before: a buffer that was not kept
             # may still be there, beside this one.

@@ -6,7 +6,7 @@ instead of all; and no program is compiled for each number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from optwire_proto import tensors
 
 # Elements that are summed at once: small enough that they stay in the cache while each worker's are added.
 _BLOCK = 32_768
+# And after how many of them others get their turn: a million elements.
+_BLOCKS_A_TURN = 32
 
 
-def into_first(pushes: Sequence[Sequence[tensors.Array]]) -> None:
-    """Writes the mean of several workers' gradients over those of the first.
+def into_first(pushes: Sequence[Sequence[tensors.Array]]) -> Iterator[None]:
+    """Writes the mean of several workers' gradients over those of the first, yielding now and then.
 
     ``((g[0] + g[1]) + g[2] ...) / n`` for each element, in the leaf's element type, but in 32 bits at least, and then
     rounded once to that type.
@@ -27,21 +29,25 @@ def into_first(pushes: Sequence[Sequence[tensors.Array]]) -> None:
       pushes: one sequence of arrays for each worker, in the order in which they are added; contiguous, equal in shapes
         and element types.
     """
-    with np.errstate(all="ignore"):  # what is not finite, the update will see
-        for leaf in zip(*pushes, strict=True):
-            _mean_of_leaf([_numbers(array) for array in leaf])
+    done = 0
+    for leaf in zip(*pushes, strict=True):
+        arrays = [_numbers(array) for array in leaf]
+        for start in range(0, arrays[0].size, _BLOCK):
+            _mean_of_block([array[start : start + _BLOCK] for array in arrays])
+            done += 1
+            if done % _BLOCKS_A_TURN == 0:
+                yield
 
 
-def _mean_of_leaf(arrays: Sequence[np.ndarray[Any, Any]]) -> None:
+def _mean_of_block(arrays: Sequence[np.ndarray[Any, Any]]) -> None:
     first = arrays[0]
     wide = _wide(first.dtype)
     count = wide.type(len(arrays))  # of its type, so that nothing is promoted
-    for start in range(0, first.size, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        total = first[part].astype(wide)
+    with np.errstate(all="ignore"):  # what is not finite, the update will see
+        total = first.astype(wide)
         for array in arrays[1:]:
-            total += array[part]
-        first[part] = total / count
+            total += array
+        first[:] = total / count
 
 
 def _numbers(array: tensors.Array) -> tensors.Array:

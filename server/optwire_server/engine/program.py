@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ Operands = recipe.Operands
 OPTAX_EXTRAS = recipe.OPTAX_EXTRAS
 
 _WIDE = ("f64", "c128")
-# So many kinds of leaves, such as those with weight decay and those without, are compiled for at once in all sizes.
+# So many kinds of leaves, such as those with weight decay and those without, are compiled for ahead in all sizes.
 _KINDS_FEW = 4
 # Where a spec tells more kinds of leaves apart, one program for all of them is there sooner than one for each.
 _KINDS_MAX = 16
@@ -101,16 +101,18 @@ class Program:
         self._ready: set[Variant] = set()
         self._state_bytes_max = state_bytes_max
         self.cut, self._kernels = self._fitting(finest)
-        for each in self._kernels.values():
-            each.prepare_first()
+        if not self.is_tree:  # which may start from random numbers, and has as many small arrays as leaves
+            for each in self._kernels.values():
+                each.prepare_first()
         first = next(iter(self._kernels.values()))
         self.every = first.every
         # How many pushes a skipped update is the end of: those gathered for it, where it is inside an accumulation.
         self.forfeits = self.every if _inside_accumulation(spec) else 1
         self.views = first.views
         self._schedule = self._compiled_schedule()
-        for closing in (True, False)[: 1 if self.every == 1 else 2]:
-            self.prepare(Variant(closing=closing))
+        self._usual = tuple(Variant(closing=closing) for closing in (True, False)[: 1 if self.every == 1 else 2])
+        for variant in self._usual:
+            self.prepare(variant)
         self.prepare_view("")
 
     # ------------------------------------------------------------------------------------------- what it is
@@ -180,8 +182,12 @@ class Program:
 
     @functools.cached_property
     def held_bytes(self) -> int:
-        """Bytes of a state in memory, padding included."""
-        return _held_bytes(self.cut, self._kernels)
+        """Bytes of a state in memory, padding included, before any leaves part ways."""
+        return sum(map(self.span_bytes, self.cut.spans))
+
+    def span_bytes(self, span: cut.Span, sizes: Sequence[int] | None = None) -> int:
+        """Bytes of the state of a span in memory; of leaves of its kind in blocks of these ``sizes``, where given."""
+        return _span_bytes(self._kernels, span, _block_sizes(self.cut, span) if sizes is None else sizes)
 
     @functools.cached_property
     def state_bytes(self) -> int:
@@ -304,6 +310,27 @@ class Program:
         stays = each.is_alone and not variant.telemetry and not variant.updates
         return (there,) if stays else (there, variant)
 
+    @functools.cached_property
+    def family(self) -> Hashable:
+        """Equal for programs that blocks of all sizes have the same executables of."""
+        return str(rates.rateless(self.spec)), frozenset(kind[:2] for kind in self.cut.kinds if isinstance(kind, tuple))
+
+    def compile_ahead(self) -> None:
+        """Compiles for flat blocks of the sizes that this tree does not have, and others may; on the calling thread.
+
+        Where there are few kinds of leaves: what is compiled is then found by programs of any other trees.
+        """
+        if not self.cut.is_flat or len(self.cut.kinds) > _KINDS_FEW:
+            return
+        for span in self.cut.spans:
+            for size in (cut.SMALL, cut.BLOCK, 1):
+                if (span.kind, size) not in self._kernels:
+                    each = self._kernel(self.cut, span, size)
+                    each.prepare_first()
+                    for variant in self._usual:
+                        each.prepare(variant)
+                    each.prepare_view("")
+
     def prepare_view(self, which: str) -> None:
         """Compiles the reading of parameters, unless it is.
 
@@ -393,7 +420,7 @@ class Program:
                     kernels[span.kind, size] = self._kernel(made, span, size)
         if few is not None and made.granularity is not Granularity.TREE:
             self._check_names(made, kernels, few)
-        held = _held_bytes(made, kernels)
+        held = sum(_span_bytes(kernels, span, _block_sizes(made, span)) for span in made.spans)
         if held > self._state_bytes_max:  # before the compiler is asked for as much
             raise _over("state_bytes_max", held, self._state_bytes_max)
         is_many = made.granularity is not Granularity.TREE
@@ -427,26 +454,19 @@ class Program:
 
 
 def _sizes(made: cut.Cut, span: cut.Span) -> list[int]:
-    """The sizes of a span's flat blocks, also after it is split; 0 where blocks are not flat.
-
-    All there are, unless there are many kinds: then nothing is left to compile for a tree of any other shapes.
-    """
-    if not made.is_flat:
-        return [0]
-    sizes = {block.parts[0].size for block in span.blocks}
-    if len(made.kinds) <= _KINDS_FEW:
-        return sorted(sizes | {1, cut.SMALL, cut.BLOCK})
+    """The sizes of a span's flat blocks, also after it is split; 0 where blocks are not flat."""
+    sizes = set(_block_sizes(made, span))
     return sorted(sizes | {cut.SMALL} if cut.BLOCK in sizes else sizes)
 
 
-def _held_bytes(made: cut.Cut, kernels: dict[tuple[int, int], Kernel]) -> int:
-    total = 0
-    for span in made.spans:
-        for position, block in enumerate(span.blocks):
-            each = kernels[span.kind, block.parts[0].size if made.is_flat else 0]
-            arrays = (*each.own, *each.common) if position == 0 else each.own
-            total += sum(kernel.nbytes(each.arrays[at]) for at in arrays)
-    return total
+def _block_sizes(made: cut.Cut, span: cut.Span) -> list[int]:
+    """The sizes of a span's blocks; 0 where blocks are not flat."""
+    return [block.parts[0].size for block in span.blocks] if made.is_flat else [0]
+
+
+def _span_bytes(kernels: Mapping[tuple[int, int], Kernel], span: cut.Span, sizes: Sequence[int]) -> int:
+    of = [kernels[span.kind, size] for size in sizes]
+    return sum(each.own_bytes for each in of) + of[0].common_bytes
 
 
 def _verdicts(spec: specs.Spec, names: tuple[str, ...]) -> Sequence[Hashable]:
