@@ -1,7 +1,17 @@
 """The real server, once for all tests, and a client of it for each."""
 
 import gc
+import os
+import pathlib
 from collections.abc import Iterator
+
+# Before JAX is imported, and for every process that a test starts: what one has compiled, the others read. Thousands of
+# updates are compiled here, most of them more than once.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest

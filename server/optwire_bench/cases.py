@@ -128,7 +128,7 @@ def beside(text: str) -> Case:
       ValueError: the text is something else.
     """
     name, equals, command = text.partition("=")
-    if not (name and equals and command):
+    if not (name and equals and command.strip()):
         raise ValueError(f"{text!r}: expected NAME=COMMAND")
     argv = tuple(part.replace("{", "{{").replace("}", "}}") for part in shlex.split(command))
     return Case(name, argv, ANOTHER_PROGRAM, payloads=10)

@@ -32,7 +32,7 @@ def serve() -> None:
             seconds.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(hear)
-    with testing.serve() as server:
+    with testing.serve(compiles_ahead=True) as server:
         for command in roles.commands():
             if command["do"] == "where":
                 roles.reply(server.target)

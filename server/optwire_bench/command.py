@@ -3,36 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import pathlib
+import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from optwire_bench import cases, cold, fairness, models, processes, reports, stepping, transfers
-from optwire_proto import errors
+from optwire_bench import cases, cold, fairness, folders, models, processes, reports, stepping, transfers
+from optwire_proto import codecs, errors
 
 # What takes turns when nothing is asked for.
 _USUAL = (("stream", "f32"), ("stream", "bf16"), ("stream", "int8"), ("unix", "f32"), ("shared_memory", "f32"))
 _USUAL_GPT2 = (("shared_memory", "f32"), ("stream", "f32"))
+# Of `limits`, each way: one float32; and what two sessions and raw TCP have room for.
+_BYTES_MIN, _BYTES_MAX = 4, 8_000_000_000
 _CODECS = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "sign")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs a benchmark and reports; returns the exit code: 0, or 1 for a run that failed."""
     flags = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
+    plot = getattr(flags, "plot", None)
     try:
-        result: dict[str, Any] = {"kind": flags.kind, "machine": processes.machine(), **flags.run(flags)}
+        for path in filter(None, (flags.json, plot)):
+            _check_writable(path)
+        if plot:
+            _check_plot(plot)
+        folders.sweep()
+        with _ended_by_sigterm():
+            result: dict[str, Any] = {"kind": flags.kind, "machine": processes.machine(), **flags.run(flags)}
         print(reports.text(result))
         if flags.json:
             reports.write_json(result, flags.json)
-        if getattr(flags, "plot", None):
-            reports.plot(result, flags.plot)
-    except (processes.BenchError, errors.OptwireError) as exc:
+        if plot:
+            reports.plot(result, plot)
+    except (processes.BenchError, errors.OptwireError, OSError) as exc:
         print(f"optwire bench {flags.kind}: {exc}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is raised as SystemExit, once, so that what was started is ended."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    """Raises OSError where a file cannot be written, while nothing has been measured yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
+def _check_plot(path: pathlib.Path) -> None:
+    if path.suffix != ".png":
+        raise processes.BenchError(
+            f"--plot {path}: expected the name of a PNG file, such as {path.with_suffix('.png')}"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise processes.BenchError("--plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +127,7 @@ def _add_step(step: argparse.ArgumentParser) -> None:
         "--beside",
         action="append",
         default=[],
-        type=_checked(cases.beside),
+        type=_beside,
         metavar="NAME=COMMAND",
         help="a program that speaks the lines of optwire_bench.roles takes turns too; repeatable",
     )
@@ -246,10 +290,18 @@ def _model(text: str) -> str:
 def _size(text: str) -> int:
     """Bytes, as parameters are written."""
     found: int = _checked(models.count)(text)
+    if not _BYTES_MIN <= found <= _BYTES_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {_BYTES_MIN} to {_BYTES_MAX // 10**9}G bytes")
     return found
 
 
+def _beside(text: str) -> cases.Case:
+    case: cases.Case = _checked(cases.beside)(text)
+    program = case.argv[0].format()
+    if shutil.which(program) is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no program {program!r}")
+    return case
+
+
 def _codec(text: str) -> str:
-    if text not in ("f32", "bf16", "f16", "int8", "sign") and not text.startswith("top_k("):
-        raise argparse.ArgumentTypeError(f"no codec {text!r}; there are {', '.join(_CODECS)}")
-    return text
+    return str(_checked(codecs.parse)(text))

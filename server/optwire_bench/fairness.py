@@ -35,12 +35,14 @@ def run(
             whole = stack.enter_context(processes.server())
             halved = stack.enter_context(processes.server(half))
             tiny, heavy = cases.remote("stream"), cases.remote(transport)
-            roles = {
-                "tiny": processes.Role("tiny", tiny.command(whole)),
-                "half": processes.Role("tiny on half", tiny.command(halved), half),
-                "heavy": processes.Role(label, heavy.command(whole)),
+            commands: dict[str, tuple[list[str], list[int]]] = {
+                "tiny": (tiny.command(whole), []),
+                "half": (tiny.command(halved), half),
+                "heavy": (heavy.command(whole), []),
             }
-            for name, role in roles.items():
+            roles: dict[str, processes.Role] = {}
+            for name, (command, pinned) in commands.items():
+                role = roles[name] = processes.Role(name, command, pinned)
                 stack.callback(role.end)
                 role.ask("open", model=label if name == "heavy" else TINY, tensors=0)
                 role.ask("step", count=2 if name == "heavy" else 2 * _BATCH)

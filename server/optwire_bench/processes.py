@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
 import platform
+import select
 import signal
 import subprocess
 import sys
@@ -16,7 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
+from optwire_bench import folders
+
 _START_S = 60.0
+# Longer than any answer takes: the steps of a turn, a first one with its compilation, a peer that is being loaded.
+_ANSWER_S = 600.0
+_END_S = 20.0
+_PR_SET_PDEATHSIG = 1
 
 
 class BenchError(Exception):
@@ -24,16 +32,34 @@ class BenchError(Exception):
 
 
 class Role:
-    """A process that answers a line of JSON with a line of JSON."""
+    """A process that answers a line of JSON with a line of JSON; it ends with its input, or with this process.
 
-    def __init__(self, name: str, argv: Sequence[str], cores: Sequence[int] = ()) -> None:
+    Args:
+      name: for messages.
+      argv: the command.
+      cores: that it may use; empty: all.
+      answer_s: how long an answer may take.
+
+    Raises:
+      BenchError: the command cannot be run.
+    """
+
+    def __init__(
+        self, name: str, argv: Sequence[str], cores: Sequence[int] = (), *, answer_s: float = _ANSWER_S
+    ) -> None:
         self.name = name
+        self.others: list[int] = []
+        self._answer_s = answer_s
+        self._heard = b""
         # What it says beside its answers is read only when it dies.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, as it lives as long as the process
-        self.process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, preexec_fn=_pinned(cores)
-        )
-        self.others: list[int] = []
+        try:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, preexec_fn=_child(cores)
+            )
+        except OSError as exc:
+            self._log.close()
+            raise BenchError(f"{name}: {argv[0]}: {exc.strerror}") from None
 
     @property
     def pid(self) -> int:
@@ -48,23 +74,36 @@ class Role:
         """Sends a command whose answer is awaited later."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
+            self.process.stdin.write(json.dumps({"do": do, **values}).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise self._dead() from None
 
     def told(self) -> Any:
-        """The answer to the command sent last."""
+        """The answer to the command sent last; raises BenchError where none comes in time, or it is no JSON."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise self._dead()
-        return json.loads(line)
+        out = self.process.stdout.fileno()
+        readable = select.poll()
+        readable.register(out, select.POLLIN)
+        deadline = time.monotonic() + self._answer_s
+        while b"\n" not in self._heard:
+            if not readable.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+                self.process.kill()
+                raise BenchError(f"{self.name}: no answer within {self._answer_s:g} s")
+            data = os.read(out, 1 << 16)
+            if not data:
+                raise self._dead()
+            self._heard += data
+        line, _, self._heard = self._heard.partition(b"\n")
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise BenchError(f"{self.name}: answered {line.decode(errors='replace')[:80]!r}, expected JSON") from None
 
     def cost(self, do: str, count: int) -> dict[str, Any]:
         """The answer to a command that is measured, with what it cost the other processes added."""
         before = {pid: _spent(pid) for pid in self.others}
-        turn: dict[str, Any] = self.ask(do, count=count)
+        turn = self._measured(self.ask(do, count=count))
         for pid, start in before.items():
             spent = _spent(pid)
             if start and spent:  # a peer's helper may come and go
@@ -72,22 +111,40 @@ class Role:
                 turn["faults"] += spent[1] - start[1]
         return turn
 
+    def facts(self, **values: Any) -> dict[str, Any]:
+        """The answer to "open"; raises BenchError where it is no object."""
+        facts = self.ask("open", **values)
+        if not isinstance(facts, dict):
+            raise BenchError(f'{self.name}: answered "open" with {str(facts)[:80]}, expected an object')
+        return facts
+
+    def _measured(self, turn: Any) -> dict[str, Any]:
+        try:
+            if turn["seconds"] and min(turn["seconds"]) > 0 and turn["cpu_s"] >= 0 and turn["faults"] >= 0:
+                return dict(turn)
+        except (KeyError, TypeError):
+            pass
+        raise BenchError(f"{self.name}: answered {str(turn)[:80]}, expected seconds, cpu_s and faults")
+
     def end(self) -> None:
         """Ends the process, if need be by force."""
         with contextlib.suppress(OSError):
             assert self.process.stdin is not None
             self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
         self._log.close()
 
+    def _wait(self) -> int:
+        try:
+            return self.process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
     def _dead(self) -> BenchError:
-        code = self.process.wait()
+        code = self._wait()
         self._log.seek(0)
         lines = self._log.read().strip().splitlines()
         return BenchError(f"{self.name}: its process ended with {code}: {lines[-1] if lines else 'it said nothing'}")
@@ -109,8 +166,8 @@ class Server:
 
 @contextlib.contextmanager
 def server(cores: Sequence[int] = (), arguments: Sequence[str] = ()) -> Iterator[Server]:
-    """``optwire serve`` in a process of its own, on a free port and on a Unix socket."""
-    with tempfile.TemporaryDirectory(prefix="optwire-bench-") as folder:
+    """``optwire serve`` in a process of its own, on a free port and on a Unix socket; it ends with this process."""
+    with folders.folder() as folder:
         port_file, unix = pathlib.Path(folder, "port"), f"unix:{folder}/socket"
         command = [sys.executable, "-m", "optwire_server", "serve", "--listen", "127.0.0.1:0", "--listen", unix]
         command += ["--compilation-cache", "none"]
@@ -120,7 +177,7 @@ def server(cores: Sequence[int] = (), arguments: Sequence[str] = ()) -> Iterator
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                preexec_fn=_pinned(cores),
+                preexec_fn=_child(cores),
             )
             try:
                 deadline = time.monotonic() + _START_S
@@ -139,8 +196,18 @@ def server(cores: Sequence[int] = (), arguments: Sequence[str] = ()) -> Iterator
                     process.wait()
 
 
-def _pinned(cores: Sequence[int]) -> Callable[[], None] | None:
-    return (lambda: os.sched_setaffinity(0, cores)) if cores else None
+def _child(cores: Sequence[int]) -> Callable[[], None]:
+    """What a child does first: it uses these cores only, and ends when the thread that starts it does, however."""
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it was faster
+            os._exit(1)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    return prepare
 
 
 def _spent(pid: int) -> tuple[float, int] | None:
@@ -188,6 +255,6 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "processor": model[0] if model else platform.machine(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "versions": versions,
     }

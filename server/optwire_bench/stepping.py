@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import pathlib
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from optwire_bench import cases, counting, models, processes
+from optwire_bench import cases, counting, folders, models, processes
 
 REFERENCE = "local"
 # Of the local step: median over best. Beyond it something else used the machine.
@@ -30,8 +27,8 @@ _MEMORY_SHARE = 0.75
 # Memory of a process beside its arrays.
 _PROCESS_BYTES = 350 << 20
 
-# Where parameters that are compared lie: in memory where that is to be had, as writing to a disk goes on for a while.
-_SCRATCH = next((folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)), None)
+# Files of a payload each that parameters are compared in: of the reference, a case's own one, what is held, what came.
+_SCRATCH_PAYLOADS = 4
 
 Progress = Callable[[str], None]
 
@@ -113,15 +110,13 @@ class _Rounds:
     def rows(self) -> list[dict[str, Any]]:
         """A row for each case that ran, the local step first."""
         with contextlib.ExitStack() as stack:
-            self._folder = pathlib.Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="optwire-bench-", dir=_SCRATCH))
-            )
+            scratch_bytes = _SCRATCH_PAYLOADS * self._model.payload_bytes
+            self._folder = stack.enter_context(folders.folder(scratch_bytes=scratch_bytes))
             server = stack.enter_context(processes.server())
             running = []
             for case in self._group:
-                role = processes.Role(case.name, case.command(server))
-                stack.callback(role.end)
-                if self._open(case, role, server):
+                role = self._open(case, server, stack)
+                if role is not None:
                     running.append((case, role))
             start = cases.start(self._model)
             self._check(running, start, WARM_UP)
@@ -132,26 +127,29 @@ class _Rounds:
             local = [statistics.median(turn["seconds"]) for turn in self._turns[REFERENCE]]
             return [self._row(case, local) for case, _ in running]
 
-    def _open(self, case: cases.Case, role: processes.Role, server: processes.Server) -> bool:
-        """Whether the case can take part. A peer that cannot is left out, and a transport that is not to be had."""
+    def _open(self, case: cases.Case, server: processes.Server, stack: contextlib.ExitStack) -> processes.Role | None:
+        """The case's process; None: a peer that cannot take part is left out, and a transport that is not to be had."""
         try:
-            facts = role.ask("open", model=self._model.label, tensors=self._plan.tensors)
+            role = processes.Role(case.name, case.command(server))
+            stack.callback(role.end)
+            facts = role.facts(model=self._model.label, tensors=self._plan.tensors)
             self._facts[case.name] = facts
             role.others = [server.pid] if case.server else list(facts.get("pids", ()))
-            role.ask("step", count=WARM_UP)
+            role.cost("step", WARM_UP)
         except processes.BenchError as exc:
             if case.server or case.name in cases.LOCALS:
                 raise
-            return self._leave_out(f"{case.name}, {self._model.label}: {exc}")
+            self._leave_out(f"{case.name}, {self._model.label}: {exc}")
+            return None
         used, reason = role.ask("transport") if case.transport else ("", "")
         if used != case.transport:
-            return self._leave_out(f"{case.name}, {self._model.label}: over {used} instead: {reason}")
-        return True
+            self._leave_out(f"{case.name}, {self._model.label}: over {used} instead: {reason}")
+            return None
+        return role
 
-    def _leave_out(self, why: str) -> bool:
+    def _leave_out(self, why: str) -> None:
         self._left_out.append(why)
         self._progress(f"left out: {why}")
-        return False
 
     def _turn(self, case: cases.Case, role: processes.Role) -> dict[str, Any]:
         role.ask("step", count=1)
@@ -217,7 +215,8 @@ def groups(taken: Sequence[cases.Case], model: models.Model, available_bytes: in
     """Cases that fit in memory at the same time, beside the local one; as few groups as the order allows."""
     room = available_bytes * _MEMORY_SHARE
     found: list[list[cases.Case]] = [[]]
-    used = base = cases.against(REFERENCE).payloads * model.payload_bytes + 2 * _PROCESS_BYTES
+    shared = cases.against(REFERENCE).payloads + _SCRATCH_PAYLOADS
+    used = base = shared * model.payload_bytes + 2 * _PROCESS_BYTES
     for case in taken:
         if case.name == REFERENCE:
             continue

@@ -102,13 +102,15 @@ def _of_size(size: int, transports: Sequence[str], rounds: int) -> list[dict[str
     count = next(count for most, count in _COUNTS if size <= most)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(processes.server())
-        running = {"raw TCP": processes.Role("raw TCP", processes.module("limits"))}
+        commands = {"raw TCP": processes.module("limits")}
         for transport in transports:
             target = server.unix if transport in ("unix", "shared_memory") else server.target
             asked = "stream" if transport == "unix" else transport
-            running[transport] = processes.Role(transport, processes.module("transfers", target, asked))
+            commands[transport] = processes.module("transfers", target, asked)
+        running: dict[str, processes.Role] = {}
         turns: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for name, role in running.items():
+        for name, command in commands.items():
+            role = running[name] = processes.Role(name, command)
             stack.callback(role.end)
             facts = role.ask("open", bytes=size)
             role.others = facts["pids"] if name == "raw TCP" else [server.pid]

@@ -14,7 +14,7 @@ import numpy as np
 from optwire_proto import errors, sessions
 from optwire_server import segments
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing
+from optwire_server.engine import device, landing
 from optwire_server.live import LiveSession, Params, Push, Reply
 from optwire_server.session import effects
 
@@ -27,8 +27,8 @@ def reply(
     claim: segments.Claim | None = None,
     *,
     is_written: bool = False,
-) -> Reply:
-    """The reply to a push with these options.
+) -> device.Work[Reply]:
+    """The reply to a push with these options, yielding between blocks that are written.
 
     Args:
       engine: holds the session's arrays.
@@ -43,7 +43,7 @@ def reply(
     """
     if claim is not None and options.reply is sessions.ReplyContent.PARAMS:
         if not is_written:
-            engine.write_params(live.held, claim.params)
+            yield from engine.write_params(live.held, claim.params)
         return Reply(live.ack(effect, live.tree.payload_bytes), [])
     arrays = _arrays(engine, live, options.reply, effect.applied_step)
     if claim is not None:
@@ -54,14 +54,14 @@ def reply(
     return Reply(live.ack(effect, sum(leaf.nbytes for leaf in arrays)), arrays)
 
 
-def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> None:
+def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> device.Work[None]:
     """Gives all who wait for what becomes of a worker's push their answer, and its payload back."""
     for waiting in live.room.release(answer.worker):
         match answer.outcome:
             case effects.Reply():
                 try:
                     with waiting.claim.using() if waiting.claim else contextlib.nullcontext():
-                        answered = reply(engine, live, waiting.options, answer.outcome, waiting.claim)
+                        answered = yield from reply(engine, live, waiting.options, answer.outcome, waiting.claim)
                     waiting.outcome.set_result(answered)
                 except Exception as exc:  # noqa: BLE001  this call's own; the others have theirs
                     waiting.outcome.set_exception(exc)

@@ -42,6 +42,8 @@ class ServerConfig:
       stall_s: seconds without a byte after which a transfer is given up and its buffers are freed.
       idle_s: seconds without a push after which a stream is closed; clients reopen it by themselves.
       drain_s: seconds that pushes under way get to finish after SIGTERM.
+      compiles_ahead: whether a thread compiles, once a first session of an optimizer is served, what sessions of other
+        shapes may need. ``optwire serve`` does; a server inside of another process has less to gain.
       compilation_cache: folder in which compiled updates outlive the server's process; "": the user's folder for
         caches; "none": nowhere. Only ``optwire serve`` looks at it, as it is a setting of a whole process.
     """
@@ -62,6 +64,7 @@ class ServerConfig:
     stall_s: float = 20.0
     idle_s: float = 300.0
     drain_s: float = 5.0
+    compiles_ahead: bool = False
     compilation_cache: str = ""
 
     def __post_init__(self) -> None:

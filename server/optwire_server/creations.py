@@ -16,7 +16,7 @@ from optwire_server import extensions, replicas
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing
+from optwire_server.engine import device, landing
 from optwire_server.engine import layout as layouts
 from optwire_server.live import Creation, LiveSession
 from optwire_server.session import machine
@@ -45,7 +45,7 @@ class Creations:
         table: Table,
         *,
         refuse_when_draining: Callable[[], None],
-        end: Callable[[LiveSession], None],
+        end: Callable[[LiveSession], device.Work[None]],
     ) -> None:
         self._engine = engine
         self._config = config
@@ -149,28 +149,41 @@ class Creations:
             create_key=creation.create_key,
             created_s=time.time(),
         )
-        if old := creation.extended:
+        if (old := creation.extended) and creation.extends:
             pairs = extensions.shared(old, live)
-            made = self._engine.run(lambda: self._put(live, creation, pairs), old.held)
+            made = self._engine.work(self._succeed(old, live, creation, creation.extends, pairs), old.held)
         else:
-            made = self._put(live, creation)
+            made = self._enter(live, creation)
         if made is live:
             _log.info("session %s created: %s, %d bytes of state", name, creation.spec.name, live.state_bytes)
         return made.info()
 
-    def _put(self, live: LiveSession, creation: Creation, pairs: Sequence[tuple[int, int]] = ()) -> LiveSession:
-        """Enters a new session, or finds the one that another try entered; in the session's turn if it extends one."""
-        old = creation.extended
+    def _succeed(
+        self,
+        old: LiveSession,
+        live: LiveSession,
+        creation: Creation,
+        extends: sessions.Extension,
+        pairs: Sequence[tuple[int, int]],
+    ) -> device.Work[LiveSession]:
+        """In the turn of an old session: a new one takes over what is shared, and its place; as ``_enter``."""
         with self._table.lock:
-            # Another request may have come first while the state was made.
             if existing := self._made_before(creation):
                 return existing
-            if old is not None and creation.extends is not None:
-                extensions.take_over(self._engine, old, live, creation.extends, pairs)
-                del self._table.by_id[old.machine.id]
+        yield from extensions.take_over(self._engine, old, live, extends, pairs, self.check_growth)
+        made = self._enter(live, creation)
+        if made is live:
+            yield from self._end(old)
+        return made
+
+    def _enter(self, live: LiveSession, creation: Creation) -> LiveSession:
+        """Enters a new session, or finds the one that another try entered while the state was made."""
+        with self._table.lock:
+            if existing := self._made_before(creation):
+                return existing
+            if creation.extended is not None:
+                del self._table.by_id[creation.extended.machine.id]
             self._table.by_id[live.machine.id] = self._table.by_name[live.machine.name] = live
-        if old is not None:
-            self._end(old)
         return live
 
     def _made_before(self, creation: Creation) -> LiveSession | None:
@@ -219,8 +232,7 @@ class Creations:
 
     def _check_room(self, state_bytes: int, old: LiveSession | None) -> None:
         """Raises LimitError; a session that takes the place of an ``old`` one is held beside it for a moment."""
-        held = sum(live.held_bytes for live in self._table.by_id.values())
-        held += sum(state_bytes for state_bytes, _ in self._creating)
+        held = self._held_bytes()
         for what, count, most in (
             ("sessions_max", len(self._table.by_id) + len(self._creating) + (old is None), self._config.sessions_max),
             ("state_bytes_max", held + state_bytes, self._config.state_bytes_max),
@@ -228,6 +240,23 @@ class Creations:
             if count > most:
                 # What is being created may be another try of the same request, or fail.
                 raise over(what, count, most, retry_after_s=0.1 if self._creating else 0.0)
+
+    def check_growth(self, grown_bytes: int) -> None:
+        """Raises LimitError where no state may take so many bytes more.
+
+        What is counted is held, so two sessions that grow at the same moment may both do so.
+        """
+        if grown_bytes:
+            with self._table.lock:
+                held = self._held_bytes() + grown_bytes
+            if held > self._config.state_bytes_max:
+                why = "; leaves without gradients are held apart from the others: push zeros, or delete a session"
+                raise over("state_bytes_max", held, self._config.state_bytes_max, why)
+
+    def _held_bytes(self) -> int:
+        """Of all sessions, and of those that are being created; with the lock held."""
+        held = sum(live.held_bytes for live in self._table.by_id.values())
+        return held + sum(state_bytes for state_bytes, _ in self._creating)
 
     def _check_waiting_room(
         self, aggregation: sessions.Aggregation, layout: layouts.Layout, old: LiveSession | None
@@ -273,10 +302,10 @@ def _waiting_bytes(aggregation: sessions.Aggregation, layout: layouts.Layout) ->
     return aggregation.workers * landing.buffer_bytes(layout) if aggregation.mode is sessions.Mode.SYNC else 0
 
 
-def over(what: str, count: int, most: int, *, retry_after_s: float = 0.0) -> errors.LimitError:
+def over(what: str, count: int, most: int, why: str = "", *, retry_after_s: float = 0.0) -> errors.LimitError:
     """The error for more of something than there may be."""
     return errors.LimitError(
-        f"{what}: {count}, expected at most {most}",
+        f"{what}: {count}, expected at most {most}{why}",
         subject=what,
         expected=f"at most {most}",
         got=str(count),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from optwire_proto import errors, sessions, trees
 from optwire_server import states
 from optwire_server.engine import engine as engines
-from optwire_server.engine import program
+from optwire_server.engine import device, program
 from optwire_server.live import LiveSession
 from optwire_server.session import machine
 
@@ -86,14 +86,15 @@ def take_over(
     new: LiveSession,
     extends: sessions.Extension,
     pairs: Sequence[tuple[int, int]],
-) -> None:
+    check_growth: engines.Room,
+) -> device.Work[None]:
     """In the session's turn: gives a new session what is shared, and the step of the old one, which keeps its state.
 
     Raises:
       OptwireError: as ``check``, where the old session has moved on meanwhile; the new one is as it was.
     """
     machine.admit_extension(old.machine, extends)
-    engine.carry(old.held, new.held, pairs)
+    yield from engine.carry(old.held, new.held, pairs, check_growth)
     new.machine = dataclasses.replace(
         new.machine,
         incarnation=old.machine.incarnation + 1,

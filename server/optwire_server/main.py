@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import pathlib
@@ -53,7 +54,7 @@ def _serve(flags: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: _end(number, ended))
     try:
-        config = configs.from_flags(flags)
+        config = dataclasses.replace(configs.from_flags(flags), compiles_ahead=True)
         if config.compilation_cache != "none":
             folder = config.compilation_cache
             compilations.keep(pathlib.Path(folder) if folder else compilations.default_folder())

@@ -43,10 +43,10 @@ class Registry:
         self._table = table.Table()
         self._draining = False
         refuse = self._refuse_when_draining
-        self.states = states.States(engine, self._landings, self._table.find, refuse)
         self.creations = creations.Creations(
             engine, config, self._landings, self._table, refuse_when_draining=refuse, end=self._end
         )
+        self.states = states.States(engine, self._landings, self._table.find, refuse, self.creations.check_growth)
 
     # ------------------------------------------------------------------------------------------------------ push
 
@@ -74,7 +74,8 @@ class Registry:
           OutOfStepError: as ``session.machine`` says.
           InvalidArgumentError: the optimizer needs something beside the gradients that the push lacks, or the reverse;
             a slot that was not handed over for this session and worker.
-          LimitError: too many bytes in flight; worth another try.
+          LimitError: too many bytes in flight; worth another try. Or more memory for leaves without gradients, which
+            are held apart from the others, than there may be.
           UnavailableError: the server is draining.
         """
         self._refuse_when_draining()
@@ -83,6 +84,7 @@ class Registry:
             raise creations.over("payload of a unary Step, in bytes", live.tree.payload_bytes, payload_bytes_max)
         machine.admit(live.machine, key)
         updates.check_options(live, options)
+        self.creations.check_growth(self._engine.growth(live.held, options.absent))
         updates.prepare(live, options)
         change = self._pushed_change(live, key, options)
         tree, layout = live.tree, live.held.layout
@@ -167,12 +169,15 @@ class Registry:
         if push.claim is None:
             push.landing.finish(digest)
             outcome = self._engine.work(self._apply(push, digest), push.session.held)
+            self._engine.served(push.session.held)
             return outcome if isinstance(outcome, Waiting) else answers.encoded(push, outcome)
         segments.check_token(digest, push.landing.payload_bytes)
         if not push.claim.in_place:
             with push.claim.using():
                 push.landing.copy(push.claim.grads)
-        return self._engine.work(self._apply_shared(push.claim, push, digest), push.session.held)
+        outcome = self._engine.work(self._apply_shared(push.claim, push, digest), push.session.held)
+        self._engine.served(push.session.held)
+        return outcome
 
     def wait(self, push: Push, waiting: Waiting, is_wanted: Callable[[], bool]) -> Reply:
         """Waits for the other pushes of a step. The push stays gathered even if the wait ends before the step.
@@ -224,6 +229,9 @@ class Registry:
         todo: Sequence[effects.Effect]
         after, todo = machine.advance(live.machine, events.Pushed(push.key, digest, push.options))
         updates.check_ready(push, todo)
+        for effect in todo:
+            if isinstance(effect, effects.Apply):  # others may have grown since it was admitted
+                self.creations.check_growth(self._engine.growth(live.held, effect.options.absent))
         live.machine = after
         outcome: Reply | Waiting | None = None
         failure: errors.OptwireError | None = None
@@ -236,9 +244,11 @@ class Registry:
                     todo += self._advance(live, (yield from updates.run(self._engine, push, effect)))
                 case effects.Reply():
                     done = not effect.duplicate  # the update wrote them
-                    outcome = answers.reply(self._engine, live, push.options, effect, push.claim, is_written=done)
+                    outcome = yield from answers.reply(
+                        self._engine, live, push.options, effect, push.claim, is_written=done
+                    )
                 case effects.Answer():
-                    answers.tell(self._engine, live, effect)
+                    yield from answers.tell(self._engine, live, effect)
                 case effects.Fail():
                     failure = effect.error
                 case effects.Free():
@@ -362,22 +372,22 @@ class Registry:
         """Ends a session and frees its state; pushes under way are refused."""
         live = self._table.find(id_=id_, name=name)
 
-        def end() -> sessions.SessionInfo:
+        def end() -> device.Work[sessions.SessionInfo]:
             try:
                 return live.info()
             finally:  # whatever describing it may raise
-                self._end(live)
+                yield from self._end(live)
                 self._table.drop(live)
 
-        info = self._engine.run(end, live.held)
+        info = self._engine.work(end(), live.held)
         _log.info("session %s deleted at step %d", live.machine.name, info.step)
         return info
 
-    def _end(self, live: LiveSession) -> None:
+    def _end(self, live: LiveSession) -> device.Work[None]:
         """In the session's turn: the session is over."""
         for effect in self._advance(live, events.Deleted()):
             if isinstance(effect, effects.Answer):
-                answers.tell(self._engine, live, effect)
+                yield from answers.tell(self._engine, live, effect)
             else:
                 live.held.state = None
 

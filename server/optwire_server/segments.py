@@ -82,16 +82,16 @@ class Segments:
         Raises:
           InvalidArgumentError: no segment was handed over under this number, for this session and worker.
         """
-        with self._lock:
+        with self._lock:  # held until the claim is made: it must be of the time when the segment had this slot
             found = self._by_slot.get(slot)
-        if found is None or (found.session_id, found.worker) != (key.session_id, key.worker):
-            raise errors.InvalidArgumentError(
-                f"shared_memory_slot: {slot} is no segment of this session and worker",
-                subject="shared_memory_slot",
-                expected="a slot handed over for the session and worker of the push",
-                got=str(slot),
-            )
-        return found.claim()
+            if found is not None and (found.session_id, found.worker) == (key.session_id, key.worker):
+                return found.claim()
+        raise errors.InvalidArgumentError(
+            f"shared_memory_slot: {slot} is no segment of this session and worker",
+            subject="shared_memory_slot",
+            expected="a slot handed over for the session and worker of the push",
+            got=str(slot),
+        )
 
     def quiet(self, segment: Segment, timeout_s: float) -> bool:
         """Gives a segment another slot, and waits until no push that came under the old one uses it any more.

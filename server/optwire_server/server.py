@@ -41,7 +41,11 @@ class Server:
 
     def __init__(self, config: configs.ServerConfig) -> None:
         self.config = config
-        self.engine = engine.Engine(allow_programs=config.allow_programs, state_bytes_max=config.state_bytes_max)
+        self.engine = engine.Engine(
+            allow_programs=config.allow_programs,
+            state_bytes_max=config.state_bytes_max,
+            compiles_ahead=config.compiles_ahead,
+        )
         self.registry = registries.Registry(self.engine, config)
         self.streams = streams.StreamTable(streams_max=config.streams_max, stall_s=config.stall_s, idle_s=config.idle_s)
         self._health = health.HealthServicer()

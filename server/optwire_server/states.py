@@ -16,7 +16,7 @@ from optwire_proto import errors, limits, nests, sessions, tensors, trees
 from optwire_server import answers
 from optwire_server import plans as planning
 from optwire_server.engine import engine as engines
-from optwire_server.engine import landing, layout, slots
+from optwire_server.engine import device, landing, layout, slots
 from optwire_server.live import LiveSession, Load, StateRead
 from optwire_server.session import effects, events, loads, machine
 
@@ -35,11 +35,13 @@ class States:
         landings: landing.Landings,
         find: Callable[..., LiveSession],
         refuse_when_draining: Callable[[], None],
+        check_growth: engines.Room,
     ) -> None:
         self._engine = engine
         self._landings = landings
         self._find = find
         self._refuse_when_draining = refuse_when_draining
+        self._check_growth = check_growth
 
     @contextlib.contextmanager
     def reading(self, *, id_: str = "", name: str = "") -> Iterator[StateRead]:
@@ -89,7 +91,11 @@ class States:
             yield Load(live, tree, key, lent)
 
     def load(self, load: Load, digest: sessions.Digest) -> sessions.SessionInfo:
-        """Replaces the arrays once they are in, and begins a new incarnation; a retry finds that done."""
+        """Replaces the arrays once they are in, and begins a new incarnation; a retry finds that done.
+
+        Raises:
+          LimitError: leaves of other counts than others would be held apart, in more memory than there may be.
+        """
         load.landing.finish(digest)
         live = load.session
         named = dict(zip((leaf.name for leaf in load.tree.leaves), load.landing.arrays(), strict=True))
@@ -100,23 +106,24 @@ class States:
             _event(live, load.key, load.tree), skipped=None if skipped is None else int(skipped), digest=digest
         )
         with live.preparing:  # changes of hyperparameters are made for the steps as they are
-            info = self._engine.run(lambda: self._put(live, event, replaced), live.held)
+            info = self._engine.work(self._put(live, event, replaced), live.held)
         _log.info("session %s: %d arrays loaded, step %d", live.machine.name, len(replaced), info.step)
         return info
 
     def _put(
         self, live: LiveSession, event: events.Loaded, replaced: Mapping[int, tensors.Array]
-    ) -> sessions.SessionInfo:
+    ) -> device.Work[sessions.SessionInfo]:
         """In the session's turn: asks the machine, replaces the arrays, and only then believes the machine."""
         after, todo = machine.advance(live.machine, event)
         if effects.Replace() in todo:
             _check_sums(live, event)
-        for effect in todo:
+        # Who waits is told last: there may be no room for the arrays.
+        for effect in sorted(todo, key=lambda effect: isinstance(effect, effects.Answer)):
             if isinstance(effect, effects.Answer):
-                answers.tell(self._engine, live, effect)
+                yield from answers.tell(self._engine, live, effect)
                 continue
             assert isinstance(effect, effects.Replace)
-            self._engine.replace(live.held, replaced)
+            yield from self._engine.replace(live.held, replaced, self._check_growth)
             live.plans = planning.rebased(live.plans, live.machine.step, after.step)
             live.added = None
         live.machine = after

@@ -132,7 +132,7 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work
     plan = _plan(push, apply)
     live.added = None
     try:
-        lent = _gathered(push, apply)
+        lent = yield from _gathered(push, apply)
         rate = plan.learning_rate(apply.index, live.machine.skipped)
         closing = _closes(plan, live, apply)
         live.held.program = plan.program
@@ -146,7 +146,7 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work
         return events.UpdateFailed(str(exc), state_lost)
     skipped = notes.get("finite") == 0.0
     if skipped and plan.program.rejects:
-        return events.UpdateRefused(_not_finite(live, lent, apply.options.absent))
+        return events.UpdateRefused((yield from _not_finite(live, lent, apply.options.absent)))
     if push.change:
         live.plans = push.change.plans
     live.added = (apply.index + 1, added) if added else None
@@ -154,12 +154,12 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work
     return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped, change)
 
 
-def _gathered(push: Push, apply: effects.Apply) -> landing.Landing:
+def _gathered(push: Push, apply: effects.Apply) -> device.Work[landing.Landing]:
     """What the update takes: the gradients of a push, or the mean of several, in the place of the first of them."""
     live = push.session
     lent = [push.landing if worker == push.key.worker else live.room.kept(worker) for worker in apply.workers]
     if lent:
-        mean.into_first([each.arrays() for each in lent])
+        yield from mean.into_first([each.arrays() for each in lent])
     return (lent or [push.landing])[0]
 
 
@@ -184,8 +184,8 @@ def _metrics(
     return tuple(sorted(metrics.items()))
 
 
-def _not_finite(live: LiveSession, lent: landing.Landing, absent: Sequence[int]) -> errors.NonFiniteError:
-    """The refusal of a push, with the name of the first leaf at fault."""
+def _not_finite(live: LiveSession, lent: landing.Landing, absent: Sequence[int]) -> device.Work[errors.NonFiniteError]:
+    """The refusal of a push, with the name of the first leaf at fault; yields between leaves."""
     there = live.tree.without(absent).leaves if absent else live.tree.leaves
     for leaf, grad in zip(there, lent.arrays(), strict=True):
         bad = grad.size - np.count_nonzero(np.isfinite(np.asarray(grad, np.float64 if leaf.dtype == "f64" else None)))
@@ -198,6 +198,7 @@ def _not_finite(live: LiveSession, lent: landing.Landing, absent: Sequence[int])
                 got=f"{bad} of {grad.size} not finite",
                 step=live.machine.step,
             )
+        yield
     return errors.NonFiniteError(
         "grads: finite, but the update would make the state infinite; nothing was applied",
         subject="grads",

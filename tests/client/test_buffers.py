@@ -49,7 +49,9 @@ def test_a_step_fills_the_arrays_it_is_given(session: optwire.Session):
     assert session.params(out=own) is own
     updates = session.step(nest(), reply="updates", out=own)
     assert updates is own
-    assert session.step(nest(), reply="none", out=own) is None
+    with pytest.raises(optwire.InvalidArgumentError, match="out: given with reply='none'"):
+        session.step(nest(), reply="none", out=own)
+    assert session.step_count == 2
 
 
 def test_a_step_into_given_arrays_has_the_bits_of_a_step_into_new_ones(server: testing.Serving):

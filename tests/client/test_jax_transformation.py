@@ -98,13 +98,13 @@ def test_the_loop_has_the_parameters_of_the_session(client, session, loop):
 
 # Adafactor scales by norms of whole leaves, which XLA sums in another order where it compiles them with other things.
 @pytest.mark.parametrize(
-    ("name", "arguments", "exact"),
-    [("sgd", (0.1, 0.9), True), ("adamw", (0.01,), True), ("lion", (1e-3,), True), ("adafactor", (0.01,), False)],
+    ("name", "arguments", "ulps"),
+    [("sgd", (0.1, 0.9), 0), ("adamw", (0.01,), 4), ("lion", (1e-3,), 0), ("adafactor", (0.01,), None)],
 )
-def test_updates_are_those_of_optax_itself(client, name, arguments, exact):
-    """Bit-equal where optax's update is compiled by itself, as the server does.
+def test_updates_are_those_of_optax_itself(client, name, arguments, ulps):
+    """Optax's update compiled by itself, leaf by leaf; the server compiles it for blocks, where XLA may round otherwise.
 
-    Compiled together with the gradients, XLA may fuse its operations with theirs, and round otherwise.
+    Compiled together with the gradients, XLA may fuse its operations with theirs, too.
     """
     local = getattr(optax, name)(*arguments)
     session = client.create_session(initial_params(), getattr(remote_optax, name)(*arguments))
@@ -115,8 +115,8 @@ def test_updates_are_those_of_optax_itself(client, name, arguments, exact):
         grads = gradients(params)
         updates, local_state = update(grads, local_state, params)
         came, remote_state = jax.jit(remote.update)(grads, remote_state, params)
-        if exact:
-            assert_same_bits(came, updates)
+        if ulps is not None:
+            jax.tree.map(functools.partial(np.testing.assert_array_max_ulp, maxulp=ulps), came, updates)
         else:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), came, updates)
         params = optax.apply_updates(params, came)
@@ -156,7 +156,8 @@ def test_stages_of_a_chain_run_here_and_the_session_there(client):
     expected, _ = jitted(step_of(whole), initial_params(), whole.init(initial_params()), 3)
     params, opt_state = jitted(step_of(split), initial_params(), split.init(initial_params()), 3)
     assert opt_state[1].step == 3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), params, expected)
+    # The norm is rounded otherwise here and there, and Adam takes a step of 0.01 whatever the size of a gradient.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, expected)
 
 
 def test_apply_if_finite_does_not_push_what_is_not(session):

@@ -1,6 +1,8 @@
 """Sessions against the real server: what comes back, whose step it is, and what closing means."""
 
 import collections
+import copy
+import pickle  # noqa: TID251  it is what does not work
 import subprocess
 import sys
 import threading
@@ -336,3 +338,15 @@ session.step({"w": after})
 assert "ml_dtypes" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, server.target], check=True, timeout=60)
+
+
+def test_a_handle_says_how_to_have_another_one(client, name):
+    session = client.create_session([np.zeros(3, np.float32)], opt.sgd(1.0), name=name)
+    for call in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=f"attach.'{name}'. makes another"):
+            call(session)
+
+
+def test_turns_may_be_a_number_of_numpys(client, name):
+    session = client.create_session([np.zeros(3, np.float32)], opt.sgd(1.0), name=name, turns=np.int64(2))
+    assert session.info().turns == 2

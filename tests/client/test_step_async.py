@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import optwire
+from optwire import _options
 from optwire import optimizers as opt
 from optwire_server import testing
 
@@ -60,7 +63,7 @@ def test_arguments_and_errors_are_those_of_a_step(session: optwire.Session):
     assert isinstance(stale.exception(), optwire.StaleStepError)
     assert right.result() is None
     with pytest.raises(TypeError, match="nonsense"):
-        session.step_async(GRADS, nonsense=1).result()
+        session.step_async(GRADS, nonsense=1)  # at once: it would never be a push
     assert session.params()[0][0] == -1.5
 
 
@@ -160,3 +163,61 @@ def test_threads_that_ask_at_once_are_served_one_after_the_other(session: optwir
         list(pool.map(ask, range(4)))
     assert session.params()[0][0] == -40.0
     assert session.step_count == 40
+
+
+def test_whoever_asks_for_more_than_may_wait_waits(session_behind: optwire.Session, relay):
+    relay.hold_replies()
+    running = session_behind.step_async(GRADS)
+    wait_until(running.running)
+    waiting = [session_behind.step_async(GRADS) for _ in range(_options.WAITING_MAX)]
+    more = threading.Thread(target=lambda: waiting.append(session_behind.step_async(GRADS)))
+    # A callback may ask on the thread itself, which cannot wait for itself.
+    running.add_done_callback(lambda _: waiting.append(session_behind.step_async(GRADS)))
+    more.start()
+    more.join(0.2)
+    assert more.is_alive()
+    assert len(waiting) == _options.WAITING_MAX
+    relay.cut()
+    more.join(10.0)
+    assert not more.is_alive()
+    concurrent.futures.wait(waiting)
+    assert session_behind.params()[0][0] == -1.0 - 1 - len(waiting)
+
+
+SCRIPT = """
+import sys, numpy as np, optwire
+session = optwire.connect(sys.argv[1], timeout=float(sys.argv[2])).attach("at-exit")
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(20):
+    session.step_async([np.ones(3, np.float32)])
+"""
+
+
+def test_a_program_that_ends_has_made_the_pushes_it_asked_for(server: testing.Serving):
+    with optwire.connect(server.target) as client:
+        session = client.create_session([np.zeros(3, np.float32)], opt.sgd(1.0), name="at-exit")
+        command = [sys.executable, "-c", SCRIPT, server.target, "20"]
+        done = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+        assert session.params()[0][0] == -20.0
+        client.delete_session("at-exit")
+
+
+def test_a_program_that_ends_waits_for_no_more_than_one_push_that_fails(server: testing.Serving, relay):
+    with optwire.connect(server.target) as client:
+        client.create_session([np.zeros(3, np.float32)], opt.sgd(1.0), name="at-exit")
+        command = [sys.executable, "-c", SCRIPT, relay.target, "1"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            relay.hold_replies()
+            start_s = time.monotonic()
+            _, said = process.communicate("\n", timeout=60)
+            assert time.monotonic() - start_s < 10
+        assert "19 pushes of step_async were dropped after one that failed" in said
+        assert process.returncode == 0
+        client.delete_session("at-exit")

@@ -71,7 +71,11 @@ def test_a_damaged_reply_is_asked_for_again():
     channel = _rpc.Channel(_options.Options(target=target, timeout_s=10.0, transport=_options.Transport.AUTO))
     deadline = _deadlines.Deadline(10.0)
     (array,) = _deadlines.retried(
-        lambda _: channel.read_params(deadline, id="0" * 32, worker="", incoming=_payload.Incoming(_payload.fresh(TREE)), which=""), deadline, "params"
+        lambda _: channel.read_params(
+            deadline, id="0" * 32, worker="", incoming=_payload.Incoming(_payload.fresh(TREE)), which=""
+        ),
+        deadline,
+        "params",
     )[2]
     assert array.tolist() == [1.0] * 4
     assert servicer.reads == 2

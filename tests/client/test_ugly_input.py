@@ -236,16 +236,16 @@ def test_a_deleted_session_is_called_by_its_name(client: optwire.Client) -> None
 
 def test_a_refusal_that_lasts_stays_what_it_was() -> None:
     with (
-        testing.serve(landing_bytes_max=1000) as serving,
+        testing.serve(landing_bytes_max=100_000) as serving,
         optwire.connect(serving.target, timeout=1.0) as client,
     ):
         session = client.create_session(PARAMS, opt.sgd(0.5))
-        held = serving.server.registry._landings.land(session.info().tree)  # type: ignore[arg-type]
-        others = [serving.server.registry._landings.land(held._tree) for _ in range(6)]
+        live = serving.server.registry._table.find(name=session.name)
+        others = [serving.server.registry._landings.land(live.tree, live.held.layout)]
         with pytest.raises(optwire.LimitError, match="refused after [0-9]+ tries") as refused:
             session.step(PARAMS)
         assert "may or may not" not in str(refused.value)
-        for landing in (held, *others):
+        for landing in others:
             landing.close()
         session.step(PARAMS)
 

@@ -86,7 +86,7 @@ class Fault:
     direction: str
     messages: int | None = None
     bytes: int | None = None
-    act: str = "reset"  # reset, close or hold
+    act: str = "reset"  # reset, close, hold, or end: the call as by an error of a proxy's own, holding the rest
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def room(self, data: bytes, ends: list[int]) -> int | None:
@@ -193,16 +193,29 @@ class Proxy:
                     passing = fault.room(data, ends) if fault else None
                     if fault and passing is not None:
                         fault.done.set()
-                        if fault.act == "hold":
+                        if fault.act in ("hold", "end"):
                             fault.bytes, fault.messages = 0, None  # nothing passes until `heal`
                         else:
                             self._fault = None
                 sink.sendall(data if passing is None else data[:passing])
+                if fault and passing is not None and fault.act == "end":
+                    sink.sendall(_reset_stream(data[passing:]))
+                    fault.act = "hold"
                 if fault and passing is not None and fault.act != "hold":
                     self.cut(fault.act)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def _reset_stream(frames: bytes) -> bytes:
+    """The HTTP/2 frame that ends the first call among whole frames with INTERNAL_ERROR."""
+    while frames:
+        length, stream = int.from_bytes(frames[:3], "big"), frames[5:9]
+        if stream != bytes(4):
+            return b"\0\0\4\3\0" + stream + (2).to_bytes(4, "big")
+        frames = frames[9 + length :]
+    raise AssertionError("no frame of a call")
 
 
 @contextlib.contextmanager

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from optwire_bench import cases, command, fairness, models, stepping
+from optwire_bench import cases, command, fairness, folders, models, processes, stepping
 
 # A local step at another learning rate.
 WRONG = """
@@ -49,6 +53,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
         *("step", "--quick", "--no-progress", "--json", f"{folder}/step.json", "--plot", f"{folder}/step.png"),
         *("--beside", f"another={sys.executable} {program} {models.LEARNING_RATE}"),
         *("--beside", f"absent={sys.executable} -m no_such_peer"),
+        *("--beside", "chatty=echo hi"),
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -93,6 +98,7 @@ def test_a_peer_that_is_not_installed_is_left_out_in_a_line(quick: tuple[str, di
     (line,) = [line for line in found["left_out"] if line.startswith("absent")]
     assert line.endswith("No module named no_such_peer")
     assert f"* Left out: {line}" in report.splitlines()
+    assert "chatty, 100k: chatty: answered 'hi', expected JSON" in found["left_out"]
 
 
 def test_the_report_is_a_table_of_the_figures(quick: tuple[str, dict[str, Any], pathlib.Path]):
@@ -168,9 +174,13 @@ def test_a_second_session_of_another_shape_compiles_nothing(tmp_path: pathlib.Pa
         ("step --params 1k,1k", "the same twice"),
         ("step --params ,", "expected at least one"),
         ("step --transport pigeon", "no transport 'pigeon'; there are stream, unary, unix, shared_memory"),
-        ("step --grads-codec f8", "no codec 'f8'; there are f32, bf16, f16, int8, top_k(0.01), sign"),
+        ("step --grads-codec f8", "'f8', expected one of f32, bf16, f16, int8, top_k(0.01), sign"),
+        ("step --grads-codec top_k(nonsense", "'top_k(nonsense', expected one of f32"),
+        ("step --params-codec top_k(2)", "'top_k(2)', expected one of f32"),
         ("step --against ray", "no case 'ray'"),
         ("step --beside command", "'command': expected NAME=COMMAND"),
+        ("step --beside name=/nonexistent", "there is no program '/nonexistent'"),
+        ("limits --bytes 0", "'0': expected 4 to 8G bytes"),
         ("step --rounds 0", "'0': expected a whole number from 1 to 1,000"),
         ("limits --bytes 16MB", "expected a number such as"),
         ("fairness --params tiny", "expected a number such as"),
@@ -186,6 +196,109 @@ def test_nonsense_is_an_error_that_says_what_was_expected(
         command.main(arguments.split())
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--json", "/proc/no/where.json"), "/proc/no"),
+        (("--json", "."), "Is a directory"),
+        (("--plot", "plot.txt"), "--plot plot.txt: expected the name of a PNG file, such as plot.png"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(
+    arguments: tuple[str, str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: Any,
+):
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    started = time.monotonic()
+    assert command.main(["step", *arguments]) == 1
+    assert time.monotonic() - started < 5
+    assert capsys.readouterr().err.startswith("optwire bench step: ")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_benchmark_leaves_no_process_and_the_next_one_clears_its_folders(
+    tmp_path: pathlib.Path, monkeypatch: Any
+):
+    arguments = ["step", "--quick", "--rounds", "1000", "--params", "1k", "--transport", "stream", "--against", "local"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "optwire_server", "bench", *arguments, "--no-progress"], env=environment
+    ) as running:
+        try:
+            children = _until(lambda: len(found := _children(running.pid)) == 3 and found)  # the server and two roles
+        finally:
+            running.kill()
+    _until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in children))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = [found for where in (tmp_path, pathlib.Path("/dev/shm")) for found in where.glob("optwire-bench-*")]
+    assert any(found.parent == tmp_path for found in left)
+    for found in left:
+        with contextlib.suppress(FileNotFoundError):  # of a run beside this one
+            os.utime(found, (0, 0))
+    folders.sweep()
+    assert not list(tmp_path.iterdir())
+
+
+def _until(condition: Any) -> Any:
+    ends = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(text) for text in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def test_folders_of_runs_that_are_gone_are_cleared_away(tmp_path: pathlib.Path, monkeypatch: Any):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with folders.folder() as used:
+        young, old, other = (tmp_path / name for name in ("optwire-bench-young", "optwire-bench-old", "other"))
+        for each in (young, old, other):
+            each.mkdir()
+            (each / "file").write_bytes(bytes(10))
+        for each in (used, old, other):
+            os.utime(each, (0, 0))
+        folders.sweep()
+        assert (used.exists(), young.exists(), old.exists(), other.exists()) == (True, True, False, True)
+    assert not used.exists()
+
+
+def test_scratch_is_in_memory_where_there_is_room(tmp_path: pathlib.Path, monkeypatch: Any):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(folders, "_MEMORY", str(tmp_path / "absent"))
+    with folders.folder(scratch_bytes=1000) as found:
+        assert found.parent == tmp_path
+    with pytest.raises(OSError, match="bytes are free"), folders.folder(scratch_bytes=1 << 60):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import time; time.sleep(60)", "peer: no answer within 1 s"),
+        ("print('[1]', flush=True); input()", r'peer: answered "open" with \[1\], expected an object'),
+        ("print('{', flush=True); input()", "peer: answered '{', expected JSON"),
+        ("raise SystemExit('broken')", "peer: its process ended with 1: broken"),
+    ],
+)
+def test_a_peer_that_does_not_speak_the_lines_is_an_error(program: str, message: str):
+    role = processes.Role("peer", [sys.executable, "-c", program], answer_s=1.0 if "sleep" in program else 60.0)
+    try:
+        with pytest.raises(processes.BenchError, match=message):
+            role.facts(model="1k", tensors=0)
+    finally:
+        role.end()
 
 
 def test_gpt2_is_the_124_million_parameters_of_148_arrays():

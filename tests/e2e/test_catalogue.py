@@ -114,7 +114,11 @@ def test_the_bits_are_optaxs_where_the_rate_is_an_operand_here_too(trusting: opt
             local, state = update(rate, pushed, local, state, losses[step])
             there = session.step(pushed, loss=losses[step] if sample.wants_loss else None)
     trusting.delete_session(session.name)
-    assert_same_bits(there, local)
+    if entry == "reduce_on_plateau":  # in a block XLA adds its product to the parameter in one operation, or in two
+        for ours, theirs in zip(jax.tree.leaves(there), jax.tree.leaves(local), strict=True):
+            np.testing.assert_array_max_ulp(ours, np.asarray(theirs), maxulp=2 * catalogue_samples.STEPS)
+    else:
+        assert_same_bits(there, local)
 
 
 def test_every_entry_that_is_served_has_a_sample() -> None:

@@ -21,8 +21,9 @@ from tests.e2e import wire
 from tests.e2e.proxy import DOWN, UP
 
 import optwire
+from optwire import _codecs
 from optwire import optimizers as opt
-from optwire_proto import codecs, convert, tensors, trees
+from optwire_proto import codecs, convert, sessions, tensors, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from optwire_server import optimizers, testing
@@ -521,6 +522,55 @@ def test_the_replica_counts_as_state(client: optwire.Client):
         other.delete_session("fits")
         with pytest.raises(optwire.LimitError, match="state_bytes_max"):
             other.create_session(tree_of(0), opt.sgd(RATE), params_codec="int8")
+
+
+@pytest.mark.parametrize("text", ["int8", "sign", "top_k(0.01)"])
+def test_a_difference_is_added_as_a_whole_or_not_at_all(text: str):
+    how, spec = codecs.parse(text), trees.flatten([np.zeros(300, np.float32)] * 2).spec
+    down = _codecs.Down(how, spec)
+    down.take([np.zeros(300, np.float32)] * 2, 1)
+
+    def difference() -> list[np.ndarray]:
+        parts: list[np.ndarray] = []
+        for leaf in spec.leaves:
+            made = [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in how.encoded(leaf)]
+            how.encode(300, codecs.reader(np.ones(300, np.float32)), made)
+            parts += made
+        return parts
+
+    filled = [np.empty(300, np.float32) for _ in range(2)]
+    bad = difference()
+    if text.startswith("top_k"):
+        bad[2][0] = 300
+    else:
+        bad[2][0] = -1.0
+    with pytest.raises(optwire.UnavailableError, match="parameters from the server"):
+        down.add(bad, filled, 2)
+    assert down.step == 1, "the copy is as it was, and may be asked to differ from"
+    down.add(difference(), filled, 2)
+    expected = np.zeros(300, np.float32)
+    how.add(difference()[:2], expected, "")
+    for array in filled:
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_a_difference_from_parameters_that_are_not_here_is_refused():
+    spec = trees.flatten([np.zeros(300, np.float32)]).spec
+    receive = _codecs.Down(codecs.parse("int8"), spec).receiving([np.zeros(300, np.float32)], is_params=True)
+    with pytest.raises(optwire.UnavailableError, match="what they differ from"):
+        receive(
+            sessions.Ack(
+                step=1,
+                applied_step=1,
+                durable_step=0,
+                incarnation=1,
+                seq=1,
+                duplicate=False,
+                learning_rate=0.1,
+                payload_bytes=312,
+                params_codec=codecs.Kind.INT8,
+            )
+        )
 
 
 def test_what_is_no_codec_is_refused_before_anything_is_sent(client: optwire.Client):

@@ -20,6 +20,7 @@ from optwire import optimizers as opt
 from optwire_proto import checks, errors, specs, trees
 from optwire_server import testing
 from optwire_server.engine import build, cache, program
+from tests.e2e import wire
 
 # Reported by JAX once for each module that XLA compiles, on whichever thread.
 EVENT = "/jax/core/compile/backend_compile_duration"
@@ -65,8 +66,8 @@ def test_the_counter_counts_compilations_on_any_thread(client: optwire.Client) -
         jax.jit(lambda x: x * 3.25)(np.ones(17)).block_until_ready()
         here = heard.count
         assert here >= 1
-        # Of a shape that no other test has: the server's threads compile for it.
-        with client.create_session(params(23), opt.adam(0.1)) as session:
+        # Whole tensors, of a shape that no other test has: the server's threads compile for it.
+        with client.create_session(params(23), opt.sm3(0.1)) as session:
             assert heard.count > here
     client.delete_session(session.name)
 
@@ -147,8 +148,12 @@ def test_a_second_session_of_any_shape_compiles_nothing(spec: opt.Spec) -> None:
         [np.ones((k + 1, 3), np.float32) for k in range(200)],
         {"large": np.ones(1_300_000, np.float32)},
     )
-    with testing.serve() as serving, optwire.connect(serving.target) as client:
-        client.create_session(params(), spec).step(params())
+    with testing.serve(compiles_ahead=True) as serving, optwire.connect(serving.target) as client:
+        with counted() as heard:
+            client.create_session(params(), spec).step(params())
+            first = heard.count
+            wire.until(lambda: not serving.server.engine.is_compiling_ahead, "the other sizes of blocks", 120)
+        assert heard.count > first, "nobody waited for these"
         with counted() as heard:
             for other in others:
                 client.create_session(other, spec).step(other)

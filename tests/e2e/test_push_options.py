@@ -308,6 +308,33 @@ def test_a_global_clip_sees_the_leaves_that_are_there(client: optwire.Client) ->
     same(after["b"], PARAMS["b"])
 
 
+def test_leaves_that_part_ways_need_room_or_nothing_changes() -> None:
+    """Apart from one another they take twice the memory: what is held counts, not what the leaves have."""
+    with testing.serve(state_bytes_max=300_000) as serving, optwire.connect(serving.target) as client:
+        session = client.create_session(PARAMS, opt.per_leaf(opt.torch_adamw(0.1)))
+        before = session.state()
+        live = serving.server.registry._table.by_name[session.name]
+        with pytest.raises(
+            optwire.LimitError, match=r"state_bytes_max: 39\d{4}, expected at most 300000; .* push zeros"
+        ):
+            session.step(present(0, "w"))
+        with pytest.raises(optwire.LimitError, match="state_bytes_max: 39"):
+            session.load_state({"step/w": np.array(7, np.int32)})
+        after = session.state()
+        assert after.step == before.step == 0
+        for name in before:
+            same(after[name], before[name])
+        session.step(grads(0))
+        session.load_state({"step/w": np.array(7, np.int32), "step/b": np.array(7, np.int32)})
+        assert len(live.held.spans) == 1
+    with testing.serve(state_bytes_max=420_000) as serving, optwire.connect(serving.target) as client:
+        session = client.create_session(PARAMS, opt.per_leaf(opt.torch_adamw(0.1)))
+        session.step(present(0, "w"))
+        with pytest.raises(optwire.LimitError, match="state_bytes_max: 58"):
+            client.create_session(PARAMS, opt.per_leaf(opt.torch_adamw(0.1)))
+        session.step(present(1, "b"))  # nothing grows any more
+
+
 def test_nothing_there_is_no_push(client: optwire.Client) -> None:
     session = client.create_session(PARAMS, opt.per_leaf(opt.sgd(0.1)))
     with pytest.raises(optwire.TreeMismatchError, match="None, and so is every other array"):

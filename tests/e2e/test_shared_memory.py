@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.e2e.proxy import DOWN, UP
 
 import optwire
 import optwire.jax
-from optwire import optax
+from optwire import _deadlines, _options, _shared, optax
 from optwire import optimizers as opt
 from optwire_proto import convert, handover, sessions, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
@@ -132,12 +133,13 @@ def test_buffers_lie_on_boundaries_and_can_be_swapped(serving: testing.Serving) 
         assert buffers["a"] is not buffers["b"]
         buffers["a"][...], buffers["b"][...] = 1.0, 2.0
         # Each where the other belongs: neither may be written over before it is read.
-        out = session.step({"a": buffers["b"], "b": buffers["a"]})
+        views = session.param_buffers()
+        out = session.step({"a": buffers["b"], "b": buffers["a"]}, out=views)
         assert (out["a"] == -2.0).all()
         assert (out["b"] == -1.0).all()
+        assert (buffers["a"] == 1.0).all()
+        assert (buffers["b"] == 2.0).all()
         # Parameters as gradients: they lie in the segment, too.
-        views = session.param_buffers()
-        assert (views["a"] == -2.0).all()
         assert (session.step(views)["a"] == 0.0).all()
         with pytest.raises(optwire.InvalidArgumentError, match="share memory"):
             session.step(views, out=views)
@@ -214,12 +216,12 @@ class Road:
         assert_same(self.session.step(tree(seed)), self.local.push(tree(seed)))
         assert self.session.step_count == self.session.info().step == self.local._step
 
-    def lose_an_answer(self, seed: int) -> None:
+    def lose_an_answer(self, seed: int, act: str = "hold", grads: Any = None) -> None:
         """The push arrives, its answer does not, and the caller is told so."""
-        fault = self.proxy.fail(DOWN, messages=0, act="hold")
+        fault = self.proxy.fail(DOWN, messages=0, act=act)
         hurry(self.session, self.proxy.target)
-        with pytest.raises(optwire.DeadlineError):
-            self.session.step(tree(seed))
+        with pytest.raises(optwire.DeadlineError if act == "hold" else optwire.InternalError):
+            self.session.step(tree(seed) if grads is None else grads)
         assert fault.done.is_set()
         self.proxy.heal()
         self.session._options = self.client._options
@@ -261,16 +263,135 @@ def test_a_step_survives_a_cut_before_and_after_its_message(road: Road, directio
 
 def test_the_same_gradients_again_are_the_same_push(road: Road) -> None:
     road.lose_an_answer(2)
-    slot = road.session._sharing._segment.slot
+    slot = road.session._route.sharing._segment.slot
     road.step(2)
     assert road.session.last_ack.duplicate
-    assert road.session._sharing._segment.slot == slot  # it was taken back when the answer was given up
+    assert road.session._route.sharing._segment.slot == slot  # it was taken back when the answer was given up
+
+
+def test_an_error_of_somebody_between_is_no_answer(road: Road) -> None:
+    """A proxy that ends the call does so in words that a server has as well."""
+    road.lose_an_answer(2, act="end")
+    road.step(2)
+    assert road.session.last_ack.duplicate
+
+
+def test_whoever_interrupts_twice_may_push_again(serving: testing.Serving, road: Road) -> None:
+    """The first Ctrl-C ends the push, the second one the wait for the server to be done with the memory."""
+    segment = road.session._route.sharing._segment
+    claim = serving.server.registry.segments.claim(segment.slot, key_of(road.session))
+    fault = road.proxy.fail(DOWN, messages=0, act="hold")
+
+    def press() -> None:
+        assert fault.done.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+        wire.until(lambda: segment._asked, "the memory is asked for")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    with claim.using():
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            road.session.step(tree(2))
+        thread.join()
+    assert segment.is_in_use  # it was not waited for
+    road.proxy.heal()
+    road.step(2)
+    assert road.session.last_ack.duplicate
+    assert not segment.is_in_use
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "auto", "stream"])
+def test_the_buffers_are_the_users_alone(serving: testing.Serving, transport: str) -> None:
+    with connected(serving.target, transport) as client:
+        session = client.create_session(tree(0), opt.sgd(1.0))
+        session.step(tree(1))
+        buffers = session.grad_buffers()
+        assert_same(buffers, {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()})
+        for name, grad in tree(2).items():
+            buffers[name][...] = grad
+        for index in range(3):
+            before = session.params()
+            other = tree(3 + index)
+            assert_same(session.step(other), {name: before[name] - other[name] for name in SHAPES})
+            assert_same(buffers, tree(2))
+        mixed = {**tree(9), "z": buffers["z"]}
+        before = session.params()
+        assert_same(session.step(mixed), {name: before[name] - mixed[name] for name in SHAPES})
+        assert_same(buffers, tree(2))
+        before = session.params()
+        assert_same(session.step(buffers), {name: before[name] - tree(2)[name] for name in SHAPES})
+        assert held(serving.server)[0] == (0 if transport == "stream" else 2)
+
+
+@pytest.mark.parametrize("first", ["buffers", "others"])
+def test_a_push_made_again_from_other_memory_is_the_same_push(road: Road, first: str) -> None:
+    buffers = road.session.grad_buffers()
+    for name, grad in tree(2).items():
+        buffers[name][...] = grad
+    road.lose_an_answer(2, grads=buffers if first == "buffers" else None)
+    assert_same(road.session.step(tree(2) if first == "buffers" else buffers), road.local.push(tree(2)))
+    assert road.session.last_ack.duplicate
+    assert_same(buffers, tree(2))
+
+
+def test_without_room_beside_the_buffers_other_gradients_go_by_stream() -> None:
+    one = trees.flatten(tree(0)).spec.payload_bytes * 3
+    with testing.serve(shared_bytes_max=one) as serving:
+        for transport in ("auto", "shared_memory"):
+            with connected(serving.target, transport) as client:
+                session = client.create_session(tree(0), opt.sgd(1.0))
+                buffers = session.grad_buffers()
+                for name, grad in tree(1).items():
+                    buffers[name][...] = grad
+                if transport == "auto":
+                    session.step(tree(2))
+                else:
+                    with pytest.raises(optwire.UnsupportedError, match=r"beside grad_buffers\(\).*bytes"):
+                        session.step(tree(2))
+                assert_same(buffers, tree(1))
+                session.step(buffers, out=session.param_buffers())
+                assert session.info().transport == "shared_memory"
+            wire.until(lambda: held(serving.server) == (0, 0, 0), "closing lets go of it")
+
+
+def test_a_client_closed_during_a_push_takes_its_memory_back_first(serving: testing.Serving, road: Road) -> None:
+    client = optwire.connect(road.proxy.target, transport="shared_memory", timeout=20)
+    session = client.attach(road.session.name)
+    session.step(tree(2))
+    road.local.push(tree(2))
+    road.session.params()
+    segment = session._route.sharing._segment
+    claim = serving.server.registry.segments.claim(segment.slot, key_of(session))
+    fault = road.proxy.fail(DOWN, messages=0, act="hold")
+    failures: list[BaseException] = []
+
+    def push() -> None:
+        try:
+            session.step(tree(3))
+        except optwire.OptwireError as exc:
+            failures.append(exc)
+
+    thread = threading.Thread(target=push)
+    with claim.using():
+        thread.start()
+        assert fault.done.wait(10)
+        client.close()
+        wire.until(lambda: segment._asked, "the memory is asked for")
+        assert segment.is_in_use
+    thread.join(10)
+    assert isinstance(failures[0], optwire.DetachedError)
+    assert not segment.is_in_use
+    road.proxy.heal()
+    road.local.push(tree(3))
+    road.session.params()
 
 
 def test_the_same_gradients_in_the_buffers_are_the_same_push_too(road: Road) -> None:
     buffers = road.session.grad_buffers()
     road.lose_an_answer(2)
-    assert_same(buffers, tree(2))
+    for name, grad in tree(2).items():
+        buffers[name][...] = grad
     assert_same(road.session.step(buffers), road.local.push(tree(2)))
     assert road.session.last_ack.duplicate
 
@@ -317,7 +438,7 @@ def test_a_push_of_a_server_that_is_gone_ends_and_the_buffers_stay() -> None:
         client = stack.enter_context(connected(serving.target))
         session = client.create_session(tree(0), opt.adam(RATE))
         session.step(tree(1), out=session.param_buffers())
-        kept, path = session.param_buffers(), pathlib.Path(serving.server.handover.path)
+        kept, grads, path = session.param_buffers(), session.grad_buffers(), pathlib.Path(serving.server.handover.path)
         before = {name: array.copy() for name, array in kept.items()}
         assert path.exists()
         serving.server.stop()
@@ -328,6 +449,7 @@ def test_a_push_of_a_server_that_is_gone_ends_and_the_buffers_stay() -> None:
             session.step(tree(2))
         assert_same(kept, before)
         session.grad_buffers()["z"][...] = 3.0
+        assert grads["z"][0] == 3.0
 
 
 def test_a_server_that_came_back_knows_neither_session_nor_segment() -> None:
@@ -354,7 +476,7 @@ def test_a_lost_connection_and_a_lost_answer_together_apply_a_push_once(serving:
 
     def cut() -> None:
         wire.until(lambda: live.machine.step == 2 and fault.done.is_set(), "the push is applied")
-        road.session._sharing._segment._connection.send(b"\xff" * 8)
+        road.session._route.sharing._segment._connection.send(b"\xff" * 8)
         wire.until(lambda: serving.server.handover.connections == 0, "the connection has ended")
         road.proxy.heal()
         stop.set()
@@ -374,7 +496,7 @@ def test_a_slot_is_good_for_its_session_and_worker_only(serving: testing.Serving
         one, other = (client.create_session(tree(0), opt.adam(RATE)) for _ in range(2))
         for session in (one, other):
             session.step(tree(1))
-        slot = one._sharing._segment.slot
+        slot = one._route.sharing._segment.slot
         length = trees.flatten(tree(0)).spec.payload_bytes
         digest = convert.digest_to_proto(sessions.Digest(length, token=secrets.token_bytes(16)))
 
@@ -523,7 +645,7 @@ def test_a_program_of_the_clients_own_never_reads_what_its_client_can_write_to()
         with connected(serving.target) as client:
             session = client.create_session(params, spec)
             assert (session.step(params)["w"] == 0.5).all()
-            claim = serving.server.registry.segments.claim(session._sharing._segment.slot, key_of(session))
+            claim = serving.server.registry.segments.claim(session._route.sharing._segment.slot, key_of(session))
             assert not claim.in_place
 
 
@@ -613,7 +735,7 @@ def test_what_a_client_says_later_can_only_end_its_own_connection(serving: testi
         local, buffers = Local(tree(0)), session.grad_buffers()
         local.push(tree(1))
         for index, words in enumerate((struct.pack(">I", 3) + b"???", b"\xff" * 8, struct.pack(">I", 2) + b"{}")):
-            session._sharing._segment._connection.sendall(words)
+            session._route.sharing._segment._connection.sendall(words)
             wire.until(lambda: serving.server.handover.connections == 0, "the connection has ended")
             for name, grad in tree(index + 2).items():
                 buffers[name][...] = grad
@@ -629,6 +751,31 @@ def test_who_says_nothing_keeps_nobody_waiting(serving: testing.Serving) -> None
             silent.sendall(b"\0")
         with connected(serving.target) as client:
             client.create_session(tree(0), opt.sgd(0.1)).step(tree(1))
+
+
+def test_a_server_that_hands_nothing_over_takes_no_more_than_the_deadline(tmp_path: pathlib.Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        spec = trees.flatten(tree(0)).spec
+        sharing = _shared.Sharing(_options.Transport.AUTO, "a" * 32, "b" * 32, spec, lambda _: str(tmp_path / "silent"))
+        start_s = time.monotonic()
+        assert sharing.segment(_deadlines.Deadline(0.5)) is None
+        assert time.monotonic() - start_s < 2
+        assert "in time" in sharing.reason
+
+
+def test_without_room_for_a_thread_one_client_is_refused_and_the_next_is_not(serving: testing.Serving) -> None:
+    usual = threading.stack_size(2**46)  # more than any address space has
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(serving.server.handover.path)
+            answer = handover.receive(connection, 10_000, 10)
+    finally:
+        threading.stack_size(usual)
+    assert "thread" in answer["refused"]
+    with connected(serving.target) as client:
+        client.create_session(tree(0), opt.sgd(0.1)).step(tree(1))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -714,18 +861,20 @@ def test_a_folder_that_cannot_be_is_said_at_the_start(tmp_path: pathlib.Path) ->
 
 
 def test_beside_a_unix_address_the_socket_is_in_its_folder_and_dead_ones_are_cleared(tmp_path: pathlib.Path) -> None:
-    dead = tmp_path / "0badf00d.handover"
+    dead, somebodys = tmp_path / "0badf00d.handover", tmp_path / "notes.handover"
+    somebodys.write_text("no socket")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(dead))
     with testing.serve(listen=(f"unix:{tmp_path}/grpc",)) as serving:
         assert pathlib.Path(serving.server.handover.path).parent == tmp_path
         assert not dead.exists()
+        assert somebodys.read_text() == "no socket"
         with testing.serve(handover_dir=str(tmp_path)) as beside:  # and living ones are not
             assert os.path.exists(serving.server.handover.path)
             assert os.path.exists(beside.server.handover.path)
         with connected(serving.target) as client:
             client.create_session(tree(0), opt.adam(RATE)).step(tree(1))
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".handover") == []
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".handover") == ["notes.handover"]
 
 
 def test_two_hundred_handles_leave_nothing(serving: testing.Serving) -> None:
@@ -803,13 +952,16 @@ client = optwire.connect(sys.argv[1], transport="shared_memory", timeout=5)
 session = client.create_session({"w": np.zeros(100_000, np.float32)}, opt.sgd(1.0))
 ones = {"w": np.ones(100_000, np.float32)}
 session.step(ones)
+mine = session.grad_buffers()["w"]
 child = os.fork()
 if child == 0:
+    session.grad_buffers()["w"][...] = session.param_buffers()["w"][...] = 77
     try:
-        session._way()
+        session._route.way(session._deadline())
     except optwire.UnsupportedError as exc:
         os._exit(7 if "forked" in str(exc) else 8)
     os._exit(9)
+print(mine[0], end=" ")
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), session.step(ones)["w"][0], session.info().transport)
 """
 
@@ -818,4 +970,4 @@ def test_a_forked_process_does_not_write_to_the_memory_of_its_parent(serving: te
     """Nor does it take it away."""
     command = [sys.executable, "-c", FORKING, serving.target]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "7 -2.0 shared_memory\n", done.stderr
+    assert done.stdout == "0.0 7 -2.0 shared_memory\n", done.stderr

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax import lax
 
 from optwire import optax
 from optwire import optimizers as opt
-from optwire_proto import checks, limits, specs, tensors, trees
+from optwire_proto import checks, errors, limits, specs, tensors, trees
 from optwire_server.engine import build, cut, executables, held, landing, program, rates
 from optwire_server.engine.granularity import Granularity
 
@@ -69,8 +72,16 @@ class Run:
 
     def params(self) -> list[bytes]:
         out = np.zeros(self.program.layout.nbytes, np.uint8)
-        self.held.write_params(out)
+        list(self.held.write_params(out))
         return [leaf.tobytes() for leaf in landing.Landing.filled(out, self.tree, self.program.layout).arrays()]
+
+    def replace(self, arrays: dict[int, tensors.Array], room: held.Room = lambda _: None) -> int:
+        """How many turns it took to put arrays in the place of others."""
+        return sum(1 for _ in self.held.replace(arrays, room))
+
+    def real_bytes(self) -> int:
+        """Bytes of all arrays that are held."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.held.state))
 
     def state(self) -> dict[str, bytes]:
         named = self.program.arrays([leaf.name for leaf in self.tree.leaves])
@@ -119,8 +130,8 @@ def test_a_split_span_has_the_same_leaves_in_other_blocks() -> None:
             continue
         spans: list[cut.Span] = []
         for span in made.spans:
-            apart = span.leaves[::2]
-            spans += cut.split(made, span, tree, apart) if len(apart) < len(span.leaves) else (span,)
+            groups = [span.leaves[start::3] for start in range(min(3, len(span.leaves)))]
+            spans += cut.split(made, span, tree, groups)
         for leaf, pieces in zip(tree.leaves, cut.pieces(spans, len(tree.leaves)), strict=True):
             assert sum(piece.stop - piece.start for piece in pieces) * tensors.itemsize(leaf.dtype) == leaf.nbytes
         assert sorted(leaf for span in spans for leaf in span.leaves) == list(range(len(tree.leaves)))
@@ -218,12 +229,71 @@ def test_leaves_of_one_span_may_be_given_counts_of_their_own() -> None:
     named = {leaf.name: at for at, leaf in enumerate(run.program.arrays([leaf.name for leaf in run.tree.leaves]))}
     run.push()
     before = run.state()
-    run.held.replace({named["step/l1"]: np.int32(41), named["exp_avg/l3"]: np.full(7, 3, np.float32)})
+    run.replace({named["step/l1"]: np.int32(41), named["exp_avg/l3"]: np.full(7, 3, np.float32)})
     after = run.state()
     assert {name for name in before if before[name] != after[name]} == {"step/l1", "exp_avg/l3"}
     run.push()
     counts = [int(np.frombuffer(run.state()[f"step/l{k}"], np.int32)[0]) for k in range(4)]
     assert counts == [2, 42, 2, 2]
+
+
+def test_many_counts_of_their_own_part_all_leaves_at_once() -> None:
+    count = 320
+    run = Run(opt.per_leaf(opt.adam(0.1)), tree_of([2] * count))
+    named = run.program.arrays([leaf.name for leaf in run.tree.leaves])
+    counts = {at: np.int32(at) for at, leaf in enumerate(named) if leaf.shape == () and leaf.dtype == "i32"}
+    assert len(counts) == count
+    began = time.perf_counter()
+    turns = run.replace(counts)
+    assert time.perf_counter() - began < 5, "all at once"
+    assert turns > count, "others have their turns meanwhile"
+    assert len(run.held.spans) == count
+    assert run.held.held_bytes == run.real_bytes()
+    assert [int(np.frombuffer(run.state()[named[at].name], np.int32)[0]) for at in counts] == list(counts)
+    run.push()
+    assert run.held.held_bytes == run.real_bytes()
+
+
+def test_what_parts_ways_is_counted_and_has_a_limit() -> None:
+    """A span that is split takes more memory than its leaves have: never without end, and never uncounted."""
+    run = Run(opt.per_leaf(opt.adam(0.1)), tree_of([2] * 512))
+    assert run.held.held_bytes == run.real_bytes() == run.program.held_bytes
+    most = run.program.held_bytes + 64 * limits.MIB
+    with pytest.raises(errors.LimitError, match=f"expected at most {most}: leaves that have no gradients while") as no:
+        for bit in range(9):
+            absent = [leaf for leaf in range(512) if leaf >> bit & 1]
+            grown, before = run.held.growth(frozenset(absent)), run.real_bytes()
+            run.push(absent)
+            assert run.real_bytes() == run.held.held_bytes == before + grown
+            assert run.held.growth(frozenset(absent)) == 0, "they are apart already"
+    assert no.value.subject == "state"
+    assert 32 * limits.MIB < run.real_bytes() <= most
+    before_state, before_spans = run.state(), run.held.spans
+    named = run.program.arrays([leaf.name for leaf in run.tree.leaves])
+    counts = {at: np.int32(at) for at, leaf in enumerate(named) if leaf.shape == () and leaf.dtype == "i32"}
+    with pytest.raises(errors.LimitError, match="load equal counts"):
+        run.replace(counts)
+    assert run.held.spans == before_spans
+    assert run.state() == before_state
+
+
+def test_a_load_that_there_is_no_room_for_changes_nothing() -> None:
+    run = Run(opt.per_leaf(opt.torch_adamw(0.1)), tree_of((5, 300, cut.SMALL, 7)))
+    named = {leaf.name: at for at, leaf in enumerate(run.program.arrays([leaf.name for leaf in run.tree.leaves]))}
+    before, spans, asked = run.state(), run.held.spans, list[int]()
+
+    def room(size: int) -> None:
+        asked.append(size)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run.replace({named["step/l1"]: np.int32(41)}, room)
+    assert run.state() == before
+    assert run.held.spans == spans
+    held_before = run.real_bytes()
+    run.replace({named["step/l1"]: np.int32(41)})
+    assert asked == [run.real_bytes() - held_before]
+    run.replace({named["step/l0"]: np.int32(0)}, room)  # nothing grows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,6 +330,47 @@ def test_programs_of_other_trees_and_names_share_what_they_compute() -> None:
     other = Run(opt.adam(0.1), tree_of((7, cut.SMALL + 2, 9)))
     step, same = (next(iter(run.program._kernels.values())).step(program.Variant()).apply.run for run in (first, other))
     assert step is same
+
+
+def test_functions_that_differ_in_what_they_are_closed_over_are_told_apart() -> None:
+    """However deep: the text of a jaxpr has no numbers of an array."""
+
+    argument = jax.ShapeDtypeStruct((3,), np.float32)
+
+    def inside(array: Any) -> Any:
+        return jax.make_jaxpr(jax.jit(lambda x: x * array))(argument)
+
+    def deeper(array: Any) -> Any:
+        inner = jax.jit(lambda x: x * array)
+        return jax.make_jaxpr(jax.jit(lambda x: lax.cond(x[0] > 0, inner, lambda y: y, x)))(argument)
+
+    one, other = (np.array(numbers, np.float32) for numbers in ((1, 2, 3), (1, 2, 4)))
+    for made in (inside, deeper):
+        assert executables.digest(made(one)) == executables.digest(made(one.copy()))
+        assert executables.digest(made(one)) != executables.digest(made(other))
+        kept = executables.Executables()
+        results = [kept.get(made(array), (0,)).run(np.ones(3, np.float32))[0] for array in (one, other)]
+        np.testing.assert_array_equal(results, [one, other])
+
+
+@pytest.mark.parametrize("spec", [opt.sm3(0.1), optax.muon(0.1)], ids=["sm3", "muon"])
+def test_a_first_state_of_tensors_compiles_nothing_once_the_program_is_there(spec: specs.Spec) -> None:
+    shapes = [(8 + size, 4) for size in range(6)]
+    tree = trees.TreeSpec(tuple(trees.LeafSpec(f"l{k}", shape, "f32") for k, shape in enumerate(shapes)))
+    run = Run(spec, tree)
+    assert run.program.granularity is Granularity.TENSOR
+    compiled = list[str]()
+
+    def hear(event: str, _: float, **__: Any) -> None:
+        compiled.extend([event] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        again = held.Held(run.program)
+        again.fill(run.landed(0), run.rates, 0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    assert compiled == []
 
 
 def test_a_whole_tree_takes_fewer_leaves_than_blocks() -> None:

@@ -25,6 +25,20 @@ print(json.dumps([events.count(f"/jax/compilation_cache/cache_{what}") for what 
 """
 
 
+@pytest.fixture(autouse=True)
+def not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment names no folder for JAX, as that of the tests does."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+
+def test_an_environment_that_names_a_folder_has_its_way(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert compilations.keep(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
 def test_a_second_process_compiles_nothing(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "deep" / "kept"
     counts = []

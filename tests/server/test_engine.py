@@ -16,7 +16,7 @@ from optwire import optax
 from optwire import optimizers as opt
 from optwire_proto import checks, digests, errors, limits, payloads, specs, tensors, trees
 from optwire_server import testing
-from optwire_server.engine import engine, landing, program, rates
+from optwire_server.engine import engine, landing, layout, program, rates
 
 TREE = trees.flatten({"w": np.ones((64, 33), np.float32), "b": np.zeros(7, np.float32)}).spec
 OPTIMIZERS = (
@@ -210,6 +210,22 @@ def test_what_needs_no_buffer_passes_alone_whatever_its_size() -> None:
     assert caught.value.retry_after_s > 0
     lent.close()
     assert pool.lent_bytes == 0
+
+
+def test_a_landing_that_cannot_be_made_is_not_counted() -> None:
+    pool = landing.Landings(bytes_max=1 << 62, keep_bytes=1 << 20)
+
+    def failing(*_: Any) -> landing.Landing:
+        raise ZeroDivisionError
+
+    huge = trees.TreeSpec((trees.LeafSpec("a", (1 << 40, 64), "f32"),))
+    for raising, why in (
+        (lambda: pool.land(huge), MemoryError),
+        (lambda: pool.land_as(failing, TREE, layout.aligned(TREE), 8), ZeroDivisionError),
+    ):
+        with pytest.raises(why):
+            raising()
+        assert pool.lent_bytes == 0
 
 
 def test_names_of_arrays_are_kept_for_sessions_that_share_a_program(running: engine.Engine) -> None:

@@ -49,7 +49,7 @@ def expected(values: list[float], wide: Any, dtype: Any) -> float:
 def test_every_operation_is_rounded_once_and_sixteen_bits_at_the_end(workers: int, dtype: Any, wide: Any) -> None:
     grads = [(RNG.standard_normal(40) * 10.0 ** RNG.integers(-3, 4, 40)).astype(dtype) for _ in range(workers)]
     wanted = [expected([float(each[i]) for each in grads], wide, dtype) for i in range(40)]
-    mean.into_first([[each] for each in grads])
+    list(mean.into_first([[each] for each in grads]))
     assert grads[0].dtype == dtype
     assert [float(value) for value in grads[0]] == wanted
 
@@ -59,14 +59,14 @@ def test_complex_numbers_are_divided_part_by_part(dtype: Any, part: Any) -> None
     grads = [(RNG.standard_normal(20) + 1j * RNG.standard_normal(20)).astype(dtype) for _ in range(3)]
     real = [expected([float(each[i].real) for each in grads], part, part) for i in range(20)]
     imag = [expected([float(each[i].imag) for each in grads], part, part) for i in range(20)]
-    mean.into_first([[each] for each in grads])
+    list(mean.into_first([[each] for each in grads]))
     assert (grads[0].real.tolist(), grads[0].imag.tolist()) == (real, imag)
 
 
 def test_leaves_of_any_shape_and_length() -> None:
     shapes = [(), (0,), (1,), (mean._BLOCK - 1,), (2, mean._BLOCK), (3, mean._BLOCK // 2 + 1)]
     grads = [[np.full(shape, value, np.float32) for shape in shapes] for value in (1.0, 2.0, 6.0)]
-    mean.into_first(grads)
+    list(mean.into_first(grads))
     for shape, leaf in zip(shapes, grads[0], strict=True):
         np.testing.assert_array_equal(leaf, np.full(shape, 3.0, np.float32), strict=True)
 
@@ -74,5 +74,5 @@ def test_leaves_of_any_shape_and_length() -> None:
 def test_what_is_not_finite_stays_so_without_a_warning() -> None:
     values = [np.inf, -np.inf, np.nan, 3e38, -0.0]
     grads = [np.array(values, np.float32), np.array([1.0, np.inf, 1.0, 3e38, -0.0], np.float32)]
-    mean.into_first([[each] for each in grads])
+    list(mean.into_first([[each] for each in grads]))
     assert [str(value) for value in grads[0]] == ["inf", "nan", "nan", "inf", "-0.0"]

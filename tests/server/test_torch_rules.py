@@ -153,7 +153,7 @@ class Run:
 
     def params(self) -> list[np.ndarray]:
         out = np.zeros(self.program.layout.nbytes, np.uint8)
-        self.held.write_params(out)
+        list(self.held.write_params(out))
         return list(landing.Landing.filled(out, self.tree, self.program.layout).arrays())
 
     @property

@@ -45,6 +45,43 @@ def test_copies_keep_the_codec(server: testing.Serving):
     twin.close()
 
 
+def test_a_session_with_another_codec_than_asked_for_is_an_error_that_names_both(server: testing.Serving):
+    def joined(codec: str | None) -> RemoteOptimizer:
+        weight = torch.nn.Parameter(torch.ones(3))
+        return RemoteOptimizer([weight], "sgd", lr=0.1, target=server.target, session="shared", grads_codec=codec)
+
+    first = joined("int8")
+    next(iter(first.param_groups))["params"][0].grad = torch.ones(3)
+    first.step()
+    for other in ("f32", "top_k(0.01)"):
+        with pytest.raises(optwire.InvalidArgumentError) as refused:
+            joined(other)
+        assert f"'shared' exists with grads_codec='int8', and grads_codec={other!r} was asked for" in str(refused.value)
+        assert (refused.value.expected, refused.value.got) == ("'int8'", repr(other))
+    for same in ("int8", None):
+        optimizer = joined(same)
+        assert optimizer.session.info().grads_codec == "int8"
+        assert optimizer.session.step_count == 1
+        optimizer.close()
+    first.close()
+
+
+def test_a_session_that_was_made_meanwhile_must_have_the_codec_too(server: testing.Serving):
+    early, late = (
+        RemoteOptimizer(
+            [torch.nn.Parameter(torch.ones(3))], "sgd", lr=0.1, target=server.target, session="race", grads_codec=codec
+        )
+        for codec in ("bf16", "sign")
+    )
+    for optimizer in (early, late):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    early.step()
+    with pytest.raises(optwire.InvalidArgumentError, match=r"grads_codec='bf16', and grads_codec='sign'"):
+        late.step()
+    early.close()
+    late.close()
+
+
 def test_what_is_no_codec_is_refused_at_once(server: testing.Serving):
     with pytest.raises(optwire.InvalidArgumentError, match="grads_codec"):
         RemoteOptimizer([torch.nn.Parameter(torch.zeros(3))], "sgd", lr=0.1, target=server.target, grads_codec="zip")

@@ -40,6 +40,7 @@ UGLY: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("a rule for None", {"missing_grad": "zero"}, optwire.InvalidArgumentError, "missing_grad: 'zero'"),
     ("a way to distribute", {"distributed": "ddp"}, optwire.InvalidArgumentError, "distributed: 'ddp'.*replicated"),
     ("shards", {"distributed": "shards"}, optwire.UnsupportedError, "assembly of slices"),
+    ("an overlap that is neither", {"overlap": "yes"}, optwire.InvalidArgumentError, "overlap: 'yes'"),
     ("overlap", {"overlap": True, "distributed": "replicated"}, optwire.UnsupportedError, "overlap=True"),
     ("a whole number as parameter", {"params": [torch.zeros(3, dtype=torch.int32)]}, optwire.TreeError, "torch.int32"),
     ("eight bits", {"params": [torch.zeros(3).to(torch.float8_e4m3fn)]}, optwire.TreeError, "float8_e4m3fn"),

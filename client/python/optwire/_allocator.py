@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
-from optwire_proto.limits import KIB, MIB
+from optwire_proto import limits
 
 # The longest block that glibc maps by itself and learns from, less what it puts around it.
-_BLOCK_BYTES = 32 * MIB - 64 * KIB
+_BLOCK_BYTES = 32 * limits.MIB - 64 * limits.KIB
 
 
 @functools.cache

@@ -22,9 +22,9 @@ def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> C
         one second more for every 4 MiB, in each direction; creating a session, or pushing with options such as
         telemetry, one for every 10 leaves, as the server may have to compile the update first.
       transport: how pushes travel. "shared_memory": where the server is of this host and user, gradients and parameters
-        do not travel at all (docs/shared-memory.md). "stream": in chunks on one long-lived stream a session. "unary": in
-        one message each way, at most 2 MiB. "auto": in one message up to 64 KiB; beyond, in shared memory where the server
-        hands some over, and otherwise in chunks.
+        do not travel at all (docs/shared-memory.md). "stream": in chunks on one long-lived stream a session. "unary":
+        in one message each way, at most 2 MiB. "auto": in one message up to 64 KiB; beyond, in shared memory where the
+        server hands some over, and otherwise in chunks.
 
     Raises:
       InvalidArgumentError: an argument has a value it cannot take.
@@ -117,7 +117,7 @@ class Client:
         extension = extends._extension() if extends is not None else None
         terms = sessions.Terms(
             aggregation=None if aggregation is None else sessions.parse_aggregation(aggregation),
-            turns=turns,
+            turns=_options.plain(turns),
             grads_codec=None if grads_codec is None else codecs.parse(grads_codec, "grads_codec"),
             params_codec=None if params_codec is None else codecs.parse(params_codec, "params_codec"),
         )

@@ -13,18 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from optwire import _payload
+from optwire import _deadlines, _payload
 from optwire_proto import codecs, digests, errors, payloads, sessions, tensors, trees
 
 Floats = npt.NDArray[np.float32]
-# After these it is not known whether a push was applied. Of our own errors, that is.
-_UNKNOWN = (
-    errors.DeadlineError,
-    errors.UnavailableError,
-    errors.DetachedError,
-    errors.InternalError,
-    errors.LimitError,
-)
 
 
 class Encoded(_payload.Outgoing):
@@ -192,7 +184,7 @@ class Up:
 
     def _failed(self, seq: int, payload: Encoded, exc: BaseException) -> None:
         pending = self._pending
-        if isinstance(exc, errors.OptwireError) and not isinstance(exc, _UNKNOWN):
+        if isinstance(exc, errors.OptwireError) and not isinstance(exc, _deadlines.OUTCOME_UNKNOWN):
             self._discard(payload)
             if isinstance(exc, errors.DivergentRetryError) and pending and exc.expected == str(pending.digest):
                 self.learned(pending.seq)
@@ -256,6 +248,8 @@ class Down:
             raise _payload.damaged("their codec", self.codec, ack.params_codec.name.lower())
         if self.codec.casts:
             return _Decoded(self.codec, self._tree, filled)
+        if self.step is None:
+            raise _payload.damaged("what they differ from", "nothing, they being whole", "parameters that are not here")
         return _Difference(self, filled, ack.step)
 
     def forget(self) -> None:
@@ -280,17 +274,21 @@ class Down:
         """Adds a difference to the copy, and writes the parameters that come of it to ``filled``.
 
         Raises:
-          UnavailableError: it means no values; the copy is void.
+          UnavailableError: it means no values; the copy is as it was.
         """
-        self.step = None
-        rest = iter(difference)
-        for leaf, own, array in zip(self._tree.leaves, self._arrays, filled, strict=True):
+        rest, parts_of = iter(difference), []
+        for leaf in self._tree.leaves:  # all of it, before anything is added: a part of it would be added twice
             parts = [next(rest) for _ in self.codec.encoded(leaf)]
+            parts_of.append(parts)
             if self.codec.bears_on(leaf.dtype):
                 try:
-                    self.codec.add(parts, own.reshape(-1), codecs.where("params", leaf))
+                    self.codec.check(parts, leaf.elements, codecs.where("params", leaf))
                 except errors.PayloadError as exc:
                     raise _payload.damaged(f"{exc.subject}, a value", exc.expected, exc.got) from exc
+        self.step = None
+        for leaf, parts, own, array in zip(self._tree.leaves, parts_of, self._arrays, filled, strict=True):
+            if self.codec.bears_on(leaf.dtype):
+                self.codec.add(parts, own.reshape(-1), codecs.where("params", leaf))
             else:
                 np.copyto(own, parts[0])
             np.copyto(array, own)

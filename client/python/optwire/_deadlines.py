@@ -14,6 +14,16 @@ from optwire_proto import errors
 
 T = TypeVar("T")
 
+# After these, of all our own errors, it is not known whether what was asked for was done. Some may be the server's own
+# word, but all may come of a connection that was lost, in the words of gRPC or of a proxy.
+OUTCOME_UNKNOWN = (
+    errors.DeadlineError,
+    errors.UnavailableError,
+    errors.DetachedError,
+    errors.InternalError,
+    errors.LimitError,
+)
+
 
 class Deadline:
     """The end of one call, retries included.

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,8 @@ PAUSE_MAX_S = 2.0
 TIMEOUT_MAX_S = 1e7
 # How long `Session.close` waits for the server to end its side of the stream.
 CLOSE_S = 1.0
+# Pushes that may wait for their turn after `Session.step_async`: each holds its gradients. Whoever asks for more waits.
+WAITING_MAX = 64
 
 _SCHEME = re.compile("(unix|unix-abstract|dns|ipv4|ipv6):.+")
 _HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]):([0-9]{1,5})")
@@ -113,6 +116,11 @@ def whole(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= int(value) < 2**64:
         raise wrong(name, "a whole number from 0 to 2**64 - 1", value)
     return int(value)
+
+
+def plain(value: Any) -> Any:
+    """A whole number of NumPy's as one of Python's; anything else as it is."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def positive(name: str, value: object) -> float:

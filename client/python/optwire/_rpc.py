@@ -360,9 +360,8 @@ class Stream:
             kind = convert.kind_of(frame)
             if kind == "go_away":
                 self._leaving = True
-                if (
-                    "ack" in expected or "whole" in expected
-                ):  # before the ack nothing tells whether this push will still be served
+                # Before the ack nothing tells whether this push will still be served.
+                if "ack" in expected or "whole" in expected:
                     raise errors.UnavailableError(f"the server is leaving this stream: {frame.go_away.reason}")
             elif kind in expected:
                 return frame

@@ -10,6 +10,7 @@ import mmap
 import os
 import socket
 import sys
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Final
@@ -21,6 +22,7 @@ from optwire_proto import handover, limits, tensors, trees
 
 _HANDOVER_S: Final = 10.0  # in which a segment must be handed over; the server has to find the memory first
 _MESSAGE_S: Final = 5.0
+_MOMENT_S: Final = 1e-3  # 0 would mean not to wait at all, in other words
 _PAGE: Final = mmap.PAGESIZE
 
 
@@ -31,17 +33,21 @@ class Segment:
       slot: what a push names it by.
       grads: one array a leaf, to write gradients to.
       params: one array a leaf, where the server writes the parameters of its replies to.
+      is_in_use: whether the server may be reading and writing it.
+      is_filled: whether gradients were copied to it.
     """
 
     def __init__(
         self, connection: socket.socket, grant: handover.Grant, memory: mmap.mmap, tree: trees.TreeSpec
     ) -> None:
         self.slot = grant.slot
+        self.is_in_use = self.is_filled = False
         whole = np.frombuffer(memory, np.uint8)
         whole[::_PAGE] = 0  # its pages are entered here, and not during the first step
         self._first = whole.ctypes.data
         self._nbytes = grant.nbytes
         self.grads = _views(whole[: grant.params], grant.offsets, tree)
+        self._addresses = [_address(array) for array in self.grads]  # asking takes a while, for thousands of leaves
         self.params = _views(whole[grant.params :], grant.offsets, tree)
         self._connection = connection
         self._asked = False  # whether an answer to the question for quiet is on its way
@@ -49,13 +55,22 @@ class Segment:
 
     def fill(self, arrays: Sequence[tensors.Array], absent: Sequence[int]) -> None:
         """Copies gradients to where they belong, except those that are there."""
-        gone = frozenset(absent)
-        there = [array for index, array in enumerate(self.grads) if index not in gone]
-        moved = [(own, array) for own, array in zip(there, arrays, strict=True) if _address(own) != _address(array)]
+        moved = self._moved(arrays, absent)
+        self.is_filled = self.is_filled or bool(moved)
         # What lies elsewhere in the segment is saved first: it might be written over before it is copied.
         saved = [(own, array.copy() if self._has(array) else array) for own, array in moved]
         for own, array in saved:
             np.copyto(wire_view(own), array)
+
+    def holds(self, arrays: Sequence[tensors.Array], absent: Sequence[int]) -> bool:
+        """Whether all gradients are where they belong."""
+        return not self._moved(arrays, absent)
+
+    def empty(self) -> None:
+        """Makes zeros of all gradients."""
+        for own in self.grads:
+            wire_view(own)[...] = 0
+        self.is_filled = False
 
     def read(self, incoming: _payload.Incoming) -> list[tensors.Array]:
         """Copies the arrays of a reply to where they are wanted, except those that are wanted where they are."""
@@ -76,7 +91,7 @@ class Segment:
         if not self._asked:
             handover.send(self._connection, handover.ASK_QUIET, _MESSAGE_S)
             self._asked = True
-        self._connection.settimeout(max(timeout_s, 1e-3))
+        self._connection.settimeout(max(timeout_s, _MOMENT_S))
         try:
             self._connection.recv(1, socket.MSG_PEEK)
         except TimeoutError:
@@ -90,12 +105,21 @@ class Segment:
         """Ends the connection, and with it the server's side."""
         self._end()
 
+    def _moved(
+        self, arrays: Sequence[tensors.Array], absent: Sequence[int]
+    ) -> list[tuple[tensors.Array, tensors.Array]]:
+        """Where gradients belong, and they, of those that are elsewhere."""
+        gone = frozenset(absent)
+        there = [own for index, own in enumerate(zip(self.grads, self._addresses, strict=True)) if index not in gone]
+        pairs = zip(there, arrays, strict=True)
+        return [(own, array) for (own, address), array in pairs if array.nbytes and address != _address(array)]
+
     def _has(self, array: tensors.Array) -> bool:
         return self._first - array.nbytes < _address(array) < self._first + self._nbytes
 
 
-def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Segment:
-    """A segment from the server whose handover socket is at ``path``.
+def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec, timeout_s: float) -> Segment:
+    """A segment from the server whose handover socket is at ``path``, within ``timeout_s``.
 
     Raises:
       RefusedError: there is none, and why.
@@ -104,20 +128,25 @@ def attach(path: str, session_id: str, worker: str, tree: trees.TreeSpec) -> Seg
         raise RefusedError(f"shared memory is handed over on Linux, this is {sys.platform}")
     if not path:
         raise RefusedError("the server shares no memory")
+    end_s = time.monotonic() + min(timeout_s, _HANDOVER_S)
+
+    def left_s() -> float:
+        return max(end_s - time.monotonic(), _MOMENT_S)
+
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     files: list[int] = []
     try:
-        connection.settimeout(_HANDOVER_S)
+        connection.settimeout(left_s())
         connection.connect(path)
         user = handover.peer_user(connection)
         if user != os.geteuid():
             raise RefusedError(f"the server is of user {user}, this process of user {os.geteuid()}")
         with contextlib.suppress(BrokenPipeError):  # a server that is full refuses before it listens
-            handover.send(connection, handover.Request(session_id, worker).to_json(), _MESSAGE_S)
-        answer = handover.receive(connection, limits.HANDOVER_REPLY_BYTES_MAX, _HANDOVER_S, files=files)
+            handover.send(connection, handover.Request(session_id, worker).to_json(), left_s())
+        answer = handover.receive(connection, limits.HANDOVER_REPLY_BYTES_MAX, left_s(), files=files)
         if "refused" in answer:
             why = f"the server refused: {answer['refused']}"[: limits.ERROR_MESSAGE_BYTES_MAX]
-            raise RefusedError(why, answer.get("reason", ""))
+            raise RefusedError(why, answer.get("reason", ""), is_said=True)
         grant = handover.Grant.from_json(answer)
         if len(files) != 1:
             raise handover.HandoverError(f"{len(files)} file descriptors, expected one")
@@ -175,8 +204,14 @@ def _address(array: tensors.Array) -> int:
 
 
 class RefusedError(Exception):
-    """There is no segment; says why, for people. ``reason`` is that of the server's error, where it gave one."""
+    """There is no segment; says why, for people.
 
-    def __init__(self, why: str, reason: object = "") -> None:
+    Attributes:
+      reason: that of the server's error, where it gave one.
+      is_said: whether the server said so.
+    """
+
+    def __init__(self, why: str, reason: object = "", *, is_said: bool = False) -> None:
         super().__init__(why)
         self.reason = reason
+        self.is_said = is_said

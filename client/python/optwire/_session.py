@@ -6,23 +6,18 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import inspect
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from optwire import _background, _codecs, _deadlines, _options, _payload, _rpc, _shared, _stages, _state
-from optwire_proto import codecs, errors, limits, sessions, specs, tensors, trees
-
-# One try of a push: deadline, key, options, payload, where the reply goes.
-Push = Callable[
-    [_deadlines.Deadline, sessions.PushKey, sessions.PushOptions, _payload.Outgoing, _rpc.Receive],
-    tuple[sessions.Ack, list[tensors.Array]],
-]
+from optwire import _background, _codecs, _deadlines, _options, _payload, _route, _rpc, _stages, _state
+from optwire_proto import codecs, errors, sessions, specs, tensors, trees
 
 _UNKNOWN = "the push may or may not have been applied: call step again with the same grads, or params"
 
@@ -60,27 +55,22 @@ class Session:
         self._seq = seq  # of this worker's last push known to be applied
         self._step = info.step  # of the parameters last received
         self._last_ack: sessions.Ack | None = None
-        self._stream: _rpc.Stream | None = None
-        self._stage: _stages.Stage | None = None  # once gradients are to go up before their push
-        self._staged: _rpc.Stream | None = None  # that they go up on
         self._up = _codecs.Up(codecs.parse(info.grads_codec), tree)
         self._down = _codecs.Down(codecs.parse(info.params_codec), tree)
         used = [str(codec) for codec in (self._up.codec, self._down.codec) if codec != codecs.RAW]
-        self._sharing = _shared.Sharing(
+        self._route = _route.Route(
+            channel,
             options.transport,
-            info.id,
-            worker,
             tree,
-            channel.handover_path,
-            unless=f"codecs ({', '.join(used)}) make messages shorter, and shared memory has none" if used else "",
+            session_id=info.id,
+            worker=worker,
+            codecs=", ".join(used),
+            is_encoded=self._up.codec != codecs.RAW,
         )
-        channel.watch_over(self._sharing)
-        self._unary_left = _options.UNARY_FIRST  # small pushes before they get a stream
         self._lock = threading.Lock()
         self._asking = threading.Lock()
         self._closed = False
         self._pushing: _background.Background | None = None
-        self._own: tuple[list[tensors.Array], list[tensors.Array]] | None = None  # buffers, once asked for
 
     @property
     def id(self) -> str:
@@ -142,7 +132,8 @@ class Session:
 
         Raises:
           InvalidArgumentError: the loss is missing, or not wanted; a loss or scale that is no finite number; a gradient
-            is absent that the optimizer needs; hyperparameters as in ``set_hyperparams``.
+            is absent that the optimizer needs; hyperparameters as in ``set_hyperparams``; ``out`` where nothing is
+            asked for.
           SpecError: a value that a hyperparameter cannot take.
           NonFiniteError: the session rejects gradients that are not finite; nothing was applied.
           TreeMismatchError: the gradients, or ``out``, differ from the session's tree; nothing was sent.
@@ -163,6 +154,13 @@ class Session:
             reply=_options.reply(reply),
         )
         wanted = options.reply is not sessions.ReplyContent.NONE
+        if out is not None and not wanted:
+            raise errors.InvalidArgumentError(
+                "out: given with reply='none', which brings nothing to fill it with; leave one of them out",
+                subject="out",
+                expected="None with reply='none'",
+                got=type(out).__name__,
+            )
         filled = self._targets(out, present) if wanted else []
         with self._using():
             base = self._step if base_step is None else _step_number(base_step)
@@ -173,18 +171,23 @@ class Session:
                 seq=self._seq + 1,
                 base_step=base,
             )
-            push = self._way()
             # The server may have to compile what a push asks for beside a plain update, the first time.
             compiles = dataclasses.replace(options, extras=()) != sessions.PLAIN
             deadline = self._deadline(2 * self._tree.payload_bytes, len(self._tree.leaves) if compiles else 0)
-            if options.reply is sessions.ReplyContent.PARAMS:
-                options = dataclasses.replace(options, view_step=self._down.step)
-            receive = self._down.receiving(filled, is_params=options.reply is sessions.ReplyContent.PARAMS)
-            payload = self._up.outgoing(arrays, options.grad_scale)
-            with self._sharing.settled():
+            is_params = options.reply is sessions.ReplyContent.PARAMS
+            receive = self._down.receiving(filled, is_params=is_params)
+            with self._route.sharing.settled():
+                push = self._route.way(deadline)
+                payload = self._up.outgoing(arrays, options.grad_scale)
+
+                def attempt(_: int) -> tuple[sessions.Ack, list[tensors.Array]]:
+                    # What the reply may differ from: an earlier try may have changed it.
+                    told = dataclasses.replace(options, view_step=self._down.step) if is_params else options
+                    return push(deadline, key, told, payload, receive)
+
                 with self._up.settling(key.seq, payload):
                     ack, answer = _deadlines.retried(
-                        lambda _: push(deadline, key, options, payload, receive),
+                        attempt,
                         deadline,
                         f"push on step {base} of {self}",
                         _UNKNOWN,
@@ -200,7 +203,10 @@ class Session:
 
         Several wait for each other in the order in which they were asked for, and other calls on the handle wait for
         all that were asked for before them. ``base_step`` is ``step_count`` when the turn comes. Do not change the
-        gradients, nor read ``out``, before the future is done.
+        gradients, nor read ``out``, before the future is done. Where 64 wait already, the call waits until one begins.
+
+        At the end of the program pushes that were asked for are made, up to the first that fails; the others are
+        dropped, with a warning in the log. Each has its own deadline.
 
         Example:
           >>> future = session.step_async(grads)  # doctest: +SKIP
@@ -217,29 +223,39 @@ class Session:
 
         Raises:
           DetachedError: the handle was closed.
+          TypeError: ``step`` has no such argument.
         """
+        _STEP.bind(self, grads, base_step, **arguments)
         with self._asking:
             self._check_open()
             if self._pushing is None:
                 self._pushing = _background.Background(f"optwire-{self._name}")
                 weakref.finalize(self, self._pushing.end)
-            return self._pushing.submit(functools.partial(self.step, grads, base_step, **arguments))
+        # Not inside: it may wait for room, and a callback of what is waited for may ask as well.
+        return self._pushing.submit(functools.partial(self.step, grads, base_step, **arguments))
 
     def grad_buffers(self) -> Any:
         """Arrays to write gradients to, in the structure given at creation; always the same ones. Zeros at first.
 
-        They save a copy where a push would need one; ``step`` takes any others as well. Where memory is shared with the
-        server they lie in it: do not write to them while a ``step`` with them is under way.
+        Nobody but you writes to them: a ``step`` with other gradients leaves them as they are. A forked process has its
+        own. They save a copy where a push would need one; ``step`` takes any others as well. Where memory is shared
+        with the server they lie in it: do not write to them while a ``step`` with them is under way.
         """
-        return trees.unflatten(self._tree, self._buffers()[0], self._types)
+        if (buffers := self._route.grads()) is None:
+            with self._using():
+                buffers = self._route.make_buffers(self._deadline())
+        return trees.unflatten(self._tree, buffers, self._types)
 
     def param_buffers(self) -> Any:
         """Arrays for ``step(..., out=)`` to fill, in the structure given at creation; always the same ones.
 
-        Zeros, until a step has filled them. Where memory is shared with the server they lie in it, and every step
-        writes to them, whatever its ``out``.
+        Zeros, until a step has filled them. Where memory is shared with the server they lie in it, and any step may
+        write to them, whatever its ``out``. A forked process has its own.
         """
-        return trees.unflatten(self._tree, self._buffers()[1], self._types)
+        if (buffers := self._route.params()) is None:
+            with self._using():
+                buffers = self._route.make_param_buffers(self._deadline())
+        return trees.unflatten(self._tree, buffers, self._types)
 
     def params(self, which: str = "", *, out: Any = None) -> Any:
         """The newest parameters: new NumPy arrays in the structure given at creation.
@@ -344,7 +360,7 @@ class Session:
             info, _ = _deadlines.retried(
                 lambda _: self._channel.get_session(deadline, id=self._id), deadline, f"info of {self}"
             )
-            transport, reason = self._sharing.transport
+            transport, reason = self._route.sharing.transport
             return dataclasses.replace(info, transport=transport, transport_reason=reason)
 
     def describe(self) -> sessions.OptimizerInfo:
@@ -416,13 +432,7 @@ class Session:
         if self._pushing is not None:
             self._pushing.close()
         with self._lock:
-            stream, self._stream = self._stream, None
-            if stream is not None:
-                stream.close()
-            staged, self._staged = self._staged, None
-            if staged is not None:
-                staged.cancel()
-            self._sharing.close()
+            self._route.close()
 
     def __enter__(self) -> Self:
         return self
@@ -431,6 +441,11 @@ class Session:
         self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self}: a handle cannot be copied or pickled; client.attach({self._name!r}) makes another one"
+        )
 
     def __repr__(self) -> str:
         return f"<optwire.Session {self._name!r} step_count={self._step}{' closed' * self._closed}>"
@@ -471,144 +486,13 @@ class Session:
     def _deadline(self, payload_bytes: int = 0, leaves: int = 0) -> _deadlines.Deadline:
         return _deadlines.Deadline(self._options.timeout_s, payload_bytes, leaves)
 
-    def _way(self) -> Push:
-        """How the next push travels."""
-        if self._sharing.segment(self._deadline()) is not None:
-            return self._push_shared
-        length = self._tree.payload_bytes
-        transport = self._options.transport
-        if transport is _options.Transport.UNARY and length > limits.UNARY_PAYLOAD_BYTES_MAX:
-            raise errors.LimitError(
-                f"grads: {length} bytes, expected at most {limits.UNARY_PAYLOAD_BYTES_MAX} with transport='unary'; "
-                "connect with transport='auto'",
-                subject="grads",
-                expected=str(limits.UNARY_PAYLOAD_BYTES_MAX),
-                got=str(length),
-            )
-        if transport is _options.Transport.UNARY:
-            return self._channel.step
-        if length > _options.WHOLE_BYTES_MAX:
-            return self._push_on_stream
-        if transport is _options.Transport.AUTO and (self._stream is None or not self._stream.is_open):
-            if self._stream is not None:
-                self._stream, self._unary_left = None, _options.UNARY_AFTER_LOSS
-            if self._unary_left > 0:
-                self._unary_left -= 1
-                return self._channel.step
-        return functools.partial(self._push_on_stream, whole=True)
-
-    def _goes_in_frames(self) -> bool:
-        """Whether pushes travel in frames on a stream."""
-        is_unary = self._options.transport is _options.Transport.UNARY
-        is_encoded = self._up.codec != codecs.RAW  # with a residual, once all of it is there
-        is_long = self._tree.payload_bytes > _options.WHOLE_BYTES_MAX
-        return is_long and not is_unary and not is_encoded and not self._sharing.is_used
-
-    def _push_on_stream(
-        self,
-        deadline: _deadlines.Deadline,
-        key: sessions.PushKey,
-        options: sessions.PushOptions,
-        payload: _payload.Outgoing,
-        receive: _rpc.Receive,
-        *,
-        whole: bool = False,
-    ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        if self._stage is not None and not whole and self._stage.owns(payload.arrays):
-            return self._push_staged(self._stage, deadline, key, options, payload, receive)
-        stream = self._taken_stream()
-        reply = stream.push(deadline, key, options, payload, receive, whole=whole)
-        self._stream = stream
-        return reply
-
-    def _push_shared(
-        self,
-        deadline: _deadlines.Deadline,
-        key: sessions.PushKey,
-        options: sessions.PushOptions,
-        payload: _payload.Outgoing,
-        receive: _rpc.Receive,
-    ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        """One try by shared memory; in a stream, where the segment is lost."""
-
-        def send(deadline: _deadlines.Deadline, slot: int, digest: sessions.Digest) -> sessions.Ack:
-            stream = self._taken_stream()
-            ack = stream.push_shared(deadline, key, options, slot, digest)
-            self._stream = stream
-            return ack
-
-        while self._sharing.segment(deadline) is not None:
-            with contextlib.suppress(_shared.SegmentLostError):
-                return self._sharing.push(deadline, options, payload, receive, send)
-        return self._push_on_stream(deadline, key, options, payload, receive)
-
-    def _buffers(self) -> tuple[list[tensors.Array], list[tensors.Array]]:
-        """The arrays of ``grad_buffers`` and ``param_buffers``: in shared memory, or else in some of our own."""
-        if self._own is None:
-            with self._using():
-                self._make_buffers()
-        assert self._own is not None, "buffers were not made"
-        return self._own
-
-    def _make_buffers(self) -> None:
-        if self._own is not None:
-            return  # another thread was faster
-        segment = self._sharing.segment(self._deadline())
-        if segment is not None:
-            self._own = segment.grads, segment.params
-        else:
-            self._own = _payload.aligned(self._tree), _payload.aligned(self._tree)
-
-    def _taken_stream(self) -> _rpc.Stream:
-        """An open stream, to be put back only after a whole reply."""
-        stream, self._stream = self._stream, None
-        return stream if stream is not None and stream.is_open else self._channel.open_stream()
-
     def _staging(self) -> _stages.Stage:
-        """A stage for the next push; what is copied to it goes up at once where that push travels in frames.
-
-        A push of its buffers, and no other, ends it.
-        """
-        buffers, _ = self._buffers()
+        """A stage for the next push; see ``Route.staging``."""
         with self._using():
-            if self._stage is None:
-                self._stage = _stages.Stage(self._tree, buffers)
-            if self._stage.may_send and self._goes_in_frames():
-                self._staged = stream = self._taken_stream()
-                self._stage.send_by(lambda feed: stream.stage(self._id, self._incarnation, feed))
-            return self._stage
+            return self._route.staging(self._deadline(), self._incarnation)
 
-    def _push_staged(
-        self,
-        stage: _stages.Stage,
-        deadline: _deadlines.Deadline,
-        key: sessions.PushKey,
-        options: sessions.PushOptions,
-        payload: _payload.Outgoing,
-        receive: _rpc.Receive,
-    ) -> tuple[sessions.Ack, list[tensors.Array]]:
-        """One try of a push whose payload was staged; the first, unless its stream is lost, sends only what is left."""
 
-        def heard(ack: sessions.Ack) -> _payload.Incoming:
-            incoming = receive(ack)
-            incoming.heard = functools.partial(stage.heard, ack.step)
-            return incoming
-
-        feed, stream, self._staged = stage.taken(), self._staged, None
-        if feed is None or stream is None or not stream.is_open:
-            if stream is not None:
-                stream.cancel()
-            feed, stream = None, self._taken_stream()
-        try:
-            reply = stream.push(deadline, key, options, payload, heard, staged=feed)
-        except BaseException:
-            if feed is not None:
-                stage.lost(feed)
-            raise
-        if feed is not None:
-            stage.resent_bytes += feed.sent_bytes - payload.length
-        self._stream = stream
-        return reply
+_STEP = inspect.signature(Session.step)
 
 
 def _step_number(value: object, name: str = "base_step") -> int:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -24,7 +25,7 @@ _MESSAGE_S: Final = 5.0
 
 
 class Sharing:
-    """What one handle has to do with shared memory. Used by one thread at a time.
+    """What one handle has to do with shared memory. Used by one thread at a time, but for ``close``.
 
     Args:
       transport: what the user asked for.
@@ -54,9 +55,14 @@ class Sharing:
         self._tree = tree
         self._find_path = find_path
         self._segment: _segment.Segment | None = None
+        self._is_lent = False  # whether the user writes to the segment's gradients: nobody else does from then on
+        self._beside: _segment.Segment | None = None  # another, for gradients that lie elsewhere once the first is lent
+        self._is_refused_beside = False
+        self._path = ""  # of the server's handover socket
         self._unanswered: _Unanswered | None = None
-        self._is_in_use = False  # whether the server may be reading and writing the segment
         self._pid = 0  # of the process that the segment was handed over to
+        self._lock = threading.Lock()  # of what follows: `close` may come from another thread
+        self._is_busy = False  # whether a push is being made
         self._is_closed = False
         self.reason = unless or self._refusal()
 
@@ -70,12 +76,12 @@ class Sharing:
         must = self._transport is _options.Transport.SHARED_MEMORY and not self._is_closed
         if self._segment is not None and os.getpid() != self._pid:
             self._lose("this process was forked off the one that the memory was handed over to")
-        if not self.reason:
+        if not self.reason and not self._is_closed:
             soon = _deadlines.Deadline(min(_MESSAGE_S, deadline.remaining_s / 2))
             try:
-                path = _deadlines.retried(lambda _: self._find_path(soon), soon, "asking for shared memory")
-                self._segment = _segment.attach(path, self._session_id, self._worker, self._tree)
-                self._pid, self.reason = os.getpid(), f"handed over on {path}"
+                self._path = _deadlines.retried(lambda _: self._find_path(soon), soon, "asking for shared memory")
+                self._segment = self._attached(deadline)
+                self._pid, self.reason = os.getpid(), f"handed over on {self._path}"
             except _segment.RefusedError as exc:
                 self.reason = str(exc)
                 if must and exc.reason == errors.SessionNotFoundError.reason:
@@ -84,14 +90,23 @@ class Sharing:
                 if must:
                     raise
                 self.reason = f"the server could not be asked: {exc}"
+            self._let_go_if_closed()
         if self._segment is None and must:
-            raise errors.UnsupportedError(
-                f"transport='shared_memory': {self.reason}; connect with transport='auto'",
-                subject="transport",
-                expected="a server of this host and user that hands over shared memory",
-                got=self.reason[:200],
-            )
+            raise _unsupported(self.reason)
         return self._segment
+
+    def lend(self, segment: _segment.Segment, deadline: _deadlines.Deadline) -> list[tensors.Array]:
+        """The gradients of the segment, zeros, for the user to write to; from now on no push does.
+
+        Raises:
+          UnavailableError: the server still works on a push of other gradients that lie there.
+        """
+        if segment.is_in_use:
+            self._take_back(segment, deadline.remaining_s)
+        if segment.is_filled:
+            segment.empty()
+        self._is_lent = True
+        return segment.grads
 
     @property
     def transport(self) -> tuple[str, str]:
@@ -126,31 +141,31 @@ class Sharing:
           send: sends the message, and waits for the answer.
 
         Raises:
-          UnavailableError: the server still works on an earlier try.
+          UnavailableError: the server still works on an earlier try, or cannot be reached.
+          UnsupportedError: it has no segment for gradients that lie elsewhere, and the user wants no other transport.
           SegmentLostError: the server knows the segment no more; nothing was applied.
+          NoSegmentError: it has none, and another transport will do.
         """
-        segment = self._segment
-        assert segment is not None, "nothing is shared"
+        segment = self._fitting(deadline, payload, options)
         before = self._unanswered
-        if self._is_in_use:
+        if segment.is_in_use:
             self._take_back(segment, deadline.remaining_s)
         if before is None or before.payload is not payload or before.segment is not segment:
             token = before.token if before and before.is_made_by(payload) else secrets.token_bytes(limits.TOKEN_BYTES)
             segment.fill(payload.arrays, options.absent)  # once: what is copied may come from where replies go
             before = _Unanswered(token, payload, options.absent, segment)
         # From here on the server may read what lies there: until its answer says that it has.
-        self._unanswered, self._is_in_use = before, True
+        self._unanswered, segment.is_in_use = before, True
         try:
             ack = send(deadline, segment.slot, sessions.Digest(payload.length, token=before.token))
         except errors.OptwireError as exc:
-            is_lost = isinstance(exc, errors.InvalidArgumentError) and exc.subject == "shared_memory_slot"
-            if not is_lost and not isinstance(exc, errors.DeadlineError | errors.UnavailableError):
-                self._unanswered, self._is_in_use = None, False  # the server has answered
-            if is_lost:
-                self._lose()
+            if isinstance(exc, errors.InvalidArgumentError) and exc.subject == "shared_memory_slot":
+                self._drop(segment)
                 raise SegmentLostError from exc
+            if not isinstance(exc, _deadlines.OUTCOME_UNKNOWN):
+                self._unanswered, segment.is_in_use = None, False  # the server has answered
             raise
-        self._is_in_use = False
+        segment.is_in_use = False
         if options.reply is sessions.ReplyContent.NONE:
             return ack, []
         incoming = receive(ack)
@@ -165,6 +180,8 @@ class Sharing:
 
         Afterwards its gradients may be written over: the server reads them no more.
         """
+        with self._lock:
+            self._is_busy = True
         try:
             yield
             self._unanswered = None
@@ -172,17 +189,54 @@ class Sharing:
             unanswered = self._unanswered
             if unanswered is not None and unanswered.payload is not None:
                 unanswered.payload, segment = None, unanswered.segment
-                with contextlib.suppress(errors.UnavailableError):
-                    if self._is_in_use:
-                        self._take_back(segment, _MESSAGE_S)
+                # First, as whoever waits may be interrupted once more; nobody writes to the gradients meanwhile.
                 there = (views for index, views in enumerate(segment.grads) if index not in unanswered.absent)
                 unanswered.content = _digest([_segment.wire_view(array) for array in there])
+                if segment.is_in_use:
+                    with contextlib.suppress(errors.UnavailableError):
+                        self._take_back(segment, _MESSAGE_S)
             raise
+        finally:
+            with self._lock:
+                self._is_busy = False
+            self._let_go_if_closed()
 
     def close(self) -> None:
-        """Lets go of the segment. Its memory stays for as long as there are views of it."""
-        self._is_closed = True
-        self._lose("the handle was closed")
+        """Lets go of the segment, or has the push that is being made do it. Memory stays as long as there are views."""
+        with self._lock:
+            self._is_closed = True
+        self._let_go_if_closed()
+
+    def _let_go_if_closed(self) -> None:
+        with self._lock:
+            if self._is_closed and not self._is_busy:
+                self._lose("the handle was closed")
+
+    def _attached(self, deadline: _deadlines.Deadline) -> _segment.Segment:
+        """A new segment; half of the time that is left must do, as the push has not begun."""
+        return _segment.attach(self._path, self._session_id, self._worker, self._tree, deadline.remaining_s / 2)
+
+    def _fitting(
+        self, deadline: _deadlines.Deadline, payload: _payload.Outgoing, options: sessions.PushOptions
+    ) -> _segment.Segment:
+        """The segment for a push: what is lent is written to by the user alone."""
+        assert self._segment is not None, "nothing is shared"
+        if not self._is_lent or self._segment.holds(payload.arrays, options.absent):
+            return self._segment
+        if self._beside is not None:
+            return self._beside
+        if self._is_refused_beside:
+            raise NoSegmentError
+        try:
+            self._beside = self._attached(deadline)
+        except _segment.RefusedError as exc:
+            if self._transport is not _options.Transport.SHARED_MEMORY:
+                self._is_refused_beside = True
+                raise NoSegmentError from exc
+            if exc.is_said:
+                raise _unsupported(f"gradients beside grad_buffers(): {exc}") from exc
+            raise errors.UnavailableError(f"memory for gradients beside grad_buffers(): {exc}") from exc
+        return self._beside
 
     def _refusal(self) -> str:
         """Why it is no use to ask for a segment; empty: it is worth trying."""
@@ -193,24 +247,39 @@ class Sharing:
         return ""
 
     def _lose(self, why: str = "") -> None:
-        """Lets go of the segment, and says why there will be no other; empty: another is to be asked for."""
-        if self._segment is not None:
-            self._segment.close()
-        self._segment, self._is_in_use, self.reason = None, False, why
+        """Lets go of all segments, and says why there will be no other; empty: another is to be asked for."""
+        for segment in (self._segment, self._beside):
+            if segment is not None:
+                segment.close()
+        self._segment = self._beside = None
+        self._is_lent, self._is_refused_beside, self.reason = False, False, why
+
+    def _drop(self, segment: _segment.Segment) -> None:
+        """Lets go of a segment that is of no further use."""
+        if segment is self._segment:
+            self._lose()
+            return
+        segment.close()
+        if segment is self._beside:
+            self._beside = None
 
     def _take_back(self, segment: _segment.Segment, timeout_s: float) -> None:
         try:
             is_quiet = segment.quiet(timeout_s)
         except (OSError, handover.HandoverError) as exc:
-            self._lose()
+            self._drop(segment)
             raise errors.UnavailableError(f"the connection for shared memory has ended: {exc}") from exc
         if not is_quiet:
             raise errors.UnavailableError("the server still works on an earlier try of a push in shared memory")
-        self._is_in_use = False
+        segment.is_in_use = False
 
 
 class SegmentLostError(Exception):
     """The server let go of the segment."""
+
+
+class NoSegmentError(Exception):
+    """The server has no segment for gradients that lie elsewhere."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -234,6 +303,15 @@ class _Unanswered:
     def is_made_by(self, payload: _payload.Outgoing) -> bool:
         """Whether it is the push of a payload: made by the same call, or made again by the user with the same bytes."""
         return payload is self.payload or (self.content is not None and self.content == _digest(payload.arrays))
+
+
+def _unsupported(why: str) -> errors.UnsupportedError:
+    return errors.UnsupportedError(
+        f"transport='shared_memory': {why}; connect with transport='auto'",
+        subject="transport",
+        expected="a server of this host and user that hands over shared memory",
+        got=why[:200],
+    )
 
 
 def _digest(arrays: Sequence[tensors.Array]) -> sessions.Digest:

@@ -91,6 +91,10 @@ class Codec(abc.ABC):
         with np.errstate(all="ignore"):
             self._encode(size, read, arrays, left)
 
+    def check(self, arrays: Sequence[tensors.Array], size: int, where: str) -> None:
+        """Raises PayloadError where the arrays of one leaf of ``size`` elements mean no values; most always do."""
+        return
+
     def decode(self, arrays: Sequence[tensors.Array], out: npt.NDArray[Any], where: str) -> None:
         """Writes the decoded values of one leaf into ``out``, flat.
 

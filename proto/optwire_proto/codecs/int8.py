@@ -52,15 +52,18 @@ class Int8(codec.Codec):
                 if left is not None:
                     left[piece][lost.reshape(-1)[:count]] = 0
 
+    def check(self, arrays: Sequence[tensors.Array], size: int, where: str) -> None:
+        codec.check_scales(arrays[0], where)
+
     def _decode(self, arrays: Sequence[tensors.Array], out: npt.NDArray[Any], where: str) -> None:
         scales, codes = arrays
-        codec.check_scales(scales, where)
+        self.check(arrays, out.size, where)
         for piece in codec.pieces(out.size):
             _decode_piece(scales, codes, piece, out[piece])
 
     def _add(self, arrays: Sequence[tensors.Array], out: npt.NDArray[Any], where: str) -> None:
         scales, codes = arrays
-        codec.check_scales(scales, where)
+        self.check(arrays, out.size, where)
         decoded = np.empty(min(out.size, codec.PIECE), np.float32)
         for piece in codec.pieces(out.size):
             part = decoded[: piece.stop - piece.start]

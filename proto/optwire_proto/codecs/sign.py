@@ -51,6 +51,9 @@ class Sign(codec.Codec):
                 if np.isnan(of_blocks).any():
                     left[piece][np.isnan(decoded)] = 0
 
+    def check(self, arrays: Sequence[tensors.Array], size: int, where: str) -> None:
+        _checked(arrays, size, where)
+
     def _decode(self, arrays: Sequence[tensors.Array], out: npt.NDArray[Any], where: str) -> None:
         scales, bits = _checked(arrays, out.size, where)
         for piece in codec.pieces(out.size):

@@ -80,6 +80,9 @@ class TopK(codec.Codec):
             if not np.isfinite(arrays[1]).all():  # there may be more of them than were sent
                 left[~np.isfinite(left)] = 0
 
+    def check(self, arrays: Sequence[tensors.Array], size: int, where: str) -> None:
+        _check(arrays[0], size, where)
+
     def _decode(self, arrays: Sequence[tensors.Array], out: npt.NDArray[Any], where: str) -> None:
         _check(arrays[0], out.size, where)
         out[:] = 0

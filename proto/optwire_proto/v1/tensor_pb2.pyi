@@ -102,7 +102,7 @@ class _Codec:
 class _CodecEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     CODEC_UNSPECIFIED: _Codec.ValueType  # 0
-    """same as CODEC_RAW"""
+    """of a session: same as CODEC_RAW; of a push: the session's"""
     CODEC_RAW: _Codec.ValueType  # 1
     """the leaf's own bytes"""
     CODEC_BF16: _Codec.ValueType  # 2
@@ -122,7 +122,7 @@ class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
     """
 
 CODEC_UNSPECIFIED: Codec.ValueType  # 0
-"""same as CODEC_RAW"""
+"""of a session: same as CODEC_RAW; of a push: the session's"""
 CODEC_RAW: Codec.ValueType  # 1
 """the leaf's own bytes"""
 CODEC_BF16: Codec.ValueType  # 2
@@ -296,7 +296,7 @@ global___TreeSpec = TreeSpec
 
 @typing.final
 class Chunk(google.protobuf.message.Message):
-    """A slice of a payload. Chunks of one payload come in order, without gap or overlap."""
+    """A slice of a payload. Chunks of one payload come in order, without gap or overlap; those after a PushStage in any."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

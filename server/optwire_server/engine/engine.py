@@ -1,4 +1,4 @@
-"""The engine proper: arrays of sessions on one device, and the one thread that may touch them."""
+"""The engine proper: arrays of sessions on one device, and whose turn it is to touch them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, build, cache, device, held, landing, program
+from optwire_server.engine import admission, ahead, build, cache, device, held, landing, program
 
 T = TypeVar("T")
 
 Held = held.Held
 UpdateError = held.UpdateError
+Room = held.Room
 
 
 def own_process() -> None:
@@ -30,12 +31,21 @@ def own_process() -> None:
 class Engine:
     """Holds the arrays of sessions on one device.
 
-    All JAX work on state is issued by one thread; for one session in the order it was asked for: updates do not race,
-    and a reader sees the state between two of them. Compiling happens on the thread that asks, so it delays no update.
+    Every call works on its own thread, and on state only when it is its turn; for one session in the order it was asked
+    for: updates do not race, and a reader sees the state between two of them. Compiling, and making the first state of
+    a session that nobody knows yet, take no turn: they delay no update.
+
+    Args:
+      allow_programs: whether sessions may bring exported programs.
+      state_bytes_max: a larger state is refused before anything is compiled.
+      compiles_ahead: whether a thread compiles what sessions of other shapes may need, once a first one is served.
     """
 
-    def __init__(self, *, allow_programs: bool = False, state_bytes_max: int = 2**63) -> None:
+    def __init__(
+        self, *, allow_programs: bool = False, state_bytes_max: int = 2**63, compiles_ahead: bool = False
+    ) -> None:
         self._allow_programs = allow_programs
+        self._ahead = ahead.Ahead() if compiles_ahead else None
         self.catalogue: Mapping[str, entries.Entry] = build.CATALOGUE
         self._device = jax.devices()[0]
         self._programs = cache.ProgramCache(self._device, state_bytes_max=state_bytes_max)
@@ -85,7 +95,7 @@ class Engine:
     def hold(
         self, compiled: program.Program, lent: landing.Landing, rates: tuple[float, ...] = (), seed: int = 0
     ) -> Held:
-        """Makes the state before the first step; copies the parameters.
+        """Makes the state before the first step; copies the parameters. Takes no turn.
 
         Args:
           compiled: the program of the first step.
@@ -94,7 +104,7 @@ class Engine:
           seed: of the session's randomness.
         """
         made = held.Held(compiled)
-        self.run(lambda: made.fill(lent.memory, rates, seed))
+        made.fill(lent.memory, rates, seed)
         return made
 
     def update(
@@ -123,14 +133,32 @@ class Engine:
         """
         return holding.update(variant, operands, lent.memory, out)
 
-    def write_params(self, holding: Held, out: np.ndarray) -> None:
-        """Writes the parameters to memory, in the session's layout. In the session's turn only.
+    def served(self, holding: Held) -> None:
+        """To be told once an update was made: what sessions of other shapes may need is compiled, where it is to be."""
+        if self._ahead is not None:
+            self._ahead.add(holding.program)
+
+    @property
+    def is_compiling_ahead(self) -> bool:
+        """Whether something is compiled that nobody waits for."""
+        return self._ahead is not None and not self._ahead.is_idle
+
+    def growth(self, holding: Held, absent: Sequence[int]) -> int:
+        """Bytes of memory that the state takes more for a push without some gradients, by position. At any time.
+
+        Raises:
+          LimitError: more than any state may grow by.
+        """
+        return holding.growth(frozenset(absent))
+
+    def write_params(self, holding: Held, out: np.ndarray) -> device.Work[None]:
+        """Writes the parameters to memory, in the session's layout, yielding between blocks. In its turn only.
 
         Args:
           holding: the session's arrays.
           out: shape=(layout.nbytes,), uint8
         """
-        holding.write_params(out)
+        return holding.write_params(out)
 
     def params(self, holding: Held, which: str = "") -> list[np.ndarray]:
         """The parameters, or those of a view that was prepared: flat segments, in the order of a payload.
@@ -144,19 +172,24 @@ class Engine:
         """All arrays of the state, in the order that their program names them: segments, as those of ``params``."""
         return holding.arrays()
 
-    def replace(self, holding: Held, arrays: Mapping[int, tensors.Array]) -> None:
-        """Puts copies of arrays in the place of those of the state, by position. In the session's turn only.
+    def replace(self, holding: Held, arrays: Mapping[int, tensors.Array], room: Room) -> device.Work[None]:
+        """Puts copies of arrays in the place of those of the state, yielding between them. In the session's turn only.
 
         Whatever it raises, the state is the old one.
-        """
-        holding.replace(arrays)
 
-    def carry(self, old: Held, new: Held, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies arrays of one state to the place of those of another, by position. In the session's turn only.
+        Args:
+          holding: the session's arrays.
+          arrays: by position, in the order of ``arrays``.
+          room: asked for so many bytes of memory more, where leaves part ways, before anything is copied.
+        """
+        return holding.replace(arrays, room)
+
+    def carry(self, old: Held, new: Held, pairs: Sequence[tuple[int, int]], room: Room) -> device.Work[None]:
+        """Copies arrays of one state to the place of those of another, by position; as ``replace``.
 
         What is of another type there is left out.
         """
-        old.carry(new, pairs)
+        return old.carry(new, pairs, room)
 
     def describe(self) -> tuple[Mapping[str, str], tuple[tuple[str, str], ...]]:
         """Library versions, and (name, kind) of each device."""
@@ -170,5 +203,5 @@ class Engine:
         return versions, devices
 
     def close(self) -> None:
-        """Finishes what was asked for and stops the thread."""
+        """Finishes what was asked for, and takes nothing more."""
         self._turns.close()

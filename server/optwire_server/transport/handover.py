@@ -103,17 +103,24 @@ class Handover:
             except OSError:
                 self._closed.wait(0.1)  # out of file descriptors, perhaps; or closed
                 continue
+            if refusal := self._begin(connection):
+                with connection, contextlib.suppress(OSError):  # a short message into an empty buffer: does not wait
+                    _refuse(connection, refusal)
+
+    def _begin(self, connection: socket.socket) -> str:
+        """Has a thread answer on a connection; why not, or nothing."""
+        thread = threading.Thread(target=self._serve, args=(connection,), name="optwire-handover-client", daemon=True)
+        with self._lock:
+            if len(self._connections) >= self._connections_max or self._closed.is_set():
+                return f"{self._connections_max} segments are handed over, the most this server takes"
+            self._connections[connection] = thread
+        try:
+            thread.start()
+        except RuntimeError as exc:  # the machine has no room for another thread now
             with self._lock:
-                if has_room := len(self._connections) < self._connections_max and not self._closed.is_set():
-                    thread = threading.Thread(
-                        target=self._serve, args=(connection,), name="optwire-handover-client", daemon=True
-                    )
-                    self._connections[connection] = thread
-            if has_room:
-                thread.start()
-                continue
-            with connection, contextlib.suppress(OSError):  # a short message into an empty buffer: does not wait
-                _refuse(connection, f"{self._connections_max} segments are handed over, the most this server takes")
+                self._connections.pop(connection, None)
+            return f"{exc}; try again later"
+        return ""
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -181,6 +188,8 @@ def _listener(path: str) -> socket.socket:
 
 def _remove_if_dead(path: pathlib.Path) -> None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return  # somebody's file: whatever it is, it refuses connections as well
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))

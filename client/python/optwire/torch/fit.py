@@ -7,7 +7,7 @@ from typing import Any
 
 from optwire import _session
 from optwire.torch import arrays, leaves
-from optwire_proto import checks, errors, sessions, specs, trees
+from optwire_proto import checks, codecs, errors, sessions, specs, trees
 
 
 def check_tree(info: sessions.SessionInfo, of: Sequence[trees.LeafSpec]) -> None:
@@ -23,6 +23,18 @@ def check_tree(info: sessions.SessionInfo, of: Sequence[trees.LeafSpec]) -> None
                 expected=_form(theirs.get(name)),
                 got=_form(ours.get(name)),
             )
+
+
+def check_codec(info: sessions.SessionInfo, asked: str | None) -> None:
+    """Raises InvalidArgumentError where gradients have another codec in the session than was asked for; None: none."""
+    if asked is not None and codecs.parse(asked) != codecs.parse(info.grads_codec):
+        raise errors.InvalidArgumentError(
+            f"session {info.name!r} exists with grads_codec={info.grads_codec!r}, and grads_codec={asked!r} was asked "
+            "for; leave grads_codec out, or give the session another name",
+            subject="grads_codec",
+            expected=repr(info.grads_codec),
+            got=repr(asked),
+        )
 
 
 def surprise(session: _session.Session) -> errors.StaleStepError:

@@ -42,7 +42,8 @@ class RemoteOptimizer(copies.Detachable):
       state: what ``state_dict`` holds: a "handle" on the session, or the "full" state in torch's layout.
       transport: as in ``optwire.connect``; with ``target`` only.
       timeout: of each call, in seconds; with ``target`` only.
-      grads_codec: how gradients travel, as in ``optwire.Client.create_session``, where the session is made here.
+      grads_codec: how gradients travel, as in ``optwire.Client.create_session``; a session that is joined must have the
+        same. None: as they are, or as the session that is joined has it.
       allow_zero: whether a step may be pushed whose learning rates and gradients are all zero.
       telemetry: whether ``last_reply.metrics`` reports norms and the like, at the price of computing them.
       **arguments: torch's own, with its defaults, where ``optimizer`` is torch's.
@@ -71,12 +72,14 @@ class RemoteOptimizer(copies.Detachable):
         state: str = "handle",
         transport: str = ways.TRANSPORT,
         timeout: float = ways.TIMEOUT_S,
-        grads_codec: str = "f32",
+        grads_codec: str | None = None,
         allow_zero: bool = False,
         telemetry: bool = False,
         **arguments: Any,
     ) -> None:
         self._distributed = ranks.check(distributed)
+        if not isinstance(overlap, bool):
+            raise _options.wrong("overlap", "True or False", overlap)
         if overlap and self._distributed == "replicated":
             raise errors.UnsupportedError(
                 "overlap=True with distributed='replicated': gradients are averaged after they were accumulated, when "

@@ -217,6 +217,7 @@ class Remote(link.Link):
         info = session.info()
         fit.check_tree(info, [arrays.leaf(leaf.name, leaf.parameter) for leaf in self.leaves])
         fit.check_spec(info, self._recipe.spec(groups, self._kinds()))
+        fit.check_codec(info, self.way.grads_codec)
         self._session, self._tree, self._fixed = session, info.tree, self._recipe.fixed(groups)
         self._learn(groups)
 

@@ -22,7 +22,7 @@ class Way:
       target: a gRPC target.
       transport: as in ``optwire.connect``.
       timeout_s: of each call.
-      grads_codec: how gradients travel in a session that is made, as in ``optwire.Client.create_session``.
+      grads_codec: how gradients travel, as in ``optwire.Client.create_session``; None: as in a session that is joined.
 
     Raises:
       InvalidArgumentError: there is no such codec.
@@ -31,10 +31,11 @@ class Way:
     target: str
     transport: str = TRANSPORT
     timeout_s: float = TIMEOUT_S
-    grads_codec: str = str(codecs.RAW)
+    grads_codec: str | None = None
 
     def __post_init__(self) -> None:
-        codecs.parse(self.grads_codec, "grads_codec")
+        if self.grads_codec is not None:
+            codecs.parse(self.grads_codec, "grads_codec")
 
     def connect(self) -> _client.Client:
         """A new client."""
@@ -47,7 +48,7 @@ def way(
     *,
     transport: str,
     timeout_s: float,
-    grads_codec: str = str(codecs.RAW),
+    grads_codec: str | None = None,
 ) -> Way:
     """How the server is reached, by the one of two arguments that was given.
 
