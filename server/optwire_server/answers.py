@@ -13,8 +13,8 @@ import numpy as np
 
 from optwire_proto import errors, sessions
 from optwire_server import segments
-from optwire_server.engine import engine as engines
 from optwire_server.engine import device, landing
+from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Params, Push, Reply
 from optwire_server.session import effects
 

@@ -15,8 +15,8 @@ from optwire_proto import codecs, errors, sessions, specs, trees
 from optwire_server import extensions, replicas
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
-from optwire_server.engine import engine as engines
 from optwire_server.engine import device, landing
+from optwire_server.engine import engine as engines
 from optwire_server.engine import layout as layouts
 from optwire_server.live import Creation, LiveSession
 from optwire_server.session import machine

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from optwire_proto import errors, sessions, trees
 from optwire_server import states
-from optwire_server.engine import engine as engines
 from optwire_server.engine import device, program
+from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession
 from optwire_server.session import machine
 

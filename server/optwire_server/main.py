@@ -20,8 +20,8 @@ from optwire_server import config as configs
 
 _log = logging.getLogger("optwire")
 
-# How long a thread may keep the interpreter while others wait: a tiny push waits that long for each step of its way while
-# a large one is being received. Python's own 5 ms are several tiny steps.
+# How long a thread may keep the interpreter while others wait: a tiny push waits that long for each step of its way
+# while a large one is being received. Python's own 5 ms are several tiny steps.
 _SWITCH_INTERVAL_S = 0.0005
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from optwire_proto import errors, limits, nests, sessions, tensors, trees
 from optwire_server import answers
 from optwire_server import plans as planning
-from optwire_server.engine import engine as engines
 from optwire_server.engine import device, landing, layout, slots
+from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Load, StateRead
 from optwire_server.session import effects, events, loads, machine
 

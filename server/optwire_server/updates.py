@@ -10,8 +10,8 @@ import numpy as np
 
 from optwire_proto import errors, sessions
 from optwire_server import plans
-from optwire_server.engine import engine as engines
 from optwire_server.engine import device, landing, mean, program
+from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Push
 from optwire_server.session import effects, events
 

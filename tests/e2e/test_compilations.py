@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tests.e2e import wire
 
 import optwire
 from optwire import optax as remote
@@ -20,7 +21,6 @@ from optwire import optimizers as opt
 from optwire_proto import checks, errors, specs, trees
 from optwire_server import testing
 from optwire_server.engine import build, cache, program
-from tests.e2e import wire
 
 # Reported by JAX once for each module that XLA compiles, on whichever thread.
 EVENT = "/jax/core/compile/backend_compile_duration"

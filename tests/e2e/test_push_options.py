@@ -322,8 +322,8 @@ def test_leaves_that_part_ways_need_room_or_nothing_changes() -> None:
             session.load_state({"step/w": np.array(7, np.int32)})
         after = session.state()
         assert after.step == before.step == 0
-        for name in before:
-            same(after[name], before[name])
+        for name, array in before.arrays.items():
+            same(after.arrays[name], array)
         session.step(grads(0))
         session.load_state({"step/w": np.array(7, np.int32), "step/b": np.array(7, np.int32)})
         assert len(live.held.spans) == 1
