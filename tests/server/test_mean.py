@@ -71,6 +71,11 @@ def test_leaves_of_any_shape_and_length() -> None:
         np.testing.assert_array_equal(leaf, np.full(shape, 3.0, np.float32), strict=True)
 
 
+def test_others_have_their_turn_after_every_million_elements() -> None:
+    grads = [[np.ones(3 << 20, np.float32), np.ones(5, np.float32)] for _ in range(2)]
+    assert len(list(mean.into_first(grads))) == 3
+
+
 def test_what_is_not_finite_stays_so_without_a_warning() -> None:
     values = [np.inf, -np.inf, np.nan, 3e38, -0.0]
     grads = [np.array(values, np.float32), np.array([1.0, np.inf, 1.0, 3e38, -0.0], np.float32)]
