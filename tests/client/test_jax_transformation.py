@@ -102,7 +102,7 @@ def test_the_loop_has_the_parameters_of_the_session(client, session, loop):
     [("sgd", (0.1, 0.9), 0), ("adamw", (0.01,), 4), ("lion", (1e-3,), 0), ("adafactor", (0.01,), None)],
 )
 def test_updates_are_those_of_optax_itself(client, name, arguments, ulps):
-    """Optax's update compiled by itself, leaf by leaf; the server compiles it for blocks, where XLA may round otherwise.
+    """Optax's update compiled by itself, leaf by leaf; the server compiles it for blocks, where XLA may round.
 
     Compiled together with the gradients, XLA may fuse its operations with theirs, too.
     """

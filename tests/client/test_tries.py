@@ -38,8 +38,8 @@ def test_a_push_without_memory_for_its_reply_ends_its_stream(channel: _rpc.Chann
     key = sessions.PushKey(session_id=session.id, incarnation=1, worker="0" * 32, seq=1, base_step=0)
     stream = channel.open_stream()
     assert stream.is_open
+    grads = _payload.Outgoing([np.ones(4, np.float32)])
     with pytest.raises(MemoryError, match="1"):
-        grads = _payload.Outgoing([np.ones(4, np.float32)])
         stream.push(_deadlines.Deadline(10.0), key, sessions.PLAIN, grads, no_memory)
     assert not stream.is_open
 

@@ -103,7 +103,7 @@ def test_adam_is_refused_where_it_would_never_move_a_parameter(client: optwire.C
 
 
 def test_clipping_by_global_norm_equals_the_jitted_seed_but_for_the_sum_of_squares(client: optwire.Client) -> None:
-    """The seed rounds the sum at each leaf, which no block can: ours is rounded once, and everything else is the same."""
+    """The seed rounds the sum at each leaf, which no block can: ours is rounded once; all else is the same."""
     rng = np.random.default_rng(9)
     params, grads = tree(rng, np.float32), tree(rng, np.float32)
     init, update, get_params = seed.adam(1e-2)

@@ -583,6 +583,7 @@ def test_a_state_larger_than_the_landing_buffers_is_read_alone_and_loaded_in_par
         session = client.create_session(params, "adam(0.1)")  # three times 800 kB of state
         session.step(params)
         state = session.state()
+        wire.until(lambda: serving.server.registry._landings.lent_bytes == 0, "the reading is over at the server, too")
         with serving.server.registry.reading(name=session.name), pytest.raises(optwire.LimitError, match="landing"):
             session.state()  # it would pass, were it alone
         with serving.server.registry.states.reading(name=session.name), pytest.raises(optwire.LimitError):
