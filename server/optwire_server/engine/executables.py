@@ -103,10 +103,8 @@ def digest(closed: Any) -> bytes:
 
 def _constants(part: Any) -> Iterator[Any]:
     """The arrays that a jaxpr and those inside it were closed over, which its text has no numbers of, in order."""
-    if isinstance(part, core.ClosedJaxpr):
-        yield from part.consts
-        yield from _constants(part.jaxpr)
-    elif isinstance(part, core.Jaxpr):
+    if isinstance(part, (core.ClosedJaxpr, core.Jaxpr)):
+        yield from getattr(part, "consts", ())  # JAX 0.12 has one kind of jaxpr, with constants or without
         for equation in part.eqns:
             for parameter in equation.params.values():
                 yield from _constants(parameter)
