@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
 import platform
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -24,7 +24,6 @@ _START_S = 60.0
 # Longer than any answer takes: the steps of a turn, a first one with its compilation, a peer that is being loaded.
 _ANSWER_S = 600.0
 _END_S = 20.0
-_PR_SET_PDEATHSIG = 1
 
 
 class BenchError(Exception):
@@ -53,13 +52,12 @@ class Role:
         self._heard = b""
         # What it says beside its answers is read only when it dies.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, as it lives as long as the process
-        try:
-            self.process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, preexec_fn=_child(cores)
-            )
-        except OSError as exc:
+        if shutil.which(argv[0]) is None:
             self._log.close()
-            raise BenchError(f"{name}: {argv[0]}: {exc.strerror}") from None
+            raise BenchError(f"{name}: {argv[0]}: no such command")
+        self.process = subprocess.Popen(
+            [*_child(cores), *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
+        )
 
     @property
     def pid(self) -> int:
@@ -77,7 +75,7 @@ class Role:
             self.process.stdin.write(json.dumps({"do": do, **values}).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise self._dead() from None
+            pass  # it has ended; `told` reads what it said last, and says so
 
     def told(self) -> Any:
         """The answer to the command sent last; raises BenchError where none comes in time, or it is no JSON."""
@@ -173,11 +171,10 @@ def server(cores: Sequence[int] = (), arguments: Sequence[str] = ()) -> Iterator
         command += ["--compilation-cache", "none"]
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(
-                [*command, "--port-file", str(port_file), *arguments],
+                [*_child(cores), *command, "--port-file", str(port_file), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                preexec_fn=_child(cores),
             )
             try:
                 deadline = time.monotonic() + _START_S
@@ -196,18 +193,23 @@ def server(cores: Sequence[int] = (), arguments: Sequence[str] = ()) -> Iterator
                     process.wait()
 
 
-def _child(cores: Sequence[int]) -> Callable[[], None]:
-    """What a child does first: it uses these cores only, and ends when the thread that starts it does, however."""
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+# What a child does first, before it becomes the command: it asks to be ended with the thread that started it, however
+# that ends, and takes its cores. Not between fork and exec of this process, whose threads may hold any lock.
+_FIRST = """
+import ctypes, os, signal, sys
+parent, cores, *command = sys.argv[1:]
+ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+if os.getppid() != int(parent):  # it was faster
+    os._exit(1)
+if cores:
+    os.sched_setaffinity(0, map(int, cores.split(",")))
+os.execvp(command[0], command)
+"""
 
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it was faster
-            os._exit(1)
-        if cores:
-            os.sched_setaffinity(0, cores)
 
-    return prepare
+def _child(cores: Sequence[int]) -> list[str]:
+    """What goes before a command whose process is to end with this one, and to use these cores only; empty: all."""
+    return [sys.executable, "-S", "-c", _FIRST, str(os.getpid()), ",".join(map(str, cores))]
 
 
 def _spent(pid: int) -> tuple[float, int] | None:

@@ -123,8 +123,9 @@ def unary(serving: testing.Serving) -> Iterator[Road]:
 
 @pytest.fixture(scope="module")
 def whole(serving: testing.Serving) -> Iterator[Road]:
-    """A small push, in one frame on an open stream."""
-    yield from travelled(serving, 4000, "stream")
+    """A small push, in one frame on a stream that stays open: of a server of its own."""
+    with testing.serve() as own:
+        yield from travelled(own, 4000, "stream")
 
 
 def test_the_proxy_sees_the_frames_of_a_step(streamed: Road):

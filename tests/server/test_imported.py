@@ -518,13 +518,13 @@ def test_the_child_finds_no_secrets_in_its_environment(monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def damaged() -> list[bytes]:
-    """An Adam cut at every 64th byte, 300 with some bytes changed, half of them in the module, and noise."""
+    """An Adam cut at every 128th byte, 150 with some bytes changed, half of them in the module, and noise."""
     made = exported(adam, slots=2)
     data = bytes(made.serialize())
     start = data.index(made.mlir_module_serialized)
     rng = random.Random(0)
-    files = [data[:length] for length in range(0, len(data), 64)]
-    for number in range(300):
+    files = [data[:length] for length in range(0, len(data), 128)]
+    for number in range(150):
         changed = bytearray(data)
         for _ in range(rng.choice((1, 1, 2, 4))):
             first = start if number % 2 else 0
@@ -591,7 +591,7 @@ def test_a_damaged_file_is_refused_or_is_a_program_that_passes_every_wall(damage
     print(f"{len(damaged)} files: {survivors} are programs, {len(dead)} ended the process that read them")
     # The same by the way that clients take, for a few. Whether a parser crashes on a file depends on what lies beside
     # it in memory: one that ended a process above may be read this time, but it never ends this one.
-    for data in [*refused[1:300:100], *refused[-3:]]:
+    for data in [*refused[1:150:50], *refused[-3:]]:
         with pytest.raises(errors.SpecError, match="program"):
             imported.load(data)
     for data in dead[:4]:
