@@ -119,20 +119,29 @@ frameworks: .venv-frameworks/.ready ## train with the frameworks of docs/framewo
 # Arguments of `optwire bench step` that say what else than the usual is to be measured, and kept nowhere:
 # make bench BENCH='--params 25M --rounds 21'
 BENCH ?=
+# Sizes that `make bench-again` measures: make bench-again SIZES=1k,100M
+SIZES ?= 25M
 comma := ,
 CODECS = f32,bf16,f16,int8,top_k(0.01),sign
 RESULT = $(if $(BENCH),$(BENCH),--json benchmarks/results/$(1).json)
 .PHONY: bench
-bench: .venv/.demo ## measure remote steps beside local ones, limits, fairness, cold starts; half an hour (BENCH=--quick)
+bench: .venv/.demo $(if $(BENCH),,torch) ## write benchmarks/results anew but for the peers; takes an hour (BENCH=--quick)
 	@.venv/bin/optwire bench step $(call RESULT,step) $(if $(BENCH),,--plot docs/performance.png)
 	@$(if $(BENCH),,.venv/bin/optwire bench step --params 1M --grads-codec '$(CODECS)' $(call RESULT,bytes))
 	@$(if $(BENCH),,for kind in limits fairness cold; do echo; .venv/bin/optwire bench $$kind $(call RESULT,$$kind); done)
+	@$(if $(BENCH),,$(PY) benchmarks/codecs.py $(call RESULT,codecs))
+	@$(if $(BENCH),,$(PY) benchmarks/overlap.py --parameters 2000000 --rounds 15 $(call RESULT,overlap))
+
+.PHONY: bench-again
+bench-again: .venv/.demo ## measure the steps of some SIZES anew and keep the figures of the others
+	@.venv/bin/optwire bench step --params '$(SIZES)' --update $(call RESULT,step) --plot docs/performance.png
 
 PEER = .venv-peers/bin/python benchmarks/peers
 .PHONY: bench-peers
 bench-peers: .venv/.demo .venv-peers/.ready ## the same beside Ray, torch.distributed.rpc and Flower
-	@.venv/bin/optwire bench step $(if $(BENCH),,--params 1M$(comma)25M) $(call RESULT,peers) \
-	--beside 'Ray actor=$(PEER)/ray_actor.py' --beside 'torch rpc=$(PEER)/torch_rpc.py' --beside 'Flower=$(PEER)/flower.py'
+	@.venv/bin/optwire bench step $(if $(BENCH),,--params 1M$(comma)25M) --against local $(call RESULT,peers) \
+	--beside 'Ray actor=$(PEER)/ray_actor.py' --beside 'Flower=$(PEER)/flower.py' \
+	--beside 'torch rpc=$(PEER)/torch_rpc.py' --beside 'torch rpc TCP=$(PEER)/torch_rpc.py tcp'
 
 .PHONY: image
 image: ## build the container images $(IMAGE) and $(IMAGE)-client (VARIANT=cuda12 or cuda13: for NVIDIA's GPUs)

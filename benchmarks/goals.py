@@ -37,8 +37,10 @@ class Found:
         raise KeyError(f"{kind}: {model}, {case}")
 
     def over(self, kind: str, model: str, case: str, other: str) -> str:
-        """One case's time over another's, formed within each round."""
+        """One case's time over another's, formed within each round; raises LookupError, also where they shared none."""
         own, its = self.row(kind, model, case), self.row(kind, model, other)
+        if own["group"] != its["group"]:
+            raise LookupError(f"{kind}: {model}, {case} and {other} did not fit in memory at the same time")
         ratios = [a / b for a, b in zip(own["rounds_ms"], its["rounds_ms"], strict=True)]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
@@ -82,9 +84,9 @@ def memory(found: Found) -> str:
     return f"{row['server_above_state_mib']:.0f} MiB; {row['client_above_grads_and_params_mib']:.0f} MiB"
 
 
-def fair(found: Found) -> str:
+def fair(found: Found, name: str) -> str:
     return "; ".join(
-        f"{row['transport']} {row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
+        f"{row['transport']} {row[name]:.2f} ({row[f'{name}_min']:.2f}–{row[f'{name}_max']:.2f})"
         for row in found.by_kind["fairness"]["rows"]
     )
 
@@ -121,6 +123,16 @@ GOALS: tuple[tuple[str, str, Callable[[Found], str]], ...] = (
     ("Ray actor / shared memory, 25 M", "≥ 2 [3]", lambda f: f.over("peers", "25M", "Ray actor", "shared_memory")),
     ("stream f32 / torch rpc, 25 M", "≤ 1.15 [1.0]", lambda f: f.over("peers", "25M", "stream", "torch rpc")),
     ("torch rpc / stream bf16, 25 M", "≥ 1.2", lambda f: f.over("peers", "25M", "torch rpc", "stream bf16")),
+    (
+        "stream f32 / torch rpc over TCP only, 25 M",
+        "none: like with like",
+        lambda f: f.over("peers", "25M", "stream", "torch rpc TCP"),
+    ),
+    (
+        "torch rpc over TCP only / stream bf16, 25 M",
+        "none: the same bytes' way",
+        lambda f: f.over("peers", "25M", "torch rpc TCP", "stream bf16"),
+    ),
     ("torch rpc / shared memory, 25 M", "≥ 4", lambda f: f.over("peers", "25M", "torch rpc", "shared_memory")),
     ("naive unary / stream f32, 25 M", "≥ 6 [10]", lambda f: f.over("step", "25M", "naive", "stream")),
     (
@@ -130,7 +142,17 @@ GOALS: tuple[tuple[str, str, Callable[[Found], str]], ...] = (
     ),
     ("cold start of 2,000 leaves: compile; second session", "≤ 0.5 s; 0 compilations", cold_start),
     ("server above state; client above grads and params, 400 MB", "≤ 64 MB; ≤ 32 MB", memory),
-    ("tiny session's p99 beside 100 M / on half the machine", "≤ 2 [1.3]", fair),
+    ("tiny session's p99 beside 100 M / on half the machine", "≤ 2 [1.3]", lambda f: fair(f, "ratio")),
+    (
+        "the same, beside processes that only compute, as many as cores",
+        "none: the scheduler's share",
+        lambda f: fair(f, "busy_ratio"),
+    ),
+    (
+        "tiny session's p99 beside 100 M / beside those",
+        "none: the server's share",
+        lambda f: fair(f, "beside_over_busy"),
+    ),
     ("bytes / f32", "bf16 0.50, int8 ≤ 0.27, top-k 1 % ≤ 0.03, sign ≤ 0.04", wire),
 )
 

@@ -1,6 +1,6 @@
 """Measures steps of a torch model with ``overlap=True`` against the same steps without it.
 
-    python benchmarks/overlap.py                     # over loopback, and over a link of 1 Gbit/s each way
+    python benchmarks/overlap.py [--json FILE]       # over loopback, and over a link of 1 Gbit/s each way
     python benchmarks/overlap.py --gbits 0 --threads 2 --parameters 8000000
 
 The model's batch is chosen so that backward takes as long as the transfer of its gradients and parameters together (or
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
+import pathlib
 import signal
 import socket
 import statistics
@@ -24,7 +23,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
+
+from optwire_bench import processes, reports
 
 ROUNDS, STEPS, WARM = 9, 3, 3
 
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--backward", type=float, nargs="*", default=[1.0], metavar="X", help="over the transfer")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
-    parser.add_argument("--json", action="store_true", help="prints figures as JSON")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also writes the figures to this file")
     parser.add_argument("--forward", nargs=2, metavar=("TARGET", "BYTES_PER_S"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.forward:
@@ -47,24 +49,16 @@ def main() -> None:
         for backward in options.backward:
             with served() as target, linked(target, gbits) as reached:
                 figures.append({"gbits": gbits, **measured(reached, options, backward)})
-                if not options.json:
-                    show(figures[-1], options)
+                show(figures[-1], options)
     if options.json:
-        found = {
-            "machine": machine(options.threads),
-            "rounds": options.rounds,
-            "steps_a_turn": STEPS,
-            "figures": figures,
-        }
-        print(json.dumps(found, indent=2))
+        facts = {"machine": machine(), "torch_threads": options.threads, "rounds": options.rounds}
+        reports.write_json({**facts, "steps_a_turn": STEPS, "figures": figures}, options.json)
 
 
-def machine(threads: int) -> dict[str, Any]:
-    import grpc
-    import torch
-
-    versions = {"torch": torch.__version__, "grpcio": grpc.__version__, "python": platform.python_version()}
-    return {"cores": os.cpu_count(), "arch": platform.machine(), "torch_threads": threads, **versions}
+def machine() -> dict[str, Any]:
+    """As of every benchmark, and torch."""
+    found = processes.machine()
+    return {**found, "versions": {**found["versions"], "torch": metadata.version("torch")}}
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:

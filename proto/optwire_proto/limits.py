@@ -44,6 +44,9 @@ SESSION_NAME_CHARS_MAX = 128
 TURNS_MAX = 64
 # Whose last pushes a session remembers, and so the most whose mean makes one step.
 WORKERS_MAX = 1024
+# Seconds that a worker's lease may last, unless it lasts for ever, and a step may wait for more pushes.
+LEASE_S_MIN = 0.1
+LEASE_S_MAX = 86_400.0
 SPEC_NAME_BYTES_MAX = 128
 SPEC_TEXT_BYTES_MAX = 4 * KIB
 # Numbers of a spec are computed with in 32 bits or fewer, unless the parameters have 64; larger ones would be infinite.

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from optwire_proto import limits, tensors
 
 
-def views(arrays: list[tensors.Array]) -> Iterator[list[memoryview]]:
+def views(arrays: Iterable[tensors.Array]) -> Iterator[list[memoryview]]:
     """The bytes of arrays in order, in pieces of CHUNK_BYTES but for the last; each as views that copy nothing.
 
-    Empties ``arrays`` as it goes and holds on to none of them once it is exhausted: on the server they are views of a
-    session's state, which the next update cannot write over while a view is alive. Each list is emptied before the next
-    is made, for the same reason.
+    Empties a list as it goes, and holds on to no array once it is exhausted: on the server they are views of a session's
+    state, which the next update cannot write over while a view is alive. Each list that is yielded is emptied before the
+    next is made, for the same reason.
     """
     piece: list[memoryview] = []
     room = limits.CHUNK_BYTES
-    arrays.reverse()
-    while arrays:
-        view = tensors.wire_bytes(tensors.wire_array(arrays.pop(), "params")[1])
+    for array in taken(arrays):
+        view = tensors.wire_bytes(tensors.wire_array(array, "params")[1])
         start, size = 0, view.nbytes
         while start < size:
             piece.append(view[start : start + room])
-            taken = piece[-1].nbytes
-            start += taken
-            room -= taken
+            count = piece[-1].nbytes
+            start += count
+            room -= count
             if room == 0:
                 yield piece
                 piece.clear()
@@ -32,6 +31,16 @@ def views(arrays: list[tensors.Array]) -> Iterator[list[memoryview]]:
     if piece:
         yield piece
         piece.clear()
+
+
+def taken(arrays: Iterable[tensors.Array]) -> Iterator[tensors.Array]:
+    """Arrays in order; a list is emptied as it goes."""
+    if not isinstance(arrays, list):
+        yield from arrays
+        return
+    arrays.reverse()
+    while arrays:
+        yield arrays.pop()
 
 
 def pieces(arrays: list[tensors.Array]) -> Iterator[bytes]:

@@ -8,11 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from optwire_proto import codecs, entries, errors, limits, specs, trees
+from optwire_proto import aggregations, codecs, entries, errors, limits, specs, trees
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ID = re.compile(r"[0-9a-f]{32}")
-_SYNC = re.compile(r"sync\(([1-9][0-9]{0,9})\)")
 
 
 class Durability(enum.IntEnum):
@@ -22,50 +21,6 @@ class Durability(enum.IntEnum):
     SNAPSHOT = 2
     LOG = 3
     LOG_SYNC = 4
-
-
-class Mode(enum.StrEnum):
-    """The rule by which pushes become steps."""
-
-    SINGLE = "single"
-    SYNC = "sync"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Aggregation:
-    """How pushes of several workers become one step. As text: "single", or "sync(4)".
-
-    Attributes:
-      mode: SINGLE, every push that fits is one step; SYNC, the mean of one push of each worker is one step.
-      workers: how many, in SYNC: those of the ids ``worker_id(0)`` up to ``worker_id(workers - 1)``. 0 in SINGLE.
-
-    Raises:
-      InvalidArgumentError: a number of workers that the mode cannot have.
-    """
-
-    mode: Mode = Mode.SINGLE
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        least, most = (1, limits.WORKERS_MAX) if self.mode is Mode.SYNC else (0, 0)
-        if not least <= self.workers <= most:
-            expected = f"{least} to {most}" if most else "0"
-            raise errors.InvalidArgumentError(
-                f"aggregation.workers: {self.workers}, expected {expected} in mode {self.mode}",
-                subject="aggregation.workers",
-                expected=expected,
-                got=str(self.workers),
-            )
-
-    def __str__(self) -> str:
-        return f"sync({self.workers})" if self.mode is Mode.SYNC else "single"
-
-    def includes(self, worker: str) -> bool:
-        """Whether the worker of an id may push."""
-        return self.mode is Mode.SINGLE or int(worker, 16) < self.workers
-
-
-SINGLE: Final = Aggregation()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +37,7 @@ class Terms:
       InvalidArgumentError: ``turns`` is no whole number from 1 to 64; two codecs with different fractions.
     """
 
-    aggregation: Aggregation | None = None
+    aggregation: aggregations.Aggregation | None = None
     turns: int | None = None
     grads_codec: codecs.Codec | None = None
     params_codec: codecs.Codec | None = None
@@ -111,7 +66,7 @@ class Terms:
 
 
 # What a session has that asks for nothing.
-USUAL: Final = Terms(aggregation=SINGLE, turns=1, grads_codec=codecs.RAW, params_codec=codecs.RAW)
+USUAL: Final = Terms(aggregation=aggregations.SINGLE, turns=1, grads_codec=codecs.RAW, params_codec=codecs.RAW)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +116,7 @@ class SessionInfo:
     seed: int = 0
     spec_digest: str = ""
     changes: tuple[Change, ...] = ()
-    aggregation: Aggregation = SINGLE
+    aggregation: aggregations.Aggregation = aggregations.SINGLE
     turns: int = 1
     grads_codec: str = "f32"
     params_codec: str = "f32"
@@ -388,24 +343,6 @@ class ServerInfo:
     catalogue: Mapping[str, entries.Entry]
     features: tuple[str, ...]
     handover_path: str = ""
-
-
-def parse_aggregation(text: object) -> Aggregation:
-    """The aggregation that a text means: "single", or "sync(4)" for four workers.
-
-    Raises:
-      InvalidArgumentError: it means none, or more workers than may be.
-    """
-    if text == Mode.SINGLE:
-        return SINGLE
-    found = _SYNC.fullmatch(text) if isinstance(text, str) else None
-    if found is None or int(found[1]) > limits.WORKERS_MAX:
-        expected = f"'single', or 'sync(N)' with N from 1 to {limits.WORKERS_MAX} workers"
-        got = repr(text[:80] if isinstance(text, str) else text)[:82]
-        raise errors.InvalidArgumentError(
-            f"aggregation {got}: expected {expected}", subject="aggregation", expected=expected, got=got
-        )
-    return Aggregation(Mode.SYNC, int(found[1]))
 
 
 def worker_id(rank: int) -> str:

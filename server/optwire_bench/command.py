@@ -15,9 +15,10 @@ from typing import Any
 from optwire_bench import cases, cold, fairness, folders, models, processes, reports, stepping, transfers
 from optwire_proto import codecs, errors
 
-# What takes turns when nothing is asked for.
+# What takes turns when nothing is asked for: up to so many parameters, and beyond.
 _USUAL = (("stream", "f32"), ("stream", "bf16"), ("stream", "int8"), ("unix", "f32"), ("shared_memory", "f32"))
-_USUAL_GPT2 = (("shared_memory", "f32"), ("stream", "f32"))
+_USUAL_LARGE = (("shared_memory", "f32"), ("stream", "f32"))
+_USUAL_MAX = 25_000_000
 # Of `limits`, each way: one float32; and what two sessions and raw TCP have room for.
 _BYTES_MIN, _BYTES_MAX = 4, 8_000_000_000
 _CODECS = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "sign")
@@ -25,7 +26,10 @@ _CODECS = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "sign")
 
 def main(argv: Sequence[str]) -> int:
     """Runs a benchmark and reports; returns the exit code: 0, or 1 for a run that failed."""
-    flags = _parser().parse_args(argv)
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    if getattr(flags, "update", False) and not flags.json:
+        parser.error("--update needs --json")
     plot = getattr(flags, "plot", None)
     try:
         for path in filter(None, (flags.json, plot)):
@@ -34,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             _check_plot(plot)
         folders.sweep()
         with _ended_by_sigterm():
-            result: dict[str, Any] = {"kind": flags.kind, "machine": processes.machine(), **flags.run(flags)}
+            result = _measured(flags)
         print(reports.text(result))
         if flags.json:
             reports.write_json(result, flags.json)
@@ -44,6 +48,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"optwire bench {flags.kind}: {exc}", file=sys.stderr)
         return 1
     return 0
+
+
+def _measured(flags: argparse.Namespace) -> dict[str, Any]:
+    machine = processes.machine()
+    before = reports.read_steps(flags.json, machine) if getattr(flags, "update", False) else None
+    result: dict[str, Any] = {"kind": flags.kind, "machine": machine, **flags.run(flags)}
+    return result if before is None else reports.updated(before, result)
 
 
 @contextlib.contextmanager
@@ -137,6 +148,9 @@ def _add_step(step: argparse.ArgumentParser) -> None:
     step.add_argument("--no-extras", action="store_true", help="measure no bytes on the wire and no memory")
     _add_shared(step, rounds=9)
     step.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="also draw the steps into this PNG file")
+    step.add_argument(
+        "--update", action="store_true", help="keep what the --json file has of sizes that are not measured now"
+    )
     step.set_defaults(run=_step)
 
 
@@ -187,7 +201,8 @@ def _step(flags: argparse.Namespace) -> dict[str, Any]:
     labels = flags.params or (["100k"] if flags.quick else ["1k", "1M", "25M", "100M", "gpt2"])
     result: dict[str, Any] = {}
     for label in labels:
-        pairs: Sequence[tuple[str, str]] = _USUAL_GPT2 if label == "gpt2" else _USUAL
+        is_large = models.model(label).parameters > _USUAL_MAX
+        pairs: Sequence[tuple[str, str]] = _USUAL_LARGE if is_large else _USUAL
         if flags.transport or flags.grads_codec:
             pairs = [(w, c) for w in flags.transport or ["stream"] for c in flags.grads_codec or ["f32"]]
         ours = [cases.remote(way, codec, flags.params_codec or "") for way, codec in pairs]
@@ -204,7 +219,6 @@ def _step(flags: argparse.Namespace) -> dict[str, Any]:
         part = stepping.run(plan, _progress(flags))
         if result:
             result["models"] += part["models"]
-            result["left_out"] += part["left_out"]
         else:
             result = part
     return result
@@ -213,7 +227,7 @@ def _step(flags: argparse.Namespace) -> dict[str, Any]:
 def _usual_against(label: str, *, quick: bool) -> list[str]:
     if label == "gpt2":
         return ["local-optax", "local-optax-common"]
-    return [] if models.model(label).parameters > 25_000_000 else ["naive"] if quick else list(cases.NAIVE)
+    return [] if models.model(label).parameters > _USUAL_MAX else ["naive"] if quick else list(cases.NAIVE)
 
 
 def _limits(flags: argparse.Namespace) -> dict[str, Any]:

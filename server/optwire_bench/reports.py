@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from optwire_bench import stepping
+from optwire_bench import fairness, processes, stepping
 
 _OURS, _LOCAL, _PEER = "#1f77b4", "#777777", "#d98c3f"
 
@@ -22,6 +22,35 @@ def write_json(result: Mapping[str, Any], path: pathlib.Path) -> None:
     """Writes the figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def updated(before: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps measured earlier with the models measured now in place of those of the same name; by size.
+
+    Args:
+      before: what ``read_steps`` gave.
+      result: of this run.
+    """
+    by_name = {entry["model"]: entry for entry in (*before["models"], *result["models"])}
+    return {**result, "models": sorted(by_name.values(), key=lambda entry: entry["parameters"])}
+
+
+def read_steps(path: pathlib.Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of ``bench step`` in a file.
+
+    Raises:
+      BenchError: there is no such file, it is something else, or it is of another machine or other versions.
+    """
+    try:
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind, other = before["kind"], before["machine"]
+    except (OSError, ValueError, LookupError, TypeError) as exc:
+        raise processes.BenchError(f"{path}: no figures to update: {exc}") from exc
+    if kind != "step":
+        raise processes.BenchError(f"{path}: figures of {kind!r}, expected those of 'step'")
+    if other != machine:
+        raise processes.BenchError(f"{path}: of {_machine(other)}; this is {_machine(machine)}: measure all of it anew")
+    return before
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -79,10 +108,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _step(result: Mapping[str, Any]) -> Iterator[str]:
-    warm_up = result["warm_up"]
+    rounds = ", ".join(f"{entry['rounds']} on {entry['model']}" for entry in result["models"])
     yield (
-        f"Adam, float32; {result['rounds']} rounds in which all take turns; {warm_up} steps of warm-up, and one at the "
-        "start of each turn, are not counted; ratios are formed within a round."
+        f"Adam, float32; rounds in which all take turns: {rounds}; {result['warm_up']} steps of warm-up, and one at "
+        "the start of each turn, are not counted; ratios are formed within a round."
     )
     yield ""
     head = ("model", "step", "median ms", "best", "p99", "ratio to local (min–max)", "CPU s", "faults", "checked")
@@ -122,8 +151,8 @@ def _step(result: Mapping[str, Any]) -> Iterator[str]:
                 f"* {entry['model']}: **disturbed**: the local step's median is over {stepping.DISTURBED} times its "
                 "best. Something else used the machine; measure again."
             )
-    for line in result["left_out"]:
-        yield f"* Left out: {line}"
+        for line in entry["left_out"]:
+            yield f"* Left out: {line}"
 
 
 def _limits(result: Mapping[str, Any]) -> Iterator[str]:
@@ -151,18 +180,20 @@ def _limits(result: Mapping[str, Any]) -> Iterator[str]:
 def _fairness(result: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"A session of {result['tiny']} parameters over a stream: ms a step. {result['rounds']} rounds of windows of "
-        f'{result["window_s"]:g} s; "half": server and client on {result["half_cores"]} of the cores, nobody beside.'
+        f'{result["window_s"]:g} s; "half": server and client on {result["half_cores"]} of the cores, nobody beside; '
+        f'"busy": beside {result["computing"]} processes that only compute, without a server.'
     )
     yield ""
-    head = ("transport", "alone p50", "p99", "beside p50", "p99", "half p50", "p99", "p99 beside/half (min–max)")
+    states = [cell for state in fairness.STATES for cell in (f"{state} p50", "p99")]
+    ratios = [f"{own}/{other}" for _, own, other in fairness.RATIOS]
     rows = []
     for row in result["rows"]:
-        figures = [
-            f"{row[f'{state}_{name}_ms']:.2f}" for state in ("alone", "beside", "half") for name in ("p50", "p99")
+        figures = [f"{row[f'{state}_{name}_ms']:.2f}" for state in fairness.STATES for name in ("p50", "p99")]
+        formed = [
+            f"{row[name]:.2f} ({row[f'{name}_min']:.2f}–{row[f'{name}_max']:.2f})" for name, _, _ in fairness.RATIOS
         ]
-        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}–{row['ratio_max']:.2f})"
-        rows.append((f"{row['beside']} over {row['transport']}", *figures, ratio))
-    yield from _table(head, rows)
+        rows.append((f"{row['beside']} over {row['transport']}", *figures, *formed))
+    yield from _table(("transport", *states, *(f"p99 {ratio} (min–max)" for ratio in ratios)), rows)
 
 
 def _cold(result: Mapping[str, Any]) -> Iterator[str]:

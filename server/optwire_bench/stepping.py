@@ -60,21 +60,25 @@ def run(plan: Plan, progress: Progress) -> dict[str, Any]:
     Raises:
       BenchError: a process died, or parameters are not those of the reference.
     """
-    result: dict[str, Any] = {"rounds": plan.rounds, "warm_up": WARM_UP, "models": [], "left_out": []}
+    result: dict[str, Any] = {"warm_up": WARM_UP, "models": []}
     for label in plan.labels:
         model = models.model(label, plan.tensors)
         taken = [case for case in plan.cases if model.payload_bytes <= case.payload_bytes_max]
         rows: list[dict[str, Any]] = []
+        left_out: list[str] = []
         for number, group in enumerate(groups(taken, model, processes.available_bytes())):
             progress(f"{label}: {', '.join(case.name for case in group)}")
-            rows += _Rounds(plan, model, group, result["left_out"], progress).rows()[number > 0 :]
+            found = _Rounds(plan, model, group, left_out, progress).rows()[number > 0 :]
+            rows += [row | {"group": number} for row in found]
         entry = {
             "model": label,
             "parameters": model.parameters,
             "tensors": len(model.shapes),
             "payload_bytes": model.payload_bytes,
+            "rounds": plan.rounds,
             "steps_a_turn": steps_of(plan, model),
             "rows": rows,
+            "left_out": left_out,
             "disturbed": rows[0]["median_ms"] / rows[0]["best_ms"] > DISTURBED,
         }
         if plan.extras:

@@ -1,6 +1,6 @@
 """What pushes are answered with, in the session's turn: the calls that made them, and those that waited.
 
-Only ``encoded`` is for the threads of calls.
+Only ``departure`` and ``encoded`` are for the threads of calls.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from optwire_proto import errors, sessions
+from optwire_proto import errors, limits, sessions
 from optwire_server import segments
+from optwire_server.engine import departure as departures
 from optwire_server.engine import device, landing
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Params, Push, Reply
@@ -36,13 +37,13 @@ def reply(
       options: what the push asked for.
       effect: what is to be said.
       claim: where the arrays of the reply go, within its use; None: they are part of the reply.
-      is_written: whether the parameters are there already.
+      is_written: whether the parameters are there already, or on their way.
 
     Raises:
       StaleStepError: a retry asks for updates that are not kept any more.
     """
-    if claim is not None and options.reply is sessions.ReplyContent.PARAMS:
-        if not is_written:
+    if (is_written or claim is not None) and options.reply is sessions.ReplyContent.PARAMS:
+        if claim is not None and not is_written:
             yield from engine.write_params(live.held, claim.params)
         return Reply(live.ack(effect, live.tree.payload_bytes), [])
     arrays = _arrays(engine, live, options.reply, effect.applied_step)
@@ -67,6 +68,17 @@ def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> d
                     waiting.outcome.set_exception(exc)
             case effects.Fail():
                 waiting.outcome.set_exception(answer.outcome.error)
+
+
+def departure(live: LiveSession, options: sessions.PushOptions) -> departures.Departure | None:
+    """What the parameters of an update leave by before it is over; None where none can, or nothing is gained by it.
+
+    Those of several workers' steps are sent to all of them at the end; a replica takes whole parameters.
+    """
+    is_possible = not live.machine.aggregation.workers and not live.params_codec.loses
+    is_long = live.tree.payload_bytes > limits.CHUNK_BYTES and live.held.is_in_blocks
+    is_wanted = options.reply is sessions.ReplyContent.PARAMS
+    return departures.Departure() if is_possible and is_long and is_wanted else None
 
 
 def encoded(push: Push, reply: Reply) -> Reply:

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from optwire_proto import codecs, errors, sessions, specs, trees
+from optwire_proto import aggregations, codecs, errors, sessions, specs, trees
 from optwire_server import extensions, replicas
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
@@ -86,7 +86,7 @@ class Creations:
         old = self._extended(name, create_key, tree, extends)
         name = old.machine.name if old else name
         whole = extensions.terms(terms, old)
-        workers = whole.aggregation or sessions.SINGLE
+        workers = whole.aggregation or aggregations.SINGLE
         _check_codecs(whole, tree)
         with self._table.lock:
             first_try = self._existing(name, create_key, tree, checked, seed, old, terms) is None
@@ -138,7 +138,7 @@ class Creations:
         terms = extensions.terms(creation.terms, creation.extended)
         held.lane.turns = terms.turns or 1
         live = LiveSession(
-            machine=machine.Session(id=id_, name=name, aggregation=terms.aggregation or sessions.SINGLE),
+            machine=machine.Session(id=id_, name=name, aggregation=terms.aggregation or aggregations.SINGLE),
             held=held,
             terms=terms,
             replica=replicas.replica(terms.params_codec or codecs.RAW, creation.tree),
@@ -216,7 +216,7 @@ class Creations:
 
     @contextlib.contextmanager
     def _reserved(
-        self, state_bytes: int, layout: layouts.Layout, workers: sessions.Aggregation, old: LiveSession | None
+        self, state_bytes: int, layout: layouts.Layout, workers: aggregations.Aggregation, old: LiveSession | None
     ) -> Iterator[None]:
         """Keeps room for a session while it is being created."""
         wanted = state_bytes, _waiting_bytes(workers, layout)
@@ -259,13 +259,13 @@ class Creations:
         return held + sum(state_bytes for state_bytes, _ in self._creating)
 
     def _check_waiting_room(
-        self, aggregation: sessions.Aggregation, layout: layouts.Layout, old: LiveSession | None
+        self, aggregation: aggregations.Aggregation, layout: layouts.Layout, old: LiveSession | None
     ) -> None:
         """Raises LimitError where workers could not all wait for each other: their steps would never be complete.
 
         Payloads that wait for a worker which never comes take at most half of the landing bytes from everybody else.
         """
-        if aggregation.mode is sessions.Mode.SINGLE:
+        if aggregation.mode is aggregations.Mode.SINGLE:
             return
         if aggregation.workers > self._config.streams_max:
             raise over("streams_max", aggregation.workers, self._config.streams_max)
@@ -297,9 +297,9 @@ def _check_codecs(terms: sessions.Terms, tree: trees.TreeSpec) -> None:
                 raise errors.TreeError(message, subject=leaf.name, expected=exc.expected, got=exc.got) from exc
 
 
-def _waiting_bytes(aggregation: sessions.Aggregation, layout: layouts.Layout) -> int:
+def _waiting_bytes(aggregation: aggregations.Aggregation, layout: layouts.Layout) -> int:
     """Bytes of landing buffers that pushes of a session may hold while they wait for each other."""
-    return aggregation.workers * landing.buffer_bytes(layout) if aggregation.mode is sessions.Mode.SYNC else 0
+    return aggregation.workers * landing.buffer_bytes(layout) if aggregation.mode is aggregations.Mode.SYNC else 0
 
 
 def over(what: str, count: int, most: int, why: str = "", *, retry_after_s: float = 0.0) -> errors.LimitError:

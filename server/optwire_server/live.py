@@ -11,7 +11,7 @@ import numpy as np
 from optwire_proto import codecs, sessions, specs, trees
 from optwire_server import plans as planning
 from optwire_server import replicas, segments, waiting
-from optwire_server.engine import engine, landing, program
+from optwire_server.engine import departure, engine, landing, program
 from optwire_server.session import effects, machine
 
 Params = list[np.ndarray[Any, Any]]
@@ -165,7 +165,10 @@ class PushedChange:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Push:
-    """A push whose payload is on its way; with a ``claim`` it lies in shared memory, and so will the reply's."""
+    """A push whose payload is on its way; with a ``claim`` it lies in shared memory, and so will the reply's.
+
+    With a ``departure`` the parameters of its update leave that way, and not in the reply.
+    """
 
     key: sessions.PushKey
     options: sessions.PushOptions
@@ -173,6 +176,7 @@ class Push:
     landing: landing.Landing
     change: PushedChange | None = None
     claim: segments.Claim | None = None
+    departure: departure.Departure | None = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -59,6 +59,7 @@ class Registry:
         payload_bytes_max: int | None = None,
         slot: int = 0,
         stage: stages.Stage | None = None,
+        departs: bool = False,
     ) -> Iterator[Push]:
         """Admits a push and lends the landing for its payload.
 
@@ -68,6 +69,7 @@ class Registry:
           payload_bytes_max: the longest payload that the way it comes on can carry.
           slot: of the segment that the payload lies in; 0: none.
           stage: where the payload comes to already, of ``staging`` for the same session; None: it has not begun.
+          departs: whether parameters may leave before the update is over; the push has a departure where any would.
 
         Raises:
           SessionNotFoundError, SessionFailedError: there is nothing to push to.
@@ -109,7 +111,7 @@ class Registry:
         else:
             lent = self._landings.land(tree, layout)
         try:
-            yield Push(key, options, live, lent, change, claim)
+            yield Push(key, options, live, lent, change, claim, answers.departure(live, options) if departs else None)
         finally:
             live.room.leave(lent)
 
@@ -243,7 +245,8 @@ class Registry:
                 case effects.Apply():
                     todo += self._advance(live, (yield from updates.run(self._engine, push, effect)))
                 case effects.Reply():
-                    done = not effect.duplicate  # the update wrote them
+                    # The update has given them away; of a retry there was none.
+                    done = not effect.duplicate and (push.claim is not None or push.departure is not None)
                     outcome = yield from answers.reply(
                         self._engine, live, push.options, effect, push.claim, is_written=done
                     )

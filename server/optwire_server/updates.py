@@ -138,7 +138,7 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work
         live.held.program = plan.program
         operands = _operands(plan, apply, len(live.tree.leaves))
         variant = _variant(apply.options, closing=closing)
-        out = push.claim.params if push.claim and push.options.reply is sessions.ReplyContent.PARAMS else None
+        out = push.claim.params if push.claim and push.options.reply is sessions.ReplyContent.PARAMS else push.departure
         notes, added = yield from engine.update(live.held, variant, operands, lent, out)
     except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
         _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)

@@ -6,7 +6,6 @@ does what both ends should do with that, one after the other.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from optwire_server import optimizers, testing
 
+pytestmark = pytest.mark.usefixtures("no_error_is_logged")
+
 RATE = 0.01
 LOSSY = ("int8", "top_k(0.01)", "sign")
 ALL = ("bf16", "f16", *LOSSY)
@@ -35,17 +36,10 @@ SHARES = {"bf16": 0.5, "f16": 0.5, "int8": 0.27, "top_k(0.01)": 0.03, "sign": 0.
 LARGE = 700_000  # elements: three chunks of a megabyte as f32
 
 
-@pytest.fixture(autouse=True)
-def no_error_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
-
-
 @pytest.fixture(scope="module")
 def serving() -> Iterator[testing.Serving]:
-    with testing.serve() as serving:
+    with wire.served() as serving:
         yield serving
-        wire.until(wire.idle(serving.server), "landing buffers and streams given back")
 
 
 @pytest.fixture
@@ -593,13 +587,6 @@ def test_a_session_with_codecs_says_why_it_uses_messages(serving: testing.Servin
 # ------------------------------------------------------------------------------------------------------------ by hand
 
 PARAMS = {"a": np.zeros(5, np.float32), "w": np.zeros(1000, np.float32)}
-
-
-@pytest.fixture
-def peer(serving: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(serving.target)
-    yield peer
-    peer.close()
 
 
 def begun(peer: wire.Peer, **changes: Any) -> pb.Session:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from optwire import optax as remote
 from optwire import optimizers as opt
 from optwire_proto import convert, sessions, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
-from optwire_server import testing
 
 PARAMS = {
     "base": {"kernel": np.ones((4, 3), np.float32)},
@@ -248,13 +246,6 @@ def test_spellings_of_one_spec_have_one_digest(client: optwire.Client) -> None:
     assert len(digests) == 1
     assert client.create_session(PARAMS, remote.adamw(1e-3)).info().spec_digest in digests
     assert client.create_session(PARAMS, remote.adamw(2e-3)).info().spec_digest not in digests
-
-
-@pytest.fixture
-def peer(server: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(server.target)
-    yield peer
-    peer.close()
 
 
 def test_other_languages_create_sessions_with_the_text_alone(client: optwire.Client, peer: wire.Peer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ import optwire
 from optwire import optimizers as opt
 from optwire_proto import limits
 from optwire_server import optimizers, testing
+
+pytestmark = pytest.mark.usefixtures("no_error_is_logged")
 
 RATE = 0.01
 FRAMES = 5  # begin, 3 chunks, end; and ack, 3 chunks, end
@@ -80,13 +81,6 @@ class Road:
         ack = self.session.last_ack
         assert ack is not None
         assert (ack.applied_step, ack.step) == (self.local.step, self.local.step)
-
-
-@pytest.fixture(autouse=True)
-def no_error_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What goes wrong on the way is everyday: no traceback in anybody's log."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -473,13 +473,6 @@ def test_a_session_that_failed_takes_no_change() -> None:
         with pytest.raises(optwire.SessionFailedError):
             session.set_hyperparams(learning_rate=0.2)
         assert session.info().changes == ()
-
-
-@pytest.fixture
-def peer(server: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(server.target)
-    yield peer
-    peer.close()
 
 
 def test_a_retry_after_a_change_reports_the_rate_that_was_used(client: optwire.Client, peer: wire.Peer) -> None:

@@ -31,13 +31,6 @@ def same(got: Any, expected: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b), strict=True), got, expected)
 
 
-@pytest.fixture
-def peer(server: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(server.target)
-    yield peer
-    peer.close()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Hyperparameters.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import pathlib
 import queue
 import signal
@@ -24,6 +23,8 @@ import optwire
 from optwire import optimizers as opt
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_server import testing
+
+pytestmark = pytest.mark.usefixtures("no_error_is_logged")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE = 750_000  # elements: three chunks
@@ -46,25 +47,10 @@ peer.stream(frames())
 """
 
 
-@pytest.fixture(autouse=True)
-def no_error_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What goes wrong on the way is everyday: no traceback in anybody's log."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
-
-
 @pytest.fixture
 def serving() -> Iterator[testing.Serving]:
-    with testing.serve(stall_s=0.4) as serving:
+    with wire.served(stall_s=0.4) as serving:
         yield serving
-
-
-@pytest.fixture
-def peer(serving: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(serving.target)
-    yield peer
-    peer.close()
-    wire.until(wire.idle(serving.server), "landing buffers and streams given back")
 
 
 def values(peer: wire.Peer, name: str) -> dict[str, np.ndarray]:

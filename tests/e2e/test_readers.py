@@ -19,16 +19,8 @@ SIZE = 4 * 2**20  # elements: 16 MiB, more than gRPC buffers on the way
 
 @pytest.fixture
 def serving() -> Iterator[testing.Serving]:
-    with testing.serve() as serving:
+    with wire.served() as serving:
         yield serving
-
-
-@pytest.fixture
-def peer(serving: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(serving.target)
-    yield peer
-    peer.close()
-    wire.until(wire.idle(serving.server), "landing buffers and streams given back")
 
 
 def counting(peer: wire.Peer) -> pb.Session:

@@ -865,6 +865,16 @@ def test_a_folder_that_cannot_be_is_said_at_the_start(tmp_path: pathlib.Path) ->
         pass
 
 
+def test_a_socket_that_cannot_get_its_name_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "taken")
+    (tmp_path / "taken.handover").mkdir()  # nothing can be renamed to it
+    with pytest.raises(OSError, match="directory"), testing.serve(handover_dir=str(tmp_path)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.handover"]
+
+
 def test_beside_a_unix_address_the_socket_is_in_its_folder_and_dead_ones_are_cleared(tmp_path: pathlib.Path) -> None:
     dead, somebodys = tmp_path / "0badf00d.handover", tmp_path / "notes.handover"
     somebodys.write_text("no socket")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import queue
 import secrets
 import time
@@ -22,28 +21,15 @@ from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from optwire_server import testing
 
+pytestmark = pytest.mark.usefixtures("no_error_is_logged")
+
 RATE = 0.01
-
-
-@pytest.fixture(autouse=True)
-def no_error_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What goes wrong on the way is everyday: no traceback in anybody's log."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[testing.Serving]:
-    with testing.serve(stall_s=0.4) as serving:
+    with wire.served(stall_s=0.4) as serving:
         yield serving
-
-
-@pytest.fixture
-def peer(serving: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(serving.target)
-    yield peer
-    peer.close()
-    wire.until(wire.idle(serving.server), "landing buffers and streams given back")
 
 
 def arrays(seed: int = 0) -> wire.Params:

@@ -434,13 +434,6 @@ def test_a_deleted_session_has_no_state(client: optwire.Client):
 # ------------------------------------------------------------------------------------------------------- on the wire
 
 
-@pytest.fixture
-def peer(server: testing.Serving) -> Iterator[wire.Peer]:
-    made = wire.Peer(server.target)
-    yield made
-    made.close()
-
-
 Changes = dict[str, Any]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 import secrets
 import threading
@@ -20,26 +19,20 @@ from tests.e2e import wire
 
 import optwire
 from optwire import optimizers as opt
-from optwire_proto import convert, sessions, trees
+from optwire_proto import aggregations, convert, sessions, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_server import testing
 from optwire_server.engine import landing
 
+pytestmark = pytest.mark.usefixtures("no_error_is_logged")
+
 SMALL, LARGE = 57, 400_000  # elements: one unary message; two chunks on a stream
-
-
-@pytest.fixture(autouse=True)
-def no_error_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Workers that wait, leave and come back are everyday: no traceback in anybody's log."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
 
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[testing.Serving]:
-    with testing.serve() as serving:
+    with wire.served() as serving:
         yield serving
-        wire.until(wire.idle(serving.server), "landing buffers and streams given back")
 
 
 @pytest.fixture
@@ -556,7 +549,7 @@ def test_room_for_payloads_that_wait_is_kept_while_a_session_is_created() -> Non
     tree = trees.flatten(filled(0.0)).spec
     with testing.serve(landing_bytes_max=600_000) as serving:
         creations = serving.server.registry.creations
-        four = sessions.Terms(aggregation=sessions.Aggregation(sessions.Mode.SYNC, 4))
+        four = sessions.Terms(aggregation=aggregations.Aggregation(aggregations.Mode.SYNC, 4))
         with creations.creating("one", tree, opt.sgd(1.0), "a" * 32, terms=four):
             with (
                 pytest.raises(optwire.LimitError, match="half of it") as refused,

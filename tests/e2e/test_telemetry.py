@@ -6,7 +6,7 @@ non-finite counts, all computed inside the update when asked for."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -304,13 +304,6 @@ def test_elements_that_become_zero_are_not_what_is_clipped(client: optwire.Clien
 
 
 # ------------------------------------------------------------------------------------------------------------- retries
-
-
-@pytest.fixture
-def peer(server: testing.Serving) -> Iterator[wire.Peer]:
-    peer = wire.Peer(server.target)
-    yield peer
-    peer.close()
 
 
 def test_a_duplicate_gets_the_figures_of_the_first_reply(client: optwire.Client, peer: wire.Peer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import time
@@ -15,6 +16,7 @@ from optwire_proto import convert, digests, specs, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
+from optwire_server import testing
 
 SERVICE = pb.DESCRIPTOR.services_by_name["OptimizerService"]
 WORKER = "a" * 32
@@ -50,6 +52,14 @@ def until(true: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
 def idle(server: Any) -> Callable[[], bool]:
     """Whether a server in this process holds no landing buffer and no stream."""
     return lambda: server.registry._landings.lent_bytes == 0 and len(server.streams) == 0
+
+
+@contextlib.contextmanager
+def served(**config: Any) -> Iterator[testing.Serving]:
+    """A server of its own for some tests, which has everything back when they are over."""
+    with testing.serve(**config) as serving:
+        yield serving
+        until(idle(serving.server), "landing buffers and streams given back")
 
 
 @dataclasses.dataclass

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from optwire_proto import convert, errors, limits, sessions
+from optwire_proto import aggregations, convert, errors, limits, sessions
 from optwire_proto.v1 import optimizer_pb2 as pb
 
-SYNC = sessions.Mode.SYNC
+SYNC = aggregations.Mode.SYNC
 
 
 @pytest.mark.parametrize("text", ["single", "sync(1)", "sync(4)", f"sync({limits.WORKERS_MAX})"])
 def test_text_and_message_say_the_same(text: str):
-    aggregation = sessions.parse_aggregation(text)
+    aggregation = aggregations.parse(text)
     assert str(aggregation) == text
     sent = pb.Aggregation.FromString(convert.aggregation_to_proto(aggregation).SerializeToString())
     assert convert.aggregation_from_proto(sent) == aggregation
 
 
 def test_a_message_that_says_nothing_is_single():
-    assert convert.aggregation_from_proto(pb.Aggregation()) == sessions.SINGLE == sessions.Aggregation()
+    assert convert.aggregation_from_proto(pb.Aggregation()) == aggregations.SINGLE == aggregations.Aggregation()
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,15 @@ def test_a_message_that_says_nothing_is_single():
 )
 def test_other_texts_are_refused(text: Any):
     with pytest.raises(errors.InvalidArgumentError) as caught:
-        sessions.parse_aggregation(text)
+        aggregations.parse(text)
     assert caught.value.subject == "aggregation"
     assert caught.value.expected == "'single', or 'sync(N)' with N from 1 to 1024 workers"
 
 
-@pytest.mark.parametrize(("mode", "workers"), [(SYNC, 0), (SYNC, 1025), (sessions.Mode.SINGLE, 1)], ids=str)
-def test_a_number_of_workers_that_a_mode_cannot_have_dies_at_birth(mode: sessions.Mode, workers: int):
+@pytest.mark.parametrize(("mode", "workers"), [(SYNC, 0), (SYNC, 1025), (aggregations.Mode.SINGLE, 1)], ids=str)
+def test_a_number_of_workers_that_a_mode_cannot_have_dies_at_birth(mode: aggregations.Mode, workers: int):
     with pytest.raises(errors.InvalidArgumentError, match=f"aggregation.workers: {workers}, expected"):
-        sessions.Aggregation(mode, workers)
+        aggregations.Aggregation(mode, workers)
 
 
 @pytest.mark.parametrize("mode", [*range(3, 9), 99])
@@ -71,6 +71,6 @@ def test_what_a_mode_does_not_use_is_refused_by_name(field: str):
 
 def test_workers_are_known_by_their_rank():
     assert sessions.worker_id(11) == "0" * 31 + "b"
-    four = sessions.Aggregation(SYNC, 4)
+    four = aggregations.Aggregation(SYNC, 4)
     assert [four.includes(sessions.worker_id(rank)) for rank in (0, 3, 4, 2**127)] == [True, True, False, False]
-    assert sessions.SINGLE.includes("f" * 32)
+    assert aggregations.SINGLE.includes("f" * 32)

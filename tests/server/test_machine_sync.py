@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.server.test_machine import ID, RATE, changed, digest, refuses
 
-from optwire_proto import errors, sessions
+from optwire_proto import aggregations, errors, sessions
 from optwire_server.session import effects, events, machine
 
 OTHER = sessions.PushOptions(grad_scale=2.0)
@@ -19,7 +19,7 @@ UPDATES = sessions.ReplyContent.UPDATES
 
 
 def opened(workers: int = 3) -> machine.Session:
-    return machine.Session(id=ID, name="s", aggregation=sessions.Aggregation(sessions.Mode.SYNC, workers))
+    return machine.Session(id=ID, name="s", aggregation=aggregations.Aggregation(aggregations.Mode.SYNC, workers))
 
 
 def push(

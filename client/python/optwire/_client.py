@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from optwire import _deadlines, _options, _payload, _rpc, _session
-from optwire_proto import catalogue, codecs, errors, limits, sessions, spec_text, specs, trees
+from optwire_proto import aggregations, catalogue, codecs, errors, limits, sessions, spec_text, specs, trees
 
 
 def connect(target: str, *, timeout: float = 30.0, transport: str = "auto") -> Client:
@@ -116,7 +116,7 @@ class Client:
             raise _options.wrong("extends", "an optwire.Session", extends)
         extension = extends._extension() if extends is not None else None
         terms = sessions.Terms(
-            aggregation=None if aggregation is None else sessions.parse_aggregation(aggregation),
+            aggregation=None if aggregation is None else aggregations.parse(aggregation),
             turns=_options.plain(turns),
             grads_codec=None if grads_codec is None else codecs.parse(grads_codec, "grads_codec"),
             params_codec=None if params_codec is None else codecs.parse(params_codec, "params_codec"),
@@ -227,18 +227,18 @@ class Client:
 
 
 def _own_worker(
-    rank: int | None, aggregation: sessions.Aggregation | None = None, extends: _session.Session | None = None
+    rank: int | None, aggregation: aggregations.Aggregation | None = None, extends: _session.Session | None = None
 ) -> str:
     """The id of a handle's worker; raises InvalidArgumentError where there is none of this rank."""
     if rank is not None:
-        _check_rank(rank, aggregation or sessions.SINGLE)
+        _check_rank(rank, aggregation or aggregations.SINGLE)
         return sessions.worker_id(rank)
-    if extends is not None and (aggregation or sessions.SINGLE).includes(extends._worker):
+    if extends is not None and (aggregation or aggregations.SINGLE).includes(extends._worker):
         return extends._worker
     return sessions.worker_id(0) if aggregation and aggregation.workers else uuid.uuid4().hex
 
 
-def _check_rank(rank: object, aggregation: sessions.Aggregation) -> None:
+def _check_rank(rank: object, aggregation: aggregations.Aggregation) -> None:
     most = (aggregation.workers or limits.WORKERS_MAX) - 1
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= most:
         raise _options.wrong("worker", f"a rank from 0 to {most}", rank)

@@ -169,16 +169,6 @@ def part(name: str, size: int, dtype: str) -> trees.LeafSpec:
     return trees.LeafSpec(name, (size,), dtype)
 
 
-def check_scales(scales: Floats, where: str, *, nan: bool = False) -> None:
-    """Raises PayloadError unless scales are finite and not negative; NaN passes where it has a meaning."""
-    good = (scales >= 0) & (scales < np.inf)
-    if nan:
-        good |= np.isnan(scales)
-    if not good.all():
-        bad = int(np.flatnonzero(~good)[0])
-        raise malformed(where, f"scale {bad}", "finite, 0 or more", f"{scales[bad]}")
-
-
 def malformed(where: str, what: str, expected: str, got: str) -> errors.PayloadError:
     """The error for encoded arrays that mean no values."""
     return errors.PayloadError(

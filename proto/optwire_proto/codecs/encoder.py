@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from optwire_proto import limits, payloads, tensors
 from optwire_proto.codecs import casts, codec
 
 
-def views(how: codec.Codec, arrays: list[tensors.Array]) -> Iterator[list[memoryview]]:
+def views(how: codec.Codec, arrays: Iterable[tensors.Array]) -> Iterator[list[memoryview]]:
     """The bytes of arrays in order, as ``payloads.views``, cast where ``how`` is a codec that casts.
 
     The memory of what is yielded is used again for what comes next.
@@ -20,9 +20,8 @@ def views(how: codec.Codec, arrays: list[tensors.Array]) -> Iterator[list[memory
         return
     buffer = np.empty(limits.CHUNK_BYTES, np.uint8)
     used = 0
-    arrays.reverse()
-    while arrays:
-        name, array = tensors.wire_array(arrays.pop(), "params")
+    for given in payloads.taken(arrays):
+        name, array = tensors.wire_array(given, "params")
         rest = array.reshape(-1)
         is_cast = how.bears_on(name)
         if not is_cast:
@@ -41,6 +40,6 @@ def views(how: codec.Codec, arrays: list[tensors.Array]) -> Iterator[list[memory
             if used > buffer.size - 2:
                 yield [buffer[:used].data]
                 used = 0
-        del array, rest  # views of a session's state must not be held on to
+        del given, array, rest  # views of a session's state must not be held on to
     if used:
         yield [buffer[:used].data]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from optwire_proto import codecs, errors, limits, sessions, specs, trees
+from optwire_proto import aggregations, codecs, errors, limits, sessions, specs, trees
 from optwire_proto.convert.served import served
 from optwire_proto.convert.specs import (
     arguments_from_proto,
@@ -21,8 +21,8 @@ from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
 _MODES: Final = {
-    sessions.Mode.SINGLE: pb.Aggregation.MODE_SINGLE,
-    sessions.Mode.SYNC: pb.Aggregation.MODE_SYNC,
+    aggregations.Mode.SINGLE: pb.Aggregation.MODE_SINGLE,
+    aggregations.Mode.SYNC: pb.Aggregation.MODE_SYNC,
 }
 
 
@@ -81,11 +81,11 @@ def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
     )
 
 
-def aggregation_to_proto(aggregation: sessions.Aggregation) -> pb.Aggregation:
+def aggregation_to_proto(aggregation: aggregations.Aggregation) -> pb.Aggregation:
     return pb.Aggregation(mode=_MODES[aggregation.mode], workers=aggregation.workers)
 
 
-def aggregation_from_proto(message: pb.Aggregation) -> sessions.Aggregation:
+def aggregation_from_proto(message: pb.Aggregation) -> aggregations.Aggregation:
     """How pushes become steps.
 
     Raises:
@@ -101,7 +101,7 @@ def aggregation_from_proto(message: pb.Aggregation) -> sessions.Aggregation:
         ("deadline_s", message.deadline_s, (0,)),
     ):
         served("Session.aggregation", field, value, allowed)
-    return sessions.Aggregation(next(ours for ours, theirs in _MODES.items() if theirs == mode), message.workers)
+    return aggregations.Aggregation(next(ours for ours, theirs in _MODES.items() if theirs == mode), message.workers)
 
 
 def _newest(changes: Sequence[sessions.Change]) -> list[pb.HyperparamChange]:

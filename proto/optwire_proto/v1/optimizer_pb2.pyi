@@ -66,6 +66,8 @@ class _ReplyContentEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """only the ack"""
     REPLY_CONTENT_UPDATES: _ReplyContent.ValueType  # 3
     """what was added to the parameters"""
+    REPLY_CONTENT_PRESENT: _ReplyContent.ValueType  # 4
+    """the new parameters of the leaves that the push has gradients for"""
 
 class ReplyContent(_ReplyContent, metaclass=_ReplyContentEnumTypeWrapper):
     """What a reply carries."""
@@ -78,6 +80,8 @@ REPLY_CONTENT_NONE: ReplyContent.ValueType  # 2
 """only the ack"""
 REPLY_CONTENT_UPDATES: ReplyContent.ValueType  # 3
 """what was added to the parameters"""
+REPLY_CONTENT_PRESENT: ReplyContent.ValueType  # 4
+"""the new parameters of the leaves that the push has gradients for"""
 global___ReplyContent = ReplyContent
 
 @typing.final
@@ -301,15 +305,15 @@ class Aggregation(google.protobuf.message.Message):
         MODE_SYNC: Aggregation._Mode.ValueType  # 2
         """the mean of one push of each of `workers` workers is one step, summed in the order of their ids"""
         MODE_K_OF_N: Aggregation._Mode.ValueType  # 3
-        """reserved for workers: the first `k` of `workers`"""
+        """as MODE_SYNC, of the first `k` that come; later ones are told STEP_CLOSED"""
         MODE_ASYNC: Aggregation._Mode.ValueType  # 4
-        """reserved for workers: every push is one step, whatever its base step"""
+        """every push is one step, whatever its base step"""
         MODE_BOUNDED_STALENESS: Aggregation._Mode.ValueType  # 5
-        """reserved for workers: as async, up to `staleness_steps_max`"""
+        """as MODE_ASYNC, up to a staleness of `staleness_steps_max`"""
         MODE_BUFFERED: Aggregation._Mode.ValueType  # 6
-        """reserved for workers: every `k` pushes make one step"""
+        """every `k` pushes are one step, whatever their base steps; none of them waits"""
         MODE_QUORUM: Aggregation._Mode.ValueType  # 7
-        """reserved for workers: at least `k`, at most `workers`, by `deadline_s`"""
+        """pushes of all workers that are there, `k` to `workers`; of `k` at least once `deadline_s` is over"""
         MODE_ASSEMBLE: Aggregation._Mode.ValueType  # 8
         """reserved for workers: disjoint slices of `workers` make one step"""
 
@@ -323,45 +327,357 @@ class Aggregation(google.protobuf.message.Message):
     MODE_SYNC: Aggregation.Mode.ValueType  # 2
     """the mean of one push of each of `workers` workers is one step, summed in the order of their ids"""
     MODE_K_OF_N: Aggregation.Mode.ValueType  # 3
-    """reserved for workers: the first `k` of `workers`"""
+    """as MODE_SYNC, of the first `k` that come; later ones are told STEP_CLOSED"""
     MODE_ASYNC: Aggregation.Mode.ValueType  # 4
-    """reserved for workers: every push is one step, whatever its base step"""
+    """every push is one step, whatever its base step"""
     MODE_BOUNDED_STALENESS: Aggregation.Mode.ValueType  # 5
-    """reserved for workers: as async, up to `staleness_steps_max`"""
+    """as MODE_ASYNC, up to a staleness of `staleness_steps_max`"""
     MODE_BUFFERED: Aggregation.Mode.ValueType  # 6
-    """reserved for workers: every `k` pushes make one step"""
+    """every `k` pushes are one step, whatever their base steps; none of them waits"""
     MODE_QUORUM: Aggregation.Mode.ValueType  # 7
-    """reserved for workers: at least `k`, at most `workers`, by `deadline_s`"""
+    """pushes of all workers that are there, `k` to `workers`; of `k` at least once `deadline_s` is over"""
     MODE_ASSEMBLE: Aggregation.Mode.ValueType  # 8
     """reserved for workers: disjoint slices of `workers` make one step"""
+
+    class _Policy:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _PolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Aggregation._Policy.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        POLICY_UNSPECIFIED: Aggregation._Policy.ValueType  # 0
+        """same as POLICY_REJECT"""
+        POLICY_REJECT: Aggregation._Policy.ValueType  # 1
+        """it is refused: STALE_STEP"""
+        POLICY_WAIT: Aggregation._Policy.ValueType  # 2
+        """it never comes to that, as pushes of fast workers wait for slow ones; MODE_BOUNDED_STALENESS only"""
+
+    class Policy(_Policy, metaclass=_PolicyEnumTypeWrapper):
+        """What becomes of a push whose staleness would exceed the bound."""
+
+    POLICY_UNSPECIFIED: Aggregation.Policy.ValueType  # 0
+    """same as POLICY_REJECT"""
+    POLICY_REJECT: Aggregation.Policy.ValueType  # 1
+    """it is refused: STALE_STEP"""
+    POLICY_WAIT: Aggregation.Policy.ValueType  # 2
+    """it never comes to that, as pushes of fast workers wait for slow ones; MODE_BOUNDED_STALENESS only"""
+
+    class _Damping:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _DampingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Aggregation._Damping.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        DAMPING_UNSPECIFIED: Aggregation._Damping.ValueType  # 0
+        """1"""
+        DAMPING_INVERSE: Aggregation._Damping.ValueType  # 1
+        """1 / (1 + s)"""
+        DAMPING_SQRT: Aggregation._Damping.ValueType  # 2
+        """1 / sqrt(1 + s)"""
+
+    class Damping(_Damping, metaclass=_DampingEnumTypeWrapper):
+        """What gradients of staleness s, `step - base_step`, are multiplied by."""
+
+    DAMPING_UNSPECIFIED: Aggregation.Damping.ValueType  # 0
+    """1"""
+    DAMPING_INVERSE: Aggregation.Damping.ValueType  # 1
+    """1 / (1 + s)"""
+    DAMPING_SQRT: Aggregation.Damping.ValueType  # 2
+    """1 / sqrt(1 + s)"""
+
+    class _Combine:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _CombineEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Aggregation._Combine.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        COMBINE_UNSPECIFIED: Aggregation._Combine.ValueType  # 0
+        """same as COMBINE_MEAN"""
+        COMBINE_MEAN: Aggregation._Combine.ValueType  # 1
+        """their mean, weighted by what each says"""
+        COMBINE_SUM: Aggregation._Combine.ValueType  # 2
+        """their weighted sum"""
+
+    class Combine(_Combine, metaclass=_CombineEnumTypeWrapper):
+        """What several pushes of one step become."""
+
+    COMBINE_UNSPECIFIED: Aggregation.Combine.ValueType  # 0
+    """same as COMBINE_MEAN"""
+    COMBINE_MEAN: Aggregation.Combine.ValueType  # 1
+    """their mean, weighted by what each says"""
+    COMBINE_SUM: Aggregation.Combine.ValueType  # 2
+    """their weighted sum"""
 
     MODE_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
     K_FIELD_NUMBER: builtins.int
     STALENESS_STEPS_MAX_FIELD_NUMBER: builtins.int
     DEADLINE_S_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
+    DAMPING_FIELD_NUMBER: builtins.int
+    COMBINE_FIELD_NUMBER: builtins.int
+    LEASE_S_FIELD_NUMBER: builtins.int
+    COMPENSATION_FIELD_NUMBER: builtins.int
     mode: global___Aggregation.Mode.ValueType
     """The rule."""
     workers: builtins.int
-    """Number of workers. 0: not used by the mode."""
+    """Number of workers at most. 0: not used by the mode."""
     k: builtins.int
     """How many pushes close a step. 0: not used by the mode."""
     staleness_steps_max: builtins.int
-    """Largest accepted `step - base_step`, in steps. 0: not used by the mode."""
+    """Largest accepted `step - base_step`, in steps; not set: any. Only MODE_BOUNDED_STALENESS, which needs it, and
+    MODE_BUFFERED.
+    """
     deadline_s: builtins.float
-    """How long a step waits, in seconds. 0: not used by the mode."""
+    """How long a step waits for more than `k` pushes after its first, in seconds. 0: for ever. MODE_QUORUM only."""
+    policy: global___Aggregation.Policy.ValueType
+    """What becomes of a push beyond the bound."""
+    damping: global___Aggregation.Damping.ValueType
+    """What stale gradients are multiplied by; in modes that take them."""
+    combine: global___Aggregation.Combine.ValueType
+    """What several pushes become."""
+    lease_s: builtins.float
+    """Seconds after which a worker that has joined is lost, unless it was heard of; infinity: never. 0: 30."""
+    compensation: builtins.float
+    """Of delays: gradients g become g + compensation * g * g * (newest parameters - those of the base step), elementwise.
+    MODE_ASYNC and MODE_BOUNDED_STALENESS only. 0: none.
+    """
     def __init__(
         self,
         *,
         mode: global___Aggregation.Mode.ValueType = ...,
         workers: builtins.int = ...,
         k: builtins.int = ...,
-        staleness_steps_max: builtins.int = ...,
+        staleness_steps_max: builtins.int | None = ...,
         deadline_s: builtins.float = ...,
+        policy: global___Aggregation.Policy.ValueType = ...,
+        damping: global___Aggregation.Damping.ValueType = ...,
+        combine: global___Aggregation.Combine.ValueType = ...,
+        lease_s: builtins.float = ...,
+        compensation: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deadline_s", b"deadline_s", "k", b"k", "mode", b"mode", "staleness_steps_max", b"staleness_steps_max", "workers", b"workers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_staleness_steps_max", b"_staleness_steps_max", "staleness_steps_max", b"staleness_steps_max"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_staleness_steps_max", b"_staleness_steps_max", "combine", b"combine", "compensation", b"compensation", "damping", b"damping", "deadline_s", b"deadline_s", "k", b"k", "lease_s", b"lease_s", "mode", b"mode", "policy", b"policy", "staleness_steps_max", b"staleness_steps_max", "workers", b"workers"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_staleness_steps_max", b"_staleness_steps_max"]) -> typing.Literal["staleness_steps_max"] | None: ...
 
 global___Aggregation = Aggregation
+
+@typing.final
+class Worker(google.protobuf.message.Message):
+    """One worker of a session, as the server knows it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _State:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _StateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Worker._State.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Worker._State.ValueType  # 0
+        STATE_LIVE: Worker._State.ValueType  # 1
+        """heard of within its lease, or without one"""
+        STATE_LOST: Worker._State.ValueType  # 2
+        """its lease is over: nobody waits for it, until it is heard of again"""
+        STATE_LEFT: Worker._State.ValueType  # 3
+        """it has left"""
+        STATE_EXPECTED: Worker._State.ValueType  # 4
+        """its rank has never been heard of"""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Where it stands."""
+
+    STATE_UNSPECIFIED: Worker.State.ValueType  # 0
+    STATE_LIVE: Worker.State.ValueType  # 1
+    """heard of within its lease, or without one"""
+    STATE_LOST: Worker.State.ValueType  # 2
+    """its lease is over: nobody waits for it, until it is heard of again"""
+    STATE_LEFT: Worker.State.ValueType  # 3
+    """it has left"""
+    STATE_EXPECTED: Worker.State.ValueType  # 4
+    """its rank has never been heard of"""
+
+    WORKER_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    SEQ_FIELD_NUMBER: builtins.int
+    BASE_STEP_FIELD_NUMBER: builtins.int
+    HAS_PUSHED_FIELD_NUMBER: builtins.int
+    IS_AWAITED_FIELD_NUMBER: builtins.int
+    SILENT_S_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """32 hexadecimal digits."""
+    epoch: builtins.int
+    """How often a process has joined as this worker. 0: none has."""
+    state: global___Worker.State.ValueType
+    """Where it stands."""
+    seq: builtins.int
+    """Its last applied push; 0: none."""
+    base_step: builtins.int
+    """Step of the newest parameters that it has, as far as the server knows."""
+    has_pushed: builtins.bool
+    """Whether a push of it is gathered for the step to come."""
+    is_awaited: builtins.bool
+    """Whether the step to come waits for it."""
+    silent_s: builtins.float
+    """Seconds since it was heard of. 0: never, or now."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        epoch: builtins.int = ...,
+        state: global___Worker.State.ValueType = ...,
+        seq: builtins.int = ...,
+        base_step: builtins.int = ...,
+        has_pushed: builtins.bool = ...,
+        is_awaited: builtins.bool = ...,
+        silent_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_step", b"base_step", "epoch", b"epoch", "has_pushed", b"has_pushed", "is_awaited", b"is_awaited", "seq", b"seq", "silent_s", b"silent_s", "state", b"state", "worker", b"worker"]) -> None: ...
+
+global___Worker = Worker
+
+@typing.final
+class JoinSessionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    JOIN_KEY_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """Who: 32 hexadecimal digits."""
+    join_key: builtins.str
+    """Made by the client, 32 hexadecimal digits; a retry repeats it, and gets the same epoch."""
+    @property
+    def session(self) -> global___SessionRef:
+        """Which."""
+
+    def __init__(
+        self,
+        *,
+        session: global___SessionRef | None = ...,
+        worker: builtins.str = ...,
+        join_key: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["join_key", b"join_key", "session", b"session", "worker", b"worker"]) -> None: ...
+
+global___JoinSessionRequest = JoinSessionRequest
+
+@typing.final
+class JoinSessionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    WORKER_SEQ_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    LEASE_S_FIELD_NUMBER: builtins.int
+    worker_seq: builtins.int
+    """The worker's last applied push; 0: none."""
+    epoch: builtins.int
+    """For the key of its pushes: those with an earlier one are refused, REPLACED."""
+    lease_s: builtins.float
+    """Seconds after which it is lost unless it is heard of; infinity: never."""
+    @property
+    def session(self) -> global___Session:
+        """The session."""
+
+    def __init__(
+        self,
+        *,
+        session: global___Session | None = ...,
+        worker_seq: builtins.int = ...,
+        epoch: builtins.int = ...,
+        lease_s: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "lease_s", b"lease_s", "session", b"session", "worker_seq", b"worker_seq"]) -> None: ...
+
+global___JoinSessionResponse = JoinSessionResponse
+
+@typing.final
+class HeartbeatRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """32 hexadecimal digits."""
+    worker: builtins.str
+    """Who."""
+    epoch: builtins.int
+    """As JoinSession gave it."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        worker: builtins.str = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "session_id", b"session_id", "worker", b"worker"]) -> None: ...
+
+global___HeartbeatRequest = HeartbeatRequest
+
+@typing.final
+class HeartbeatResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    AWAITED_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    """Number of updates applied."""
+    incarnation: builtins.int
+    """The session's incarnation."""
+    @property
+    def awaited(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Workers that the step to come waits for; the first 64."""
+
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        incarnation: builtins.int = ...,
+        awaited: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["awaited", b"awaited", "incarnation", b"incarnation", "step", b"step"]) -> None: ...
+
+global___HeartbeatResponse = HeartbeatResponse
+
+@typing.final
+class LeaveSessionRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    session_id: builtins.str
+    """32 hexadecimal digits."""
+    worker: builtins.str
+    """Who."""
+    epoch: builtins.int
+    """As JoinSession gave it."""
+    def __init__(
+        self,
+        *,
+        session_id: builtins.str = ...,
+        worker: builtins.str = ...,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "session_id", b"session_id", "worker", b"worker"]) -> None: ...
+
+global___LeaveSessionRequest = LeaveSessionRequest
+
+@typing.final
+class LeaveSessionResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___LeaveSessionResponse = LeaveSessionResponse
 
 @typing.final
 class Session(google.protobuf.message.Message):
@@ -808,7 +1124,9 @@ class CreateSessionBegin(google.protobuf.message.Message):
 
     @property
     def aggregation(self) -> global___Aggregation:
-        """How pushes become steps. This version serves MODE_SINGLE and MODE_SYNC."""
+        """How pushes become steps. Not set: as in the session that is extended, otherwise the server's default. This version
+        serves all modes but MODE_ASSEMBLE.
+        """
 
     @property
     def extends(self) -> global___Extension:
@@ -932,20 +1250,26 @@ class GetSessionResponse(google.protobuf.message.Message):
 
     SESSION_FIELD_NUMBER: builtins.int
     WORKER_SEQ_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
     worker_seq: builtins.int
     """The worker's last applied push; 0: none."""
     @property
     def session(self) -> global___Session:
         """The session."""
 
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Worker]:
+        """The workers that the session knows, in the order of their ids."""
+
     def __init__(
         self,
         *,
         session: global___Session | None = ...,
         worker_seq: builtins.int = ...,
+        workers: collections.abc.Iterable[global___Worker] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["session", b"session"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["session", b"session", "worker_seq", b"worker_seq"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session", b"session", "worker_seq", b"worker_seq", "workers", b"workers"]) -> None: ...
 
 global___GetSessionResponse = GetSessionResponse
 
@@ -1493,7 +1817,7 @@ class PushKey(google.protobuf.message.Message):
     base_step: builtins.int
     """Number of updates applied to the parameters that the gradients were computed on."""
     worker_epoch: builtins.int
-    """Reserved for workers: fences a replaced worker. 0: not used."""
+    """As JoinSession gave it; 0: the worker has not joined. A push of an earlier epoch than the worker's is refused."""
     def __init__(
         self,
         *,
@@ -1525,10 +1849,13 @@ class PushBegin(google.protobuf.message.Message):
     REPLY_FIELD_NUMBER: builtins.int
     TELEMETRY_FIELD_NUMBER: builtins.int
     VIEW_STEP_FIELD_NUMBER: builtins.int
+    PARAMS_BEFORE_ACK_FIELD_NUMBER: builtins.int
     codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
     """Encoding of this payload: the session's, which CODEC_UNSPECIFIED stands for."""
     weight: builtins.float
-    """Reserved for workers: samples behind these gradients, for weighted means. 0: 1."""
+    """What these gradients count among those of their step, such as the number of samples behind them. Positive and
+    finite. 0: 1.
+    """
     grad_scale: builtins.float
     """What the gradients were multiplied by; the update divides by it first. Positive and finite. 0: 1."""
     shared_memory_slot: builtins.int
@@ -1542,6 +1869,13 @@ class PushBegin(google.protobuf.message.Message):
     view_step: builtins.int
     """Step of the last reply whose parameters the client has a copy of, in this incarnation. Codecs that send differences
     send one to whoever has the step it starts from, and whole parameters to everybody else. Not set: it has none.
+    """
+    params_before_ack: builtins.bool
+    """Whether chunks of the reply may come before its ack, each as soon as the blocks that it is of are updated. In a push
+    that comes in frames; its parameters are then encoded as the session says. They are to be used only once the ack has
+    come, which says of which step they are. A push that is refused sends none. Where chunks came and no ack follows, the
+    update has failed or its outcome is unknown: what came is to be dropped, and the answer to the same push made again
+    brings all of it anew. false: the ack comes first.
     """
     @property
     def key(self) -> global___PushKey:
@@ -1577,9 +1911,10 @@ class PushBegin(google.protobuf.message.Message):
         reply: global___ReplyContent.ValueType = ...,
         telemetry: builtins.bool = ...,
         view_step: builtins.int | None = ...,
+        params_before_ack: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_view_step", b"_view_step", "key", b"key", "view_step", b"view_step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_view_step", b"_view_step", "absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "reply", b"reply", "shared_memory_slot", b"shared_memory_slot", "telemetry", b"telemetry", "view_step", b"view_step", "weight", b"weight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_view_step", b"_view_step", "absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "params_before_ack", b"params_before_ack", "reply", b"reply", "shared_memory_slot", b"shared_memory_slot", "telemetry", b"telemetry", "view_step", b"view_step", "weight", b"weight"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_view_step", b"_view_step"]) -> typing.Literal["view_step"] | None: ...
 
 global___PushBegin = PushBegin
@@ -1816,7 +2151,7 @@ class StreamStepsResponse(google.protobuf.message.Message):
 
     @property
     def chunk(self) -> optwire_proto.v1.tensor_pb2.Chunk:
-        """a slice of the parameters"""
+        """a slice of the parameters; after the ack, but where the push has `params_before_ack`"""
 
     @property
     def end(self) -> global___PayloadEnd:

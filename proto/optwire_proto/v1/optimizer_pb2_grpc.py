@@ -70,6 +70,21 @@ class OptimizerServiceStub(object):
                 request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.UpdateHyperparamsRequest.SerializeToString,
                 response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.UpdateHyperparamsResponse.FromString,
                 _registered_method=True)
+        self.JoinSession = channel.unary_unary(
+                '/optwire.v1.OptimizerService/JoinSession',
+                request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.JoinSessionRequest.SerializeToString,
+                response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.JoinSessionResponse.FromString,
+                _registered_method=True)
+        self.Heartbeat = channel.unary_unary(
+                '/optwire.v1.OptimizerService/Heartbeat',
+                request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.HeartbeatRequest.SerializeToString,
+                response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.HeartbeatResponse.FromString,
+                _registered_method=True)
+        self.LeaveSession = channel.unary_unary(
+                '/optwire.v1.OptimizerService/LeaveSession',
+                request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.LeaveSessionRequest.SerializeToString,
+                response_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.LeaveSessionResponse.FromString,
+                _registered_method=True)
         self.ReadParams = channel.unary_stream(
                 '/optwire.v1.OptimizerService/ReadParams',
                 request_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.ReadParamsRequest.SerializeToString,
@@ -160,6 +175,27 @@ class OptimizerServiceServicer(object):
 
     def UpdateHyperparams(self, request, context):
         """Changes hyperparameters from a named step on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JoinSession(self, request, context):
+        """Takes a worker in, or another process in its place: gives it a new epoch, and a lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Heartbeat(self, request, context):
+        """Renews the lease of a worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveSession(self, request, context):
+        """Lets a worker go: nobody waits for it any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,6 +295,21 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.UpdateHyperparams,
                     request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.UpdateHyperparamsRequest.FromString,
                     response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.UpdateHyperparamsResponse.SerializeToString,
+            ),
+            'JoinSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinSession,
+                    request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.JoinSessionRequest.FromString,
+                    response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.JoinSessionResponse.SerializeToString,
+            ),
+            'Heartbeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Heartbeat,
+                    request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.HeartbeatRequest.FromString,
+                    response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'LeaveSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveSession,
+                    request_deserializer=optwire__proto_dot_v1_dot_optimizer__pb2.LeaveSessionRequest.FromString,
+                    response_serializer=optwire__proto_dot_v1_dot_optimizer__pb2.LeaveSessionResponse.SerializeToString,
             ),
             'ReadParams': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadParams,
@@ -491,6 +542,87 @@ class OptimizerService(object):
             '/optwire.v1.OptimizerService/UpdateHyperparams',
             optwire__proto_dot_v1_dot_optimizer__pb2.UpdateHyperparamsRequest.SerializeToString,
             optwire__proto_dot_v1_dot_optimizer__pb2.UpdateHyperparamsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optwire.v1.OptimizerService/JoinSession',
+            optwire__proto_dot_v1_dot_optimizer__pb2.JoinSessionRequest.SerializeToString,
+            optwire__proto_dot_v1_dot_optimizer__pb2.JoinSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heartbeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optwire.v1.OptimizerService/Heartbeat',
+            optwire__proto_dot_v1_dot_optimizer__pb2.HeartbeatRequest.SerializeToString,
+            optwire__proto_dot_v1_dot_optimizer__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/optwire.v1.OptimizerService/LeaveSession',
+            optwire__proto_dot_v1_dot_optimizer__pb2.LeaveSessionRequest.SerializeToString,
+            optwire__proto_dot_v1_dot_optimizer__pb2.LeaveSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,24 @@ class OptimizerServiceStub:
     ]
     """Changes hyperparameters from a named step on."""
 
+    JoinSession: grpc.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.JoinSessionRequest,
+        optwire_proto.v1.optimizer_pb2.JoinSessionResponse,
+    ]
+    """Takes a worker in, or another process in its place: gives it a new epoch, and a lease."""
+
+    Heartbeat: grpc.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.HeartbeatRequest,
+        optwire_proto.v1.optimizer_pb2.HeartbeatResponse,
+    ]
+    """Renews the lease of a worker."""
+
+    LeaveSession: grpc.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.LeaveSessionRequest,
+        optwire_proto.v1.optimizer_pb2.LeaveSessionResponse,
+    ]
+    """Lets a worker go: nobody waits for it any more."""
+
     ReadParams: grpc.UnaryStreamMultiCallable[
         optwire_proto.v1.optimizer_pb2.ReadParamsRequest,
         optwire_proto.v1.optimizer_pb2.ReadParamsResponse,
@@ -157,6 +175,24 @@ class OptimizerServiceAsyncStub:
         optwire_proto.v1.optimizer_pb2.UpdateHyperparamsResponse,
     ]
     """Changes hyperparameters from a named step on."""
+
+    JoinSession: grpc.aio.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.JoinSessionRequest,
+        optwire_proto.v1.optimizer_pb2.JoinSessionResponse,
+    ]
+    """Takes a worker in, or another process in its place: gives it a new epoch, and a lease."""
+
+    Heartbeat: grpc.aio.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.HeartbeatRequest,
+        optwire_proto.v1.optimizer_pb2.HeartbeatResponse,
+    ]
+    """Renews the lease of a worker."""
+
+    LeaveSession: grpc.aio.UnaryUnaryMultiCallable[
+        optwire_proto.v1.optimizer_pb2.LeaveSessionRequest,
+        optwire_proto.v1.optimizer_pb2.LeaveSessionResponse,
+    ]
+    """Lets a worker go: nobody waits for it any more."""
 
     ReadParams: grpc.aio.UnaryStreamMultiCallable[
         optwire_proto.v1.optimizer_pb2.ReadParamsRequest,
@@ -266,6 +302,30 @@ class OptimizerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[optwire_proto.v1.optimizer_pb2.UpdateHyperparamsResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.UpdateHyperparamsResponse]]:
         """Changes hyperparameters from a named step on."""
+
+    @abc.abstractmethod
+    def JoinSession(
+        self,
+        request: optwire_proto.v1.optimizer_pb2.JoinSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[optwire_proto.v1.optimizer_pb2.JoinSessionResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.JoinSessionResponse]]:
+        """Takes a worker in, or another process in its place: gives it a new epoch, and a lease."""
+
+    @abc.abstractmethod
+    def Heartbeat(
+        self,
+        request: optwire_proto.v1.optimizer_pb2.HeartbeatRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[optwire_proto.v1.optimizer_pb2.HeartbeatResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.HeartbeatResponse]]:
+        """Renews the lease of a worker."""
+
+    @abc.abstractmethod
+    def LeaveSession(
+        self,
+        request: optwire_proto.v1.optimizer_pb2.LeaveSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[optwire_proto.v1.optimizer_pb2.LeaveSessionResponse, collections.abc.Awaitable[optwire_proto.v1.optimizer_pb2.LeaveSessionResponse]]:
+        """Lets a worker go: nobody waits for it any more."""
 
     @abc.abstractmethod
     def ReadParams(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, ahead, build, cache, device, held, landing, program
+from optwire_server.engine import admission, ahead, build, cache, departure, device, held, landing, program
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class Engine:
         variant: program.Variant,
         operands: program.Operands,
         lent: landing.Landing,
-        out: np.ndarray | None = None,
+        out: np.ndarray | departure.Departure | None = None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, yielding between blocks. In the session's turn only.
 
@@ -122,8 +122,9 @@ class Engine:
           variant: which of its program's updates to run; prepared.
           operands: what it takes beside gradients.
           lent: holds the gradients, in the session's layout; is read until this returns.
-          out: where the new parameters are written, in the session's layout, each block as soon as it is there; None:
-            nowhere. shape=(layout.nbytes,), uint8
+          out: where the new parameters go, each block as soon as it is there: memory that they are written to in the
+            session's layout, shape=(layout.nbytes,), uint8; a departure, which none goes to where the program rejects
+            the gradients; None: nowhere.
 
         Returns:
           Notes of the update, and what it added to the parameters, where the variant has it: segments in payload order.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from optwire_proto import errors, limits, tensors
-from optwire_server.engine import cut, device, kernel, reductions, slots, telemetry
+from optwire_server.engine import cut, departure, device, kernel, reductions, slots, telemetry
 from optwire_server.engine import program as programs
 from optwire_server.engine.layout import Layout
 
@@ -136,6 +136,11 @@ class Held:
         return self.program.state_bytes
 
     @property
+    def is_in_blocks(self) -> bool:
+        """Whether an update is made of several blocks."""
+        return len(self.spans) > 1 or len(self.spans[0].blocks) > 1
+
+    @property
     def held_bytes(self) -> int:
         """Size of parameters and slots in memory, as the spans are now."""
         return self._divided.held_bytes
@@ -158,7 +163,11 @@ class Held:
     # ------------------------------------------------------------------------------------------- updates
 
     def update(
-        self, variant: programs.Variant, operands: programs.Operands, memory: np.ndarray, out: np.ndarray | None
+        self,
+        variant: programs.Variant,
+        operands: programs.Operands,
+        memory: np.ndarray,
+        out: np.ndarray | departure.Departure | None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, block by block, yielding between them.
 
@@ -166,7 +175,8 @@ class Held:
           variant: which of the program's updates to run; prepared.
           operands: what it takes beside gradients.
           memory: the gradients, in the session's layout; read until this returns.
-          out: where new parameters are written, in the session's layout, each block as soon as it is there; or None.
+          out: where new parameters go, each block as soon as it is there: memory that they are written to in the
+            session's layout, a departure, which none goes to if the update is refused, or None.
 
         Returns:
           Notes by name, and what was added to the parameters: segments in payload order, where the variant has it.
@@ -186,6 +196,8 @@ class Held:
                 operands = operands._replace(present=None)
             given = _Given(jax.tree.leaves(operands), [], memory, gone)
             yield from self._reduce(jobs, given)
+            if isinstance(out, departure.Departure):
+                out.begin(self._divided.reading)
             for job in jobs:
                 if job.step is not None:
                     made = self._call(job.step.apply, job, given)
@@ -194,8 +206,12 @@ class Held:
                     common[job.at] = made[count : count + shared]
                     results.append((job, made[count + shared :]))
                     made[0].block_until_ready()
-                if out is not None:
+                if isinstance(out, np.ndarray):
                     self._write(job, common.get(job.at, state[job.at].common), out)
+                elif out is not None:
+                    out.updated(job.at, job.number, self._params(job, common.get(job.at, state[job.at].common)))
+                    if not self._may_be_refused(results):
+                        out.release()
                 yield
             for at, arrays in common.items():
                 state[at].common[:] = arrays
@@ -289,9 +305,17 @@ class Held:
         gathered[job.block.valid :] = 0
         return gathered
 
+    def _params(self, job: _Job, common: list[Any]) -> list[np.ndarray]:
+        """The parameters of a block, each part flat."""
+        return self._read("", job.kernel, common, self._state[job.at].blocks[job.number])
+
+    def _may_be_refused(self, results: Sequence[tuple[_Job, list[Any]]]) -> bool:
+        """Whether an update turns out to be none: any block knows, as what is not finite was looked for in all."""
+        return self.program.rejects and not (results and _notes(*results[0]).get("finite"))
+
     def _write(self, job: _Job, common: list[Any], out: np.ndarray) -> None:
         """Writes the parameters of a block where they belong."""
-        arrays = self._read("", job.kernel, common, self._state[job.at].blocks[job.number])
+        arrays = self._params(job, common)
         for run in job.block.runs:
             segment = arrays[run.part][run.start : run.stop].view(np.uint8)
             out[run.offset : run.offset + segment.nbytes] = segment
@@ -308,8 +332,7 @@ class Held:
         for job, rest in results:
             assert job.step is not None
             told, parts = len(job.step.notes), len(job.step.sums)
-            if not notes:
-                notes = {name: float(value) for name, value in zip(job.step.notes, rest, strict=False)}
+            notes = notes or _notes(job, rest)
             for name, value in zip(job.step.sums, rest[told:], strict=False):
                 sums.setdefault(name, []).append(np.asarray(value))
             if variant.updates:
@@ -556,6 +579,12 @@ class Held:
                     start += size
             yield
         return blocks
+
+
+def _notes(job: _Job, rest: Sequence[Any]) -> dict[str, float]:
+    """What an update tells in every block, of what one gave beside its state."""
+    assert job.step is not None
+    return {name: float(value) for name, value in zip(job.step.notes, rest, strict=False)}
 
 
 def _gone(operands: programs.Operands) -> frozenset[int]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from optwire_proto import errors, sessions
+from optwire_proto import aggregations, errors, sessions
 from optwire_server.session import effects, events
 
 # A loss is the worker's own; the step has the mean of them.
@@ -37,7 +37,7 @@ def wishing(event: events.Pushed, before: events.Pushed) -> events.Pushed:
     )
 
 
-def check_member(name: str, step: int, aggregation: sessions.Aggregation, worker: str) -> None:
+def check_member(name: str, step: int, aggregation: aggregations.Aggregation, worker: str) -> None:
     """Raises InvalidArgumentError where a worker is none of those whose pushes make the steps of a session."""
     if not aggregation.includes(worker):
         most = aggregation.workers - 1

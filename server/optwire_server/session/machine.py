@@ -32,7 +32,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 
-from optwire_proto import errors, limits, sessions
+from optwire_proto import aggregations, errors, limits, sessions
 from optwire_server.session import effects, events, gathering, loads
 
 # Workers remembered per session; the one that has been quiet longest is forgotten first.
@@ -91,7 +91,7 @@ class Session:
     changes: tuple[sessions.Change, ...] = ()
     changed: int = 0
     workers: Mapping[str, Applied] = dataclasses.field(default_factory=dict)
-    aggregation: sessions.Aggregation = sessions.SINGLE
+    aggregation: aggregations.Aggregation = aggregations.SINGLE
     gathered: Mapping[str, events.Pushed] = dataclasses.field(default_factory=dict)
     pending: events.Pushed | None = None
     failure: str = ""

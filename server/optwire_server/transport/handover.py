@@ -182,6 +182,8 @@ def _listener(path: str) -> socket.socket:
         os.rename(f"{path}-", path)
     except BaseException:
         listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}-")
         raise
     return listener
 

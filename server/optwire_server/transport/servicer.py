@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from optwire_proto.v1 import tensor_pb2 as tensor_pb
 from optwire_server import live, waiting
 from optwire_server import registry as registries
 from optwire_server.config import ServerConfig
+from optwire_server.engine import departure
 from optwire_server.engine import engine as engines
 from optwire_server.transport import frames, stages, streams
 
@@ -234,14 +236,36 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         begun = stages.begun(start, messages, self._registry, stream, context.cancel)
         with begun as (begin, stage), stream.busy():
             key, options = convert.push_from_proto(begin)
-            slot = convert.slot_from_proto(begin)
-            with self._registry.pushing(key, options, stage=stage, slot=slot) as push:
+            slot, departs = convert.slot_from_proto(begin), begin.params_before_ack and not begin.shared_memory_slot
+            with self._registry.pushing(key, options, stage=stage, slot=slot, departs=departs) as push:
                 digest = frames.end(messages, stream) if slot else frames.land(messages, push.landing, stream)
+                if push.departure is not None:
+                    yield from self._departing(push, push.departure, digest, stream)
+                    return
                 reply = self._pushed(push, digest, stream.waiting(), context)
                 # The landing stays lent until the reply is out: its bytes stand for the reply's.
                 with stream.transferring():
                     yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
                     yield from _payload(reply.params, pb.StreamStepsResponse, stream, reply.codec)
+
+    def _departing(
+        self, push: live.Push, out: departure.Departure, digest: sessions.Digest, stream: streams.Stream
+    ) -> Iterator[Any]:
+        """Applies a push, and sends its parameters meanwhile; then the ack.
+
+        On a thread of its own, which waits for no client. That is over when this is, even if the client has gone: until
+        then the landing is read.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1, "optwire-update") as thread:
+            applied = thread.submit(self._registry.push, push, digest)
+            applied.add_done_callback(lambda _: out.end())
+            length = yield from _chunks(out.segments(), stream, push.session.params_codec)
+            reply = applied.result()
+            assert isinstance(reply, live.Reply), "parameters of several workers' steps do not depart"
+            with stream.transferring():
+                yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
+                length += yield from _chunks(reply.params, stream, reply.codec)  # there was no update: it is a retry
+                yield pb.StreamStepsResponse(end=_end(length))
 
     def _pushed(
         self,
@@ -278,13 +302,26 @@ def _payload(
     codec: codecs.Codec = codecs.RAW,
 ) -> Iterator[Any]:
     """Chunks and the end of the parameters; empties ``params``."""
+    length = yield from _chunks(params, stream, codec)
+    with stream.transferring():
+        yield response(end=_end(length))
+
+
+def _chunks(
+    params: Iterable[np.ndarray[Any, Any]], stream: streams.Stream, codec: codecs.Codec
+) -> Generator[Any, None, int]:
+    """Chunks of parameters, which may have to be waited for; a list is emptied. Returns their length in bytes."""
     offset = 0
     for piece in codecs.payload_views(codec, params):
         length = sum(view.nbytes for view in piece)
-        yield convert.chunk_to_wire(offset, piece)
+        with stream.transferring():
+            yield convert.chunk_to_wire(offset, piece)
         offset += length
-        stream.progressed()
-    yield response(end=pb.PayloadEnd(digest=tensor_pb.PayloadDigest(length=offset)))
+    return offset
+
+
+def _end(length: int) -> pb.PayloadEnd:
+    return pb.PayloadEnd(digest=tensor_pb.PayloadDigest(length=length))
 
 
 def _without_tree(info: sessions.SessionInfo) -> pb.Session:
