@@ -81,7 +81,7 @@ def digest(cpus: int, steps: int) -> str:
         fill(grads)
         for step in range(steps):
             running.work(running.update(held, program.Variant(), program.Operands(given, step), lent), held)
-        for segment in running.run(lambda held=held: running.params(held)):
+        for segment in running.work(running.params(held), held):
             taken.update(segment)
     running.close()
     return taken.hexdigest()

@@ -151,7 +151,7 @@ class Aggregation:
             value = getattr(self, name)
             if name in _POSITIONAL[self.mode] or value == (LEASE_S if name == "lease_s" and value else default):
                 continue
-            shown.append(f"{name}={value:.17g}" if isinstance(value, float) else f"{name}={value}")
+            shown.append(f"{name}={repr(value).removesuffix('.0')}" if isinstance(value, float) else f"{name}={value}")
         return f"{self.mode}({', '.join(shown)})" if shown else str(self.mode)
 
     @property
@@ -227,6 +227,8 @@ def parse(text: object) -> Aggregation:
         if name in values or (equals and name not in _DEFAULTS) or (not equals and (not name or len(values) > 2)):
             raise _unknown(text)
         if name == "policy" and value == "scale":
+            if "damping" in values:
+                raise _unknown(text)
             values |= {"policy": Policy.REJECT, "damping": Damping.INVERSE}
             continue
         values[name] = _value(name, value, text)

@@ -1,8 +1,8 @@
 """The catalogue: every constructor that a spec may name, with its parameters. Standard library only.
 
 The seed's names are the seed's, what surrounds the update is ours, ``torch_*`` are torch's optimizers by torch's names,
-and the rest is optax's, from the signatures of the installed optax: clients use the copy in ``optax_entries`` (``make
-catalogue``), a server reads them anew.
+outer optimizers are their papers', and the rest is optax's, from the signatures of the installed optax: clients use the
+copy in ``optax_entries`` (``make catalogue``), a server reads them anew.
 """
 
 from __future__ import annotations
@@ -340,7 +340,49 @@ TORCH: Final = (
     ),
 )
 
-OURS: Final[Mapping[str, Entry]] = {entry.name: entry for entry in (*SEED, *AROUND, *TORCH)}
+_LR_OUTER = Parameter("learning_rate", _LR)
+_FEDOPT = (_operand("tau", 1e-3, "positive"), _operand("initial_accumulator_value", 0.0))
+
+# Outer optimizers: of pseudo-gradients, which say how far workers went by themselves. Numbers are operands here, too.
+OUTER: Final = (
+    Entry(
+        "fedavgm",
+        "optimizer",
+        (Parameter("learning_rate", _LR, 1.0), _operand("momentum", 0.9)),
+        "FedAvgM: momentum on pseudo-gradients.",
+    ),
+    Entry(
+        "fedadagrad",
+        "optimizer",
+        (_LR_OUTER, Parameter("beta1", "operand:decay", 0.0), *_FEDOPT),
+        "FedAdagrad: rates shrink with the squared pseudo-gradients seen.",
+    ),
+    Entry(
+        "fedadam",
+        "optimizer",
+        (_LR_OUTER, Parameter("beta1", "operand:decay", 0.9), Parameter("beta2", "operand:decay", 0.99), *_FEDOPT),
+        "FedAdam: Adam on pseudo-gradients, whose moments are not corrected for their start.",
+    ),
+    Entry(
+        "fedyogi",
+        "optimizer",
+        (_LR_OUTER, Parameter("beta1", "operand:decay", 0.9), Parameter("beta2", "operand:decay", 0.99), *_FEDOPT),
+        "FedYogi: as FedAdam, but the second moment moves by the new square, however far away it is.",
+    ),
+    Entry(
+        "delayed_nesterov",
+        "optimizer",
+        (
+            Parameter("learning_rate", _LR, 0.7),
+            _operand("momentum", 0.9),
+            Parameter("n", "count", 4),
+            _operand("c", 0.0),
+        ),
+        "Delayed Nesterov: of pseudo-gradients that come one by one, every n-th changes the momentum.",
+    ),
+)
+
+OURS: Final[Mapping[str, Entry]] = {entry.name: entry for entry in (*SEED, *AROUND, *TORCH, *OUTER)}
 # Names of the hyperparameter that everyone calls the learning rate.
 RATES: Final = ("learning_rate", "step_size", "step_size_fn", "max_learning_rate")
 

@@ -434,6 +434,8 @@ def _check_whole(spec: Spec, where: str) -> None:
         _check_nesterov(given, where)
     if spec.name == "torch_rprop":
         _check_factors(given, where)
+    if spec.name == "delayed_nesterov":
+        _check_share(given, where)
 
 
 def _check_groups(of: specs.Array, optimizers: tuple[Spec, ...], where: str) -> None:
@@ -464,6 +466,13 @@ def _check_factors(given: Mapping[str, Value], where: str) -> None:
         raise wrong(f"{where}.eta_minus", "a number between 0 and 1", given["eta_minus"])
     if given.get("eta_plus", 1.2) <= 1:
         raise wrong(f"{where}.eta_plus", "a number above 1", given["eta_plus"])
+
+
+def _check_share(given: Mapping[str, Value], where: str) -> None:
+    """Of n updates each but the last has a share of the momentum, and all together have it once."""
+    n = given.get("n", 4)
+    if given.get("c", 0.0) * n > 1:
+        raise wrong(f"{where}.c", f"at most 1 / n, which is {1 / n:g}", given["c"])
 
 
 def _check_ordered(boundaries: Value, where: str) -> None:

@@ -13,10 +13,12 @@
     ├── SessionExistsError
     ├── OutOfStepError                 the request does not fit where the session is
     │   ├── StaleStepError             computed on parameters that are no longer the newest
+    │   │   └── StepClosedError        of a step that was made without it
     │   ├── FutureStepError            names a step the session has not reached
     │   ├── StalePushError             a push older than the worker's last one
     │   ├── FuturePushError            a push that skips one
     │   ├── DivergentRetryError        a retry whose bytes differ from the push that was applied
+    │   ├── ReplacedError              another process has joined as this worker
     │   └── IncarnationError           the session's history was rewritten
     ├── SessionFailedError             the session lost its state and accepts no more steps
     ├── LimitError                     too large or too many
@@ -141,6 +143,12 @@ class StaleStepError(OutOfStepError):
     code = "ABORTED"
 
 
+class StepClosedError(StaleStepError):
+    """The step that the push is for was made of other workers' pushes; read the newest parameters and go on."""
+
+    reason = "STEP_CLOSED"
+
+
 class FutureStepError(OutOfStepError):
     """The push names a step that the session has not reached."""
 
@@ -165,6 +173,12 @@ class DivergentRetryError(OutOfStepError):
 
     reason = "DIVERGENT_RETRY"
     code = "ABORTED"
+
+
+class ReplacedError(OutOfStepError):
+    """Another process has joined as this worker since; this one's pushes are of no further use."""
+
+    reason = "REPLACED"
 
 
 class IncarnationError(OutOfStepError):
@@ -235,10 +249,12 @@ TABLE: dict[str, tuple[str, type[OptwireError]]] = {
         SessionExistsError,
         OutOfStepError,
         StaleStepError,
+        StepClosedError,
         FutureStepError,
         StalePushError,
         FuturePushError,
         DivergentRetryError,
+        ReplacedError,
         IncarnationError,
         SessionFailedError,
         LimitError,

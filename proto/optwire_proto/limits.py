@@ -44,6 +44,8 @@ SESSION_NAME_CHARS_MAX = 128
 TURNS_MAX = 64
 # Whose last pushes a session remembers, and so the most whose mean makes one step.
 WORKERS_MAX = 1024
+# Of those that a step waits for, so many are named to a worker that is heard of.
+AWAITED_MAX = 64
 # Seconds that a worker's lease may last, unless it lasts for ever, and a step may wait for more pushes.
 LEASE_S_MIN = 0.1
 LEASE_S_MAX = 86_400.0

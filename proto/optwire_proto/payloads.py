@@ -10,9 +10,9 @@ from optwire_proto import limits, tensors
 def views(arrays: Iterable[tensors.Array]) -> Iterator[list[memoryview]]:
     """The bytes of arrays in order, in pieces of CHUNK_BYTES but for the last; each as views that copy nothing.
 
-    Empties a list as it goes, and holds on to no array once it is exhausted: on the server they are views of a session's
-    state, which the next update cannot write over while a view is alive. Each list that is yielded is emptied before the
-    next is made, for the same reason.
+    Empties a list as it goes, and holds on to no array once it is exhausted: on the server they are views of a
+    session's state, which the next update cannot write over while a view is alive. Each list that is yielded is emptied
+    before the next is made, for the same reason.
     """
     piece: list[memoryview] = []
     room = limits.CHUNK_BYTES

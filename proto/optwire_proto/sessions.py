@@ -192,12 +192,51 @@ class OptimizerInfo:
     views: tuple[str, ...] = ()
 
 
+class WorkerState(enum.StrEnum):
+    """Where a worker stands.
+
+    LIVE: heard of within its lease, or without one. LOST: its lease is over, and nobody waits for it until it is heard
+    of again. LEFT: it has left. EXPECTED: its rank was never heard of.
+    """
+
+    LIVE = "live"
+    LOST = "lost"
+    LEFT = "left"
+    EXPECTED = "expected"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """One worker of a session, as the server knows it.
+
+    Attributes:
+      worker: its id, 32 hexadecimal digits.
+      epoch: how often a process has joined as this worker; 0: none has.
+      state: where it stands.
+      seq: its last applied push; 0: none.
+      base_step: of the newest parameters that it has, as far as the server knows.
+      has_pushed: whether a push of it is gathered for the step to come.
+      is_awaited: whether the step to come waits for it.
+      silent_s: seconds since it was heard of; 0: never, or now.
+    """
+
+    worker: str
+    epoch: int
+    state: WorkerState
+    seq: int
+    base_step: int
+    has_pushed: bool
+    is_awaited: bool
+    silent_s: float
+
+
 class ReplyContent(enum.StrEnum):
-    """What a reply carries beside the ack."""
+    """What a reply carries beside the ack; PRESENT: new parameters of the leaves that the push has gradients for."""
 
     PARAMS = "params"
     UPDATES = "updates"
     NONE = "none"
+    PRESENT = "present"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +252,9 @@ class PushOptions:
       reply: what the reply carries.
       codec: how the payload is encoded; None: as the session says.
       view_step: of the parameters that the client has, where the next ones may come as what has changed since.
+      weight: what the gradients count among those of their step, such as the number of samples behind them.
+      rows: (position, number of rows) of the leaves whose gradients come by rows, ascending; ``rows`` says how.
+      rows_exact: whether their other rows are updated, too, as by gradients of zero.
     """
 
     grad_scale: float = 1.0
@@ -223,6 +265,9 @@ class PushOptions:
     reply: ReplyContent = ReplyContent.PARAMS
     codec: codecs.Kind | None = None
     view_step: int | None = None
+    weight: float = 1.0
+    rows: tuple[tuple[int, int], ...] = ()
+    rows_exact: bool = False
 
     @property
     def meaning(self) -> Mapping[str, object]:
@@ -232,6 +277,9 @@ class PushOptions:
             "loss": self.extras,
             "hyperparams": self.hyperparams,
             "absent leaves": self.absent,
+            "weight": self.weight,
+            "leaves by rows": (tuple(leaf for leaf, _ in self.rows), self.rows_exact),
+            "numbers of rows": self.rows,
         }
 
 
@@ -241,13 +289,23 @@ PLAIN: Final = PushOptions()
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PushKey:
-    """The idempotency key of a push, and the step it applies to."""
+    """The idempotency key of a push, and the step it applies to.
+
+    Attributes:
+      session_id: 32 hexadecimal digits.
+      incarnation: the one that the client knows.
+      worker: who pushes.
+      seq: the worker's own counter of applied pushes, from 1.
+      base_step: of the parameters that the gradients were computed on.
+      epoch: the worker's, as joining gave it; 0: it has not joined. A retry may be of a later one.
+    """
 
     session_id: str
     incarnation: int
     worker: str
     seq: int
     base_step: int
+    epoch: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -241,20 +241,21 @@ def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]
     return flat.arrays
 
 
-def match_present(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array | None]:
-    """As ``match``, but None may stand in the place of an array: it is absent, and None in the result.
+def match_present(spec: TreeSpec, tree: Any, what: str = "grads", other: type = type(None)) -> list[Any]:
+    """As ``match``, but None or one of a class ``other`` may stand in the place of an array, and in the result.
 
     Raises:
       TreeMismatchError: as ``match``; or nothing is there.
     """
-    arrays: list[tensors.Array | None] | None = list(_walk(spec, tree) or ()) or None
+    arrays: list[Any] | None = _walk(spec, tree) or None
     if arrays is not None:
         return arrays
     values = _leaf_values(spec, tree)
-    absent = [index for index, value in enumerate(values or ()) if value is None]
+    absent = [index for index, value in enumerate(values or ()) if value is None or isinstance(value, other)]
     if values is None or not absent:
         return list(match(spec, tree, what))
-    if len(absent) == len(spec.leaves):
+    stand_ins = {index: values[index] for index in absent}
+    if all(value is None for value in values):
         name = spec.leaves[0].name
         raise errors.TreeMismatchError(
             f"{what}[{name!r}]: None, and so is every other array; expected at least one",
@@ -265,8 +266,8 @@ def match_present(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensor
     for index in absent:  # memory that is never touched
         values[index] = tensors.empty(spec.leaves[index].shape, spec.leaves[index].dtype)
     arrays = list(match(spec, unflatten(spec, values), what))
-    for index in absent:
-        arrays[index] = None
+    for index, value in stand_ins.items():
+        arrays[index] = value
     return arrays
 
 

@@ -45,7 +45,7 @@ def run(
 
 
 def _windows(
-    label: str, transport: str, half: Sequence[int], computing: int, rounds: int, window_s: float
+    label: str, transport: str, half: Sequence[int], cores: int, rounds: int, window_s: float
 ) -> tuple[dict[str, list[list[float]]], int]:
     """By state, the seconds of the tiny session's steps in each window; and the steps of the large one."""
     windows: dict[str, list[list[float]]] = {state: [] for state in STATES}
@@ -70,7 +70,7 @@ def _windows(
                 windows["beside"].append(_window(tiny, window_s))
             heavy_steps += taken[0]
             windows["half"].append(_window(tiny_on_half, window_s))
-            with _computing(computing):
+            with computing(cores):
                 windows["busy"].append(_window(tiny, window_s))
     return windows, heavy_steps
 
@@ -109,7 +109,7 @@ def _stepping(role: processes.Role) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _computing(count: int) -> Iterator[None]:
+def computing(count: int) -> Iterator[None]:
     """Has so many processes of their own compute; they have begun, and have ended."""
     with contextlib.ExitStack() as stack:
         begun = []

@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable
+from typing import Final
 
 import numpy as np
 
-from optwire_proto import errors, limits, sessions
+from optwire_proto import aggregations, errors, limits, sessions, trees
 from optwire_server import segments
 from optwire_server.engine import departure as departures
 from optwire_server.engine import device, landing
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Params, Push, Reply
 from optwire_server.session import effects
+
+_PARAMS: Final = (sessions.ReplyContent.PARAMS, sessions.ReplyContent.PRESENT)
 
 
 def reply(
@@ -42,11 +45,14 @@ def reply(
     Raises:
       StaleStepError: a retry asks for updates that are not kept any more.
     """
-    if (is_written or claim is not None) and options.reply is sessions.ReplyContent.PARAMS:
+    content = options.reply
+    if claim is not None and content is sessions.ReplyContent.PRESENT:
+        content = sessions.ReplyContent.PARAMS  # what lies in shared memory is as whole as what the update writes
+    if (is_written or claim is not None) and content is sessions.ReplyContent.PARAMS:
         if claim is not None and not is_written:
             yield from engine.write_params(live.held, claim.params)
         return Reply(live.ack(effect, live.tree.payload_bytes), [])
-    arrays = _arrays(engine, live, options.reply, effect.applied_step)
+    arrays = yield from _arrays(engine, live, options, effect.applied_step)
     if claim is not None:
         ack = live.ack(effect, sum(leaf.nbytes for leaf in arrays))
         if arrays:
@@ -73,9 +79,9 @@ def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> d
 def departure(live: LiveSession, options: sessions.PushOptions) -> departures.Departure | None:
     """What the parameters of an update leave by before it is over; None where none can, or nothing is gained by it.
 
-    Those of several workers' steps are sent to all of them at the end; a replica takes whole parameters.
+    A push that may have to wait for others is answered with all who wait; a replica takes whole parameters.
     """
-    is_possible = not live.machine.aggregation.workers and not live.params_codec.loses
+    is_possible = live.machine.aggregation.mode is aggregations.Mode.SINGLE and not live.params_codec.loses
     is_long = live.tree.payload_bytes > limits.CHUNK_BYTES and live.held.is_in_blocks
     is_wanted = options.reply is sessions.ReplyContent.PARAMS
     return departures.Departure() if is_possible and is_long and is_wanted else None
@@ -84,15 +90,16 @@ def departure(live: LiveSession, options: sessions.PushOptions) -> departures.De
 def encoded(push: Push, reply: Reply) -> Reply:
     """A reply as it travels; on the thread of the call, which waits for others of the session that are at it."""
     live, how = push.session, push.session.params_codec
-    if push.claim is not None or push.options.reply is not sessions.ReplyContent.PARAMS:
+    if push.claim is not None or push.options.reply not in _PARAMS:
         return reply
-    size = sum(map(how.encoded_bytes, live.tree.leaves))
+    size = sum(map(how.encoded_bytes, _tree(push).leaves))
     if how.casts:
         return Reply(dataclasses.replace(reply.ack, payload_bytes=size, params_codec=how.kind), reply.params, how)
     if live.replica is None:
         return reply
     answer = live.replica.answer(
         reply.params,
+        absent=_left_out(push.options),
         incarnation=reply.ack.incarnation,
         step=reply.ack.step,
         view_step=push.options.view_step,
@@ -106,9 +113,38 @@ def encoded(push: Push, reply: Reply) -> Reply:
 
 def _room(push: Push) -> Params:
     """Arrays for parameters: in the landing, which is lent until the reply is out; its gradients have been used."""
-    live = push.session
-    memory = push.landing.memory if push.landing.is_open else np.empty(live.held.layout.nbytes, np.uint8)
-    return list(landing.Landing.filled(memory, live.tree, live.held.layout).arrays())
+    layout = push.session.held.layout
+    memory = push.landing.memory if push.landing.is_open else np.empty(layout.nbytes, np.uint8)
+    absent = _left_out(push.options)
+    return list(landing.Landing.filled(memory, _tree(push), layout.without(absent) if absent else layout).arrays())
+
+
+def _tree(push: Push) -> trees.TreeSpec:
+    """The leaves whose parameters the reply to a push carries."""
+    tree, absent = push.session.tree, _left_out(push.options)
+    return tree.without(absent) if absent else tree
+
+
+def _left_out(options: sessions.PushOptions) -> tuple[int, ...]:
+    """Positions of the leaves whose parameters a reply does not carry."""
+    return options.absent if options.reply is sessions.ReplyContent.PRESENT else ()
+
+
+def _without(segments: Iterable[np.ndarray], tree: trees.TreeSpec, absent: tuple[int, ...]) -> Params:
+    """Of segments of a whole payload, those of the leaves that are not absent."""
+    gone, kept = frozenset(absent), []
+    rest = np.empty(0, np.uint8)
+    source = iter(segments)
+    for index, leaf in enumerate(tree.leaves):
+        left = leaf.elements
+        while left:
+            if not rest.size:
+                rest = next(source)
+            count = min(rest.size, left)
+            if index not in gone:
+                kept.append(rest[:count])
+            rest, left = rest[count:], left - count
+    return kept
 
 
 def _spread(pieces: Iterable[np.ndarray], arrays: Iterable[np.ndarray]) -> None:
@@ -125,12 +161,13 @@ def _spread(pieces: Iterable[np.ndarray], arrays: Iterable[np.ndarray]) -> None:
             rest, target = rest[count:], target[count:]
 
 
-def _arrays(engine: engines.Engine, live: LiveSession, content: sessions.ReplyContent, step: int) -> Params:
+def _arrays(engine: engines.Engine, live: LiveSession, options: sessions.PushOptions, step: int) -> device.Work[Params]:
     """The arrays that a reply carries to the push that became ``step``; in a list of its own, as sending empties it."""
-    if content is sessions.ReplyContent.NONE:
+    if options.reply is sessions.ReplyContent.NONE:
         return []
-    if content is sessions.ReplyContent.PARAMS:
-        return engine.params(live.held)
+    if options.reply in _PARAMS:
+        segments = yield from engine.params(live.held)
+        return _without(segments, live.tree, options.absent) if _left_out(options) else segments
     if live.added is None or live.added[0] != step:
         pushes = live.machine.workers.values()
         was_kept = any(push.step == step and push.options.reply is sessions.ReplyContent.UPDATES for push in pushes)

@@ -8,7 +8,7 @@ import ipaddress
 import os
 from typing import Any
 
-from optwire_proto import limits
+from optwire_proto import aggregations, limits
 
 _THREADS_MIN = 128
 _SHORT_CALLS = 32  # threads for what is no stream
@@ -26,6 +26,7 @@ class ServerConfig:
       listen: addresses to serve on: "host:port" (port 0: a free one) or "unix:/path".
       insecure: whether an address beyond loopback may be served without TLS.
       allow_programs: whether sessions may bring exported programs as their optimizers (docs/programs.md).
+      aggregation: how pushes become steps in sessions that ask for none.
       sessions_max: most sessions; one more is refused.
       leaves_max: most leaves of a session's tree. An optimizer that needs the whole tree at once takes at most 2,048.
       streams_max: most streams open at once; each holds a thread while it is open.
@@ -51,6 +52,7 @@ class ServerConfig:
     listen: tuple[str, ...] = ("127.0.0.1:50051",)
     insecure: bool = False
     allow_programs: bool = False
+    aggregation: aggregations.Aggregation = aggregations.SINGLE
     sessions_max: int = 1024
     leaves_max: int = limits.LEAVES_MAX
     streams_max: int = 96
@@ -100,7 +102,7 @@ def _is_local(address: str) -> bool:
 
 
 def parser(prog: str = "optwire") -> argparse.ArgumentParser:
-    """The command line: ``serve``, ``health``, ``optimizers``, and ``bench``, which has its own."""
+    """The command line: ``serve``, ``health``, ``optimizers``, ``workers``, and ``bench``, which has its own."""
     root = argparse.ArgumentParser(prog=prog, description="A remote optimizer.")
     commands = root.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="hold optimizer state and apply pushes until SIGTERM or SIGINT")
@@ -113,6 +115,11 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
     serve.add_argument("--insecure", action="store_true", help="allow addresses beyond loopback, without TLS")
     serve.add_argument(
         "--allow-programs", action="store_true", help="serve optimizers that clients bring as exported programs"
+    )
+    serve.add_argument(
+        "--aggregation",
+        metavar="HOW",
+        help="how pushes become steps in sessions that ask for none, such as 'sync(4)' (default single)",
     )
     serve.add_argument(
         "--handover-dir", metavar="DIR", help="where to hand shared memory over, or 'none' (default: its own folder)"
@@ -139,6 +146,10 @@ def parser(prog: str = "optwire") -> argparse.ArgumentParser:
     health = commands.add_parser("health", help="ask a server whether it serves; exits 0 if so, 2 if not")
     health.add_argument("--target", default="localhost:50051", help="gRPC target (default localhost:50051)")
     health.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait (default 5)")
+    workers = commands.add_parser("workers", help="list a session's workers, and for whom its next step waits")
+    workers.add_argument("name", help="of the session")
+    workers.add_argument("--target", default="localhost:50051", help="gRPC target (default localhost:50051)")
+    workers.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait (default 5)")
     commands.add_parser("bench", add_help=False, help="measure steps beside local ones: optwire bench --help")
     return root
 
@@ -152,4 +163,6 @@ def from_flags(flags: argparse.Namespace) -> ServerConfig:
     }
     if "listen" in given:
         given["listen"] = tuple(given["listen"])
+    if "aggregation" in given:
+        given["aggregation"] = aggregations.parse(given["aggregation"])
     return ServerConfig(**given)

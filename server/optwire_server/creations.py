@@ -85,7 +85,7 @@ class Creations:
             raise over("leaves_max", len(tree.leaves), self._config.leaves_max)
         old = self._extended(name, create_key, tree, extends)
         name = old.machine.name if old else name
-        whole = extensions.terms(terms, old)
+        whole = extensions.terms(terms, old, self._config.aggregation)
         workers = whole.aggregation or aggregations.SINGLE
         _check_codecs(whole, tree)
         with self._table.lock:
@@ -96,7 +96,7 @@ class Creations:
         compiled = self._engine.compile(checked, tree)
         if old is not None:
             extensions.check_closed(old, compiled)
-        size = compiled.held_bytes + replicas.state_bytes(whole.params_codec or codecs.RAW, tree)
+        size = compiled.held_bytes + replicas.held_bytes(whole.params_codec or codecs.RAW, tree)
         room = self._reserved(size, compiled.layout, workers, old) if first_try else contextlib.nullcontext()
         with room, contextlib.closing(self._landings.land(tree, compiled.layout)) as lent:
             yield Creation(
@@ -135,7 +135,7 @@ class Creations:
         held = self._engine.hold(creation.program, creation.landing, plan.rates, creation.seed)
         id_ = secrets.token_hex(16)
         name = creation.name or f"session-{id_[:16]}"
-        terms = extensions.terms(creation.terms, creation.extended)
+        terms = extensions.terms(creation.terms, creation.extended, self._config.aggregation)
         held.lane.turns = terms.turns or 1
         live = LiveSession(
             machine=machine.Session(id=id_, name=name, aggregation=terms.aggregation or aggregations.SINGLE),
@@ -250,7 +250,10 @@ class Creations:
             with self._table.lock:
                 held = self._held_bytes() + grown_bytes
             if held > self._config.state_bytes_max:
-                why = "; leaves without gradients are held apart from the others: push zeros, or delete a session"
+                why = (
+                    "; leaves without gradients are held apart from the others, and updates in replies are kept for a "
+                    "retry: push zeros, ask for parameters, or delete a session"
+                )
                 raise over("state_bytes_max", held, self._config.state_bytes_max, why)
 
     def _held_bytes(self) -> int:

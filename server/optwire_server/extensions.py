@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from optwire_proto import errors, sessions, trees
+from optwire_proto import aggregations, errors, sessions, trees
 from optwire_server import states
 from optwire_server.engine import device, program
 from optwire_server.engine import engine as engines
@@ -69,9 +69,12 @@ def _skipped(old: LiveSession, compiled: program.Program) -> int:
     return min(old.machine.skipped, old.machine.step // compiled.forfeits)
 
 
-def terms(asked: sessions.Terms, old: LiveSession | None) -> sessions.Terms:
-    """What a new session has beside tree and optimizer: as it was asked for, or as in the session that it extends."""
-    return asked.after(old.terms if old else sessions.USUAL)
+def terms(asked: sessions.Terms, old: LiveSession | None, aggregation: aggregations.Aggregation) -> sessions.Terms:
+    """What a new session has beside tree and optimizer: as it was asked for, or as in the session that it extends.
+
+    Where it extends none, and asks for no ``aggregation``, it has the one given here.
+    """
+    return asked.after(old.terms if old else dataclasses.replace(sessions.USUAL, aggregation=aggregation))
 
 
 def shared(old: LiveSession, new: LiveSession) -> list[tuple[int, int]]:

@@ -119,8 +119,9 @@ class LiveSession:
 
     @property
     def held_bytes(self) -> int:
-        """As ``state_bytes``, and what blocks are padded with."""
-        return self.held.held_bytes + replicas.state_bytes(self.params_codec, self.tree)
+        """As ``state_bytes``, and padding of blocks, memory to encode replies with, and updates kept for a retry."""
+        kept = self.tree.payload_bytes if self.added else 0
+        return self.held.held_bytes + replicas.held_bytes(self.params_codec, self.tree) + kept
 
     def ack(self, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
         """The outcome of a push as the client hears it."""

@@ -86,7 +86,7 @@ class Registry:
             raise creations.over("payload of a unary Step, in bytes", live.tree.payload_bytes, payload_bytes_max)
         machine.admit(live.machine, key)
         updates.check_options(live, options)
-        self.creations.check_growth(self._engine.growth(live.held, options.absent))
+        self._check_growth(live, options)
         updates.prepare(live, options)
         change = self._pushed_change(live, key, options)
         tree, layout = live.tree, live.held.layout
@@ -111,7 +111,8 @@ class Registry:
         else:
             lent = self._landings.land(tree, layout)
         try:
-            yield Push(key, options, live, lent, change, claim, answers.departure(live, options) if departs else None)
+            out = answers.departure(live, options) if departs and claim is None else None
+            yield Push(key, options, live, lent, change, claim, out)
         finally:
             live.room.leave(lent)
 
@@ -149,6 +150,11 @@ class Registry:
         stage.leave_out(options.absent)
         stage.is_pushed = True
         return stage
+
+    def _check_growth(self, live: LiveSession, options: sessions.PushOptions) -> None:
+        """Raises LimitError where there is no memory for what a session holds after a push beyond what it holds now."""
+        grown = self._engine.growth(live.held, options.absent)
+        self.creations.check_growth(grown + updates.kept_bytes(live, options))
 
     def _pushed_change(
         self, live: LiveSession, key: sessions.PushKey, options: sessions.PushOptions
@@ -233,7 +239,7 @@ class Registry:
         updates.check_ready(push, todo)
         for effect in todo:
             if isinstance(effect, effects.Apply):  # others may have grown since it was admitted
-                self.creations.check_growth(self._engine.growth(live.held, effect.options.absent))
+                self._check_growth(live, effect.options)
         live.machine = after
         outcome: Reply | Waiting | None = None
         failure: errors.OptwireError | None = None
@@ -277,7 +283,7 @@ class Registry:
         machine.check_alive(live.machine)
         live.prepare_view(which)
 
-        def look() -> Read:
+        def look() -> device.Work[Read]:
             machine.check_alive(live.machine)
             if not live.plan.program.has_view(which):
                 raise errors.UnavailableError(
@@ -285,10 +291,11 @@ class Registry:
                     f"{which!r} is not compiled yet"
                 )
             live.held.program = live.plan.program  # the one that has the view
-            return Read(live.info(), live.worker_seq(worker), self._engine.params(live.held, which))
+            params = yield from self._engine.params(live.held, which)
+            return Read(live.info(), live.worker_seq(worker), params)
 
         with self._landings.counted(live.tree.payload_bytes):
-            yield self._engine.run(look, live.held)
+            yield self._engine.work(look(), live.held)
 
     def info(self, *, id_: str = "", name: str = "", worker: str = "") -> tuple[sessions.SessionInfo, int]:
         """The session, and the worker's last applied seq (0: none)."""

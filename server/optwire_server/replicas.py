@@ -46,12 +46,64 @@ class _Difference:
 
 
 class Replica:
-    """The replica of one session. Thread-safe; made without arrays, as the first reply is whole anyway.
+    """The replica of one session, in parts: one for each set of leaves that replies carry. Thread-safe.
+
+    No leaf is in two parts, so that all of them together are no larger than the parameters: where a set shares leaves
+    with one that came before it, its replies are whole.
 
     Args:
       how: the codec of differences.
       tree: of the session.
     """
+
+    def __init__(self, how: codecs.Codec, tree: trees.TreeSpec) -> None:
+        self._codec = how
+        self._tree = tree
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[int, ...], _Part] = {}
+        self._taken: set[int] = set()  # leaves that are in a part
+
+    def answer(
+        self,
+        params: Arrays,
+        *,
+        absent: tuple[int, ...],
+        incarnation: int,
+        step: int,
+        view_step: int | None,
+        room: Callable[[], Arrays],
+    ) -> Answer:
+        """What to send of the parameters of a step.
+
+        The replica follows where it is of an earlier step. Where it is of a later one, another reply was faster, and
+        this one is of that step, too.
+
+        Args:
+          params: the parameters, in pieces in the order of the payload; emptied, unless they are the answer.
+          absent: positions of the leaves that are not among them.
+          incarnation: of the session, at that step.
+          step: number of updates applied.
+          view_step: of the replica that the client has; None: it has none.
+          room: gives arrays for a copy of the replica.
+        """
+        part = self._part(absent)
+        if part is None:
+            return Answer(step, params, is_difference=False)
+        return part.answer(params, incarnation=incarnation, step=step, view_step=view_step, room=room)
+
+    def _part(self, absent: tuple[int, ...]) -> _Part | None:
+        with self._lock:
+            if absent not in self._parts:
+                leaves = set(range(len(self._tree.leaves))).difference(absent)
+                if leaves & self._taken:
+                    return None
+                self._taken |= leaves
+                self._parts[absent] = _Part(self._codec, self._tree.without(absent) if absent else self._tree)
+            return self._parts[absent]
+
+
+class _Part:
+    """The replica of some leaves. Thread-safe; made without arrays, as the first reply is whole anyway."""
 
     def __init__(self, how: codecs.Codec, tree: trees.TreeSpec) -> None:
         self._codec = how
@@ -65,18 +117,7 @@ class Replica:
     def answer(
         self, params: Arrays, *, incarnation: int, step: int, view_step: int | None, room: Callable[[], Arrays]
     ) -> Answer:
-        """What to send of the parameters of a step.
-
-        The replica follows where it is of an earlier step. Where it is of a later one, another reply was faster, and
-        this one is of that step, too.
-
-        Args:
-          params: the parameters, in pieces in the order of the payload; emptied, unless they are the answer.
-          incarnation: of the session, at that step.
-          step: number of updates applied.
-          view_step: of the replica that the client has; None: it has none.
-          room: gives arrays for a copy of the replica.
-        """
+        """As ``Replica.answer``."""
         with self._lock:
             if incarnation < self._incarnation:  # of a history that is none any more: its client will be told
                 return Answer(step, params, is_difference=False)
@@ -132,6 +173,12 @@ def replica(how: codecs.Codec, tree: trees.TreeSpec) -> Replica | None:
 def state_bytes(how: codecs.Codec, tree: trees.TreeSpec) -> int:
     """Bytes that the replica of a session holds, and the newest difference with it; 0 for codecs that need none."""
     return tree.payload_bytes + sum(map(how.encoded_bytes, tree.leaves)) if how.loses else 0
+
+
+def held_bytes(how: codecs.Codec, tree: trees.TreeSpec) -> int:
+    """As ``state_bytes``, and what encoding a difference takes for the time: a leaf after the other, of one reply."""
+    encoding = (how.encoding_bytes(leaf.elements) for leaf in tree.leaves if how.bears_on(leaf.dtype))
+    return state_bytes(how, tree) + max(encoding, default=0)
 
 
 def _reader(pieces: _Pieces, replica: np.ndarray) -> codecs.Read:

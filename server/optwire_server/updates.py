@@ -72,6 +72,12 @@ def _check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
         )
 
 
+def kept_bytes(live: LiveSession, options: sessions.PushOptions) -> int:
+    """Bytes of memory that a session takes more for what its update adds, which is kept for a retry of the push."""
+    is_kept = options.reply is sessions.ReplyContent.UPDATES
+    return live.tree.payload_bytes if is_kept and live.added is None else 0
+
+
 def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
     """Compiles the variants of the program that a push with these options may run; on the calling thread."""
     closing = (True,) if live.plan.program.every == 1 else (True, False)

@@ -63,7 +63,8 @@ def _main() -> None:
 
 def _lines(client: optwire.Client) -> Iterator[str]:
     yield _INTRODUCTION
-    served = [entry for entry in build.CATALOGUE.values() if not entry.refusal and entry not in catalogue.TORCH]
+    elsewhere = (*catalogue.TORCH, *catalogue.OUTER)
+    served = [entry for entry in build.CATALOGUE.values() if not entry.refusal and entry not in elsewhere]
     for kind, title in _TITLES.items():
         yield f"## {title}\n"
         own = sorted((entry for entry in served if entry.kind == kind), key=lambda entry: entry.name)
@@ -81,6 +82,12 @@ def _lines(client: optwire.Client) -> Iterator[str]:
     yield "| Entry | What it is |"
     yield "|---|---|"
     yield from (f"| `{signature(entry)}` | {entry.summary} |" for entry in catalogue.TORCH)
+    yield ""
+    yield "## Outer optimizers\n"
+    yield "Held to their papers, by `tests/server/test_outer_rules.py`; see [local-steps.md](local-steps.md).\n"
+    yield "| Entry | What it is |"
+    yield "|---|---|"
+    yield from (f"| `{signature(entry)}` | {entry.summary} |" for entry in catalogue.OUTER)
     yield ""
     yield "## Known and refused\n"
     yield "| Entry | Why |"

@@ -64,8 +64,10 @@ def test_the_quick_run_measures_every_case_beside_the_local_step(quick: tuple[st
     _, found, folder = quick
     assert found["machine"].keys() >= MACHINE
     assert found["kind"] == "step"
-    assert (found["rounds"], found["warm_up"]) == (2, stepping.WARM_UP)
+    assert found["warm_up"] == stepping.WARM_UP
     (entry,) = found["models"]
+    assert entry["rounds"] == 2
+    assert {row["group"] for row in entry["rows"]} == {0}
     assert (entry["model"], entry["parameters"], entry["tensors"]) == ("100k", 100_000, 16)
     rows = {row["case"]: row for row in entry["rows"]}
     assert {"local", "stream", "stream bf16", "stream int8", "unix", "naive", "another"} <= rows.keys()
@@ -90,15 +92,17 @@ def test_f32_is_the_local_step_bit_for_bit(quick: tuple[str, dict[str, Any], pat
 def test_shared_memory_is_measured_or_the_report_says_why_not(quick: tuple[str, dict[str, Any], pathlib.Path]):
     _, found, _ = quick
     ran = "shared_memory" in [row["case"] for row in found["models"][0]["rows"]]
-    assert ran or any(line.startswith("shared_memory, 100k: over stream instead: ") for line in found["left_out"])
+    left_out = found["models"][0]["left_out"]
+    assert ran or any(line.startswith("shared_memory, 100k: over stream instead: ") for line in left_out)
 
 
 def test_a_peer_that_is_not_installed_is_left_out_in_a_line(quick: tuple[str, dict[str, Any], pathlib.Path]):
     report, found, _ = quick
-    (line,) = [line for line in found["left_out"] if line.startswith("absent")]
+    left_out = found["models"][0]["left_out"]
+    (line,) = [line for line in left_out if line.startswith("absent")]
     assert line.endswith("No module named no_such_peer")
     assert f"* Left out: {line}" in report.splitlines()
-    assert "chatty, 100k: chatty: answered 'hi', expected JSON" in found["left_out"]
+    assert "chatty, 100k: chatty: answered 'hi', expected JSON" in left_out
 
 
 def test_the_report_is_a_table_of_the_figures(quick: tuple[str, dict[str, Any], pathlib.Path]):
@@ -142,16 +146,68 @@ def test_the_limits_are_shares_of_raw_tcp(tmp_path: pathlib.Path):
     assert len(table(done.stdout)) == len(found["rows"])
 
 
-def test_fairness_measures_a_tiny_session_in_three_states(tmp_path: pathlib.Path):
+def test_an_update_keeps_the_sizes_that_are_not_measured_again(
+    quick: tuple[str, dict[str, Any], pathlib.Path], tmp_path: pathlib.Path
+):
+    path = tmp_path / "step.json"
+    path.write_text((quick[2] / "step.json").read_text())
+    few = ("--transport", "stream", "--against", "local", "--json", f"{path}", "--update", "--no-progress")
+    for rounds, sizes in (("1", "16"), ("3", "16,1M")):
+        done = bench("step", "--no-extras", "--rounds", rounds, "--steps", "1", "--params", sizes, *few)
+        assert done.returncode == 0, done.stderr
+    smallest, kept, largest = json.loads(path.read_text())["models"]
+    assert [(entry["model"], entry["rounds"]) for entry in (smallest, largest)] == [("16", 3), ("1M", 3)]
+    assert kept == quick[1]["models"][0]
+    assert "rounds in which all take turns: 3 on 16, 2 on 100k, 3 on 1M;" in done.stdout
+    assert {row["model"] for row in table(done.stdout)} == {"16", "100k", "1M"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no figures to update: "),
+        ("[]", "no figures to update: "),
+        ('{"kind": "cold", "machine": {}}', "figures of 'cold', expected those of 'step'"),
+        (
+            '{"kind": "step", "machine": {"cores": 0, "processor": "P", "memory_gib": 1, "versions": {"jax": "0"}}}',
+            "of 0 cores, P, 1 GiB; jax 0; this is ",
+        ),
+    ],
+)
+def test_figures_that_cannot_be_joined_are_refused_before_anything_is_measured(
+    content: str | None, message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "step.json"
+    if content is not None:
+        path.write_text(content)
+    assert command.main(["step", "--update", "--json", f"{path}"]) == 1
+    assert f"optwire bench step: {path}: {message}" in capsys.readouterr().err
+    assert (path.read_text() if path.exists() else None) == content
+
+
+def test_fairness_measures_a_tiny_session_in_four_states(tmp_path: pathlib.Path):
     done = bench("fairness", "--quick", "--no-progress", "--json", f"{tmp_path}/fairness.json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "fairness.json").read_text())["rows"]
     assert row["heavy_steps"] > 0
-    for state in fairness.STATES:
+    for state in ("alone", "beside", "half", "busy"):
         assert 0 < row[f"{state}_p50_ms"] <= row[f"{state}_p99_ms"]
-    assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    for name in ("ratio", "busy_ratio", "beside_over_busy"):
+        assert row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]
     (line,) = table(done.stdout)
     assert line["transport"] == "1M over stream"
+    assert line["busy p50"] == f"{row['busy_p50_ms']:.2f}"
+    assert line["p99 beside/busy (min–max)"].startswith(f"{row['beside_over_busy']:.2f} (")
+
+
+def test_processes_that_only_compute_do_so_until_they_are_ended():
+    before = set(_children(os.getpid()))
+    with fairness.computing(2):
+        begun = set(_children(os.getpid())) - before
+        assert len(begun) == 2
+        for pid in begun:
+            _until(lambda pid=pid: time.clock_gettime((~pid << 3) | 2) > 1.0)  # CPU seconds of a process
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in begun)
 
 
 def test_a_second_session_of_another_shape_compiles_nothing(tmp_path: pathlib.Path):

@@ -30,12 +30,12 @@ from optwire_proto import catalogue
 from optwire_server import testing
 from optwire_server.engine import build
 
-# Torch's are held to torch itself, in tests/server/test_torch_rules.py.
-TORCH = {entry.name for entry in catalogue.TORCH}
+# Torch's are held to torch itself, in tests/server/test_torch_rules.py, outer ones to papers in test_outer_rules.py.
+ELSEWHERE = {entry.name for entry in (*catalogue.TORCH, *catalogue.OUTER)}
 ENTRIES = sorted(
     name
     for name, entry in build.CATALOGUE.items()
-    if entry.kind != "schedule" and not entry.refusal and name not in TORCH
+    if entry.kind != "schedule" and not entry.refusal and name not in ELSEWHERE
 )
 REFUSED = sorted(name for name, entry in build.CATALOGUE.items() if entry.refusal)
 

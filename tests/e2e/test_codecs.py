@@ -518,6 +518,15 @@ def test_the_replica_counts_as_state(client: optwire.Client):
             other.create_session(tree_of(0), opt.sgd(RATE), params_codec="int8")
 
 
+def test_what_replies_are_encoded_in_is_held_and_is_no_state(serving: testing.Serving, client: optwire.Client):
+    session = client.create_session(tree_of(0), opt.sgd(RATE), params_codec="top_k(0.01)")
+    live = serving.server.registry._table.by_name[session.name]
+    padding = live.held.held_bytes - live.held.state_bytes
+    largest = max(array.nbytes for array in tree_of(0).values())
+    assert session.info().state_bytes == live.state_bytes
+    assert live.held_bytes - padding >= live.state_bytes + largest
+
+
 @pytest.mark.parametrize("text", ["int8", "sign", "top_k(0.01)"])
 def test_a_difference_is_added_as_a_whole_or_not_at_all(text: str):
     how, spec = codecs.parse(text), trees.flatten([np.zeros(300, np.float32)] * 2).spec

@@ -130,7 +130,7 @@ def cut(
         variant = program.Variant(closing=(index + 1) % compiled.every == 0)
         operands = program.Operands(given, index, extras={"value": 1.5} if sample.wants_loss else {})
         running.work(running.update(held, variant, operands, laid(grads)), held)
-        after.append(np.concatenate([segment.copy() for segment in running.run(lambda: running.params(held))]))
+        after.append(np.concatenate([segment.copy() for segment in running.work(running.params(held), held)]))
     return after
 
 

@@ -328,6 +328,26 @@ def test_leaves_that_part_ways_need_room_or_nothing_changes() -> None:
         session.step(present(1, "b"))  # nothing grows any more
 
 
+def test_updates_that_are_kept_for_a_retry_need_room_or_nothing_changes() -> None:
+    params = {"w": np.zeros(16_384, np.float32)}  # as many as fit a small block, so that nothing is padding
+    payload = params["w"].nbytes
+    with testing.serve(state_bytes_max=230_000) as serving, optwire.connect(serving.target) as client:
+        session = client.create_session(params, opt.sgd(0.1))
+        other = client.create_session(params, opt.sgd(0.1))
+        creations = serving.server.registry.creations
+        before = creations._held_bytes()
+        assert before <= 230_000 < before + 2 * payload
+        session.step(params, reply="updates")
+        session.step(params, reply="updates")
+        assert creations._held_bytes() == before + payload
+        with pytest.raises(optwire.LimitError, match="state_bytes_max: .* ask for parameters"):
+            other.step(params, reply="updates")
+        assert other.step_count == 0
+        session.step(params)  # and what was kept is let go of
+        assert creations._held_bytes() == before
+        other.step(params, reply="updates")
+
+
 def test_nothing_there_is_no_push(client: optwire.Client) -> None:
     session = client.create_session(PARAMS, opt.per_leaf(opt.sgd(0.1)))
     with pytest.raises(optwire.TreeMismatchError, match="None, and so is every other array"):

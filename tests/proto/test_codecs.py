@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -395,3 +396,21 @@ def test_a_session_has_one_fraction():
 def test_a_leaf_beyond_32_bits_of_positions_is_refused():
     with pytest.raises(errors.TreeError, match="top_k"):
         codecs.TopK(0.01).encoded(trees.LeafSpec("w", (2**32 + 1,), "f32"))
+
+
+@pytest.mark.parametrize("text", [*LOSSY, "top_k(0.5)"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_encoding_takes_no_more_memory_than_it_says(text, alike):
+    how, size = codecs.parse(text), 2_000_000
+    values = np.ones(size, np.float32) if alike else drawn(size)
+    leaf = trees.LeafSpec("w", (size,), "f32")
+    arrays = [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in how.encoded(leaf)]
+    tracemalloc.start()
+    try:
+        how.encode(size, codecs.reader(values), arrays)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    pieces = 24 * codec_module.PIECE  # what is worked on at once, whatever the size
+    assert peak <= how.encoding_bytes(size) + pieces
+    assert how.encoding_bytes(size) <= 2 * peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,17 @@ UNKNOWN_FIELD = b"\xa0\x38\x01"  # number 900, a varint
 TREE = trees.flatten({"b": np.zeros(3, np.float32), "w": [np.zeros((2, 3), np.float64), None]}).spec
 SPEC = checks.check(specs.Spec("adam", (("step_size", 0.1),)))
 ARRAY = specs.Array.of("f64", (2, 1), (0.1, -0.0))
-KEY = sessions.PushKey(session_id="0" * 32, incarnation=3, worker="f" * 32, seq=2**64 - 1, base_step=7)
+KEY = sessions.PushKey(session_id="0" * 32, incarnation=3, worker="f" * 32, seq=2**64 - 1, base_step=7, epoch=9)
+WORKER = sessions.WorkerInfo(
+    worker="f" * 32,
+    epoch=2**32 - 1,
+    state=sessions.WorkerState.LOST,
+    seq=2**64 - 1,
+    base_step=2**63,
+    has_pushed=True,
+    is_awaited=False,
+    silent_s=1 / 3,
+)
 ACK = sessions.Ack(
     step=9,
     applied_step=8,
@@ -93,6 +104,20 @@ def test_an_ack_survives_the_wire():
     assert convert.ack_from_proto(sent(convert.ack_to_proto(ACK))) == ACK
 
 
+@pytest.mark.parametrize("state", sessions.WorkerState)
+def test_a_worker_survives_the_wire(state: sessions.WorkerState):
+    worker = dataclasses.replace(WORKER, state=state)
+    assert convert.worker_from_proto(sent(convert.worker_to_proto(worker))) == worker
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan"), 1e39, 1e-39])
+def test_a_weight_that_cannot_be_is_refused(weight: float):
+    begin = convert.push_to_proto(KEY)
+    begin.weight = weight
+    with pytest.raises(errors.InvalidArgumentError, match=r"push\.weight: .*, expected a positive finite number"):
+        convert.push_from_proto(sent(begin))
+
+
 @pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 99])
 def test_a_digest_survives_the_wire(data: bytes):
     digest = digests.digest(data)
@@ -115,6 +140,7 @@ def test_what_an_optimizer_does_survives_the_wire():
         sessions.PushOptions(
             grad_scale=65536.0, extras=(("loss", 0.25),), telemetry=True, reply=sessions.ReplyContent.UPDATES
         ),
+        sessions.PushOptions(weight=1 / 3, reply=sessions.ReplyContent.PRESENT),
     ],
 )
 def test_what_a_push_says_beside_its_gradients_survives_the_wire(options: sessions.PushOptions):

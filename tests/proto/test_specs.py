@@ -101,6 +101,7 @@ COMPLETE = {
     "per_leaf": opt.per_leaf(opt.torch_adamw(SCHEDULES["constant"])),
     "grouped": opt.grouped([0, 1, 0], opt.adam(1e-3), opt.per_leaf(opt.torch_sgd(0.1, momentum=0.9))),
     **{entry.name: getattr(opt, entry.name)() for entry in catalogue.TORCH},
+    **{entry.name: getattr(opt, entry.name)(learning_rate=0.1) for entry in catalogue.OUTER},
     "accumulate": opt.accumulate(opt.adam(1e-3), 4),
     "on_nonfinite": opt.on_nonfinite(opt.adam(1e-3), "skip"),
     "ema_params": opt.ema_params(opt.adam(1e-3), 0.99, debias=True),

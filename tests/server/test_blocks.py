@@ -75,6 +75,17 @@ class Run:
         list(self.held.write_params(out))
         return [leaf.tobytes() for leaf in landing.Landing.filled(out, self.tree, self.program.layout).arrays()]
 
+    def read(self, which: str) -> tuple[list[np.ndarray], int]:
+        """The parameters, or a view of them, and how many turns it took to read them."""
+        self.program.prepare_view(which)
+        reading, turns = self.held.params(which), 0
+        while True:
+            try:
+                next(reading)
+            except StopIteration as stop:
+                return stop.value, turns
+            turns += 1
+
     def replace(self, arrays: dict[int, tensors.Array], room: held.Room = lambda _: None) -> int:
         """How many turns it took to put arrays in the place of others."""
         return sum(1 for _ in self.held.replace(arrays, room))
@@ -171,9 +182,21 @@ def test_parameters_are_written_as_they_come_and_anew() -> None:
     run.push(out=out)
     written = landing.Landing.filled(out, run.tree, run.program.layout).arrays()
     assert [leaf.tobytes() for leaf in written] == run.params()
-    segments = run.held.params()
+    segments, turns = run.read("")
     assert all(segment.ndim == 1 for segment in segments)
     assert b"".join(segment.tobytes() for segment in segments) == b"".join(run.params())
+    assert turns == 1, "those in 16 bits are computed of their masters, in a block"
+
+
+def test_a_view_that_is_computed_gives_others_their_turns_and_one_that_is_there_takes_none() -> None:
+    run = Run(optax.schedule_free_sgd(0.1), tree_of((5, cut.SMALL * 3, 300)))
+    run.push()
+    blocks = sum(len(span.blocks) for span in run.held.spans)
+    assert blocks > 1
+    (params, none), (view, turns) = run.read(""), run.read("eval")
+    assert (none, turns) == (0, blocks)
+    assert len(b"".join(segment.tobytes() for segment in view)) == run.tree.payload_bytes
+    assert all(segment.base is not None or not segment.flags.owndata for segment in params), "views of the state"
 
 
 def test_a_sum_over_all_leaves_leaves_blocks_alone() -> None:

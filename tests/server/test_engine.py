@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterator
@@ -119,12 +120,12 @@ def test_a_session_made_with_a_constant_schedule_steps_like_one_made_with_the_nu
 def test_a_failed_update_that_consumed_nothing_leaves_the_state(running: engine.Engine) -> None:
     compiled = running.compile(opt.adam(0.1), TREE)
     held = running.hold(compiled, full(1.0, compiled), ONCE.rates)
-    before = [leaf.copy() for leaf in running.run(lambda: running.params(held))]
+    before = [leaf.copy() for leaf in running.work(running.params(held), held)]
     short = landing.Landing.filled(np.zeros(64, np.uint8), TREE, compiled.layout)
     with pytest.raises(engine.UpdateError) as failed:
         running.work(running.update(held, program.Variant(), ONCE, short))
     assert not failed.value.state_lost
-    for ours, theirs in zip(before, running.run(lambda: running.params(held)), strict=True):
+    for ours, theirs in zip(before, running.work(running.params(held), held), strict=True):
         assert ours.tobytes() == theirs.tobytes()
     running.work(running.update(held, program.Variant(), ONCE, full(1.0, compiled)))
 
@@ -209,6 +210,27 @@ def test_what_needs_no_buffer_passes_alone_whatever_its_size() -> None:
         pass
     assert caught.value.retry_after_s > 0
     lent.close()
+    assert pool.lent_bytes == 0
+
+
+def test_who_gives_way_may_do_so_at_once_and_who_was_refused_then_finds_the_room() -> None:
+    pool = landing.Landings(bytes_max=20_000, keep_bytes=0)
+    where = layout.aligned(TREE)
+
+    def close(at: int) -> None:
+        early[at].close()
+
+    early = [pool.land_early(landing.Landing, TREE, where, functools.partial(close, at)) for at in range(2)]
+    with pytest.raises(errors.LimitError):
+        pool.land_early(landing.Landing, TREE, where, lambda: None)
+    assert all(each.is_open for each in early), "none gives way to another that is early"
+    with pytest.raises(errors.LimitError):
+        pool.land(TREE)
+    assert [each.is_open for each in early] == [False, True], "the oldest is enough"
+    pool.land(TREE).close()
+    assert not pool.keep(early[0])
+    assert pool.keep(early[1])
+    early[1].close()
     assert pool.lent_bytes == 0
 
 

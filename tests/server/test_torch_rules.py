@@ -17,7 +17,7 @@ import pytest
 from optwire import optimizers as opt
 from optwire_proto import checks, errors, trees
 from optwire_server.engine import build, cache, held, landing, program, rates
-from optwire_server.optimizers import torch_rules
+from optwire_server.optimizers import formulas, torch_rules
 
 # Not among the developer's tools of pyproject.toml, as it is large; the Makefile installs the build for CPUs alone.
 torch = pytest.importorskip("torch", reason="torch is an optional test dependency; `make test` installs it")
@@ -336,7 +336,7 @@ def test_sgd_with_nesterovs_momentum_is_its_documentation() -> None:
 @pytest.mark.parametrize("t", [1, 2, 5, 6, 7, 30, 1000, 2**24 + 1])
 def test_what_depends_on_numbers_alone_loses_no_digits_in_32_bits(beta: float, t: int) -> None:
     """Against Python's fractions: 64 bits lose some themselves."""
-    number = torch_rules.Number.of(beta)
+    number = formulas.Number.of(beta)
     unbiased = 1 - fractions.Fraction(beta) ** t if t < 2000 else fractions.Fraction(1)
     assert abs(float(number.complement) / (1 - beta) - 1) < 1e-7
     if t < 2000 or beta <= 0.99999:
@@ -345,7 +345,7 @@ def test_what_depends_on_numbers_alone_loses_no_digits_in_32_bits(beta: float, t
         return
     exact = fractions.Fraction(beta)
     length = 2 / (1 - exact) - 1 - 2 * t * exact**t / (1 - exact**t)
-    found = torch_rules._length(-number._log, number.complement, jax.numpy.float32(t))
+    found = torch_rules._length(-number.log, number.complement, jax.numpy.float32(t))
     assert abs(float(found) - float(length)) <= 1e-6 * max(float(length), 1.0)
 
 

@@ -30,18 +30,20 @@ from optwire_proto.errors import (
     OptwireError,
     OutOfStepError,
     PayloadError,
+    ReplacedError,
     SessionExistsError,
     SessionFailedError,
     SessionNotFoundError,
     SpecError,
     StalePushError,
     StaleStepError,
+    StepClosedError,
     TreeError,
     TreeMismatchError,
     UnavailableError,
     UnsupportedError,
 )
-from optwire_proto.sessions import Ack, OptimizerInfo, ServerInfo, SessionInfo
+from optwire_proto.sessions import Ack, OptimizerInfo, ServerInfo, SessionInfo, WorkerInfo, WorkerState
 from optwire_proto.tensors import bf16_to_f32 as from_bf16
 from optwire_proto.tensors import f32_to_bf16 as to_bf16
 
@@ -66,6 +68,7 @@ __all__ = [
     "OptwireError",
     "OutOfStepError",
     "PayloadError",
+    "ReplacedError",
     "ServerInfo",
     "Session",
     "SessionExistsError",
@@ -76,10 +79,13 @@ __all__ = [
     "StalePushError",
     "StaleStepError",
     "State",
+    "StepClosedError",
     "TreeError",
     "TreeMismatchError",
     "UnavailableError",
     "UnsupportedError",
+    "WorkerInfo",
+    "WorkerState",
     "__version__",
     "connect",
     "from_bf16",

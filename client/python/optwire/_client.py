@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import weakref
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ class Client:
     def __init__(self, options: _options.Options) -> None:
         self._options = options
         self._channel = _rpc.Channel(options)
+        self._handles: weakref.WeakSet[_session.Session] = weakref.WeakSet()
 
     def create_session(
         self,
@@ -73,9 +75,12 @@ class Client:
           extends: the session to be extended, at the step that this handle last saw.
           aggregation: how pushes become steps. "single": each that fits is one step. "sync(4)": the mean of one push of
             each of four workers is one step, and each ``step`` waits for it; the timeout must cover the slowest worker.
-            None: as in the session that is extended, otherwise "single".
-          worker: the rank of this handle, as in ``attach``; None: 0 where there are ranks, or that of the handle whose
-            session is extended.
+            "k_of_n(3, 4)": of the first three. "quorum(2, 8, deadline_s=5)": of those that are there. "async",
+            "bounded_staleness(4)", "buffered(8)": of gradients on older parameters as well. docs/workers.md has all of
+            them, and their options. None: as in the session that is extended, otherwise what the server was started
+            with, which is "single" unless it was told another.
+          worker: the rank of this handle, which joins the session as in ``attach``. None: it joins with its first push,
+            as worker 0 where there are ranks, or as that of the handle whose session is extended.
           turns: blocks of this session, 1 to 64, that the server's device works off for each one of a session with 1
             when several sessions wait for it. None: as in the session that is extended, otherwise 1.
           grads_codec: how gradients travel, of all workers. "f32": as they are. "bf16", "f16": rounded to half as many
@@ -121,7 +126,8 @@ class Client:
             grads_codec=None if grads_codec is None else codecs.parse(grads_codec, "grads_codec"),
             params_codec=None if params_codec is None else codecs.parse(params_codec, "params_codec"),
         )
-        own = _own_worker(worker, terms.aggregation, extends)
+        if worker is not None:
+            _check_rank(worker, terms.aggregation or aggregations.SINGLE)
         info = _deadlines.retried(
             lambda _: self._channel.create_session(
                 deadline,
@@ -138,25 +144,32 @@ class Client:
             f"create_session {checked_name!r}" if checked_name else "create_session",
             "the session may or may not have been created",
         )
-        return _session.Session(self._channel, self._options, info, flat.spec, flat.types, worker=own, seq=0)
+        own = _own_worker(worker, info.aggregation, extends)
+        handle = _session.Session(self._channel, self._options, info, flat.spec, flat.types, worker=own, seq=0)
+        return self._joined(handle, worker)
 
     def attach(self, name: str, *, worker: int | None = None) -> _session.Session:
         """A new handle, and with it a worker, on a session that exists.
 
         Parameters come in the structure the creating client gave; its named tuples as types that look the same.
 
+        In a session whose steps are of several workers the handle joins: others wait for it as long as it is heard of,
+        and no longer than its lease once it is not; ``close`` leaves. Whoever joins as a worker that another process
+        is, takes its place: from then on the other's pushes raise ``ReplacedError``.
+
         Args:
           name: of the session.
-          worker: the rank of this handle, from 0; whoever attaches with it again, after a restart, is the same worker.
-            In a session of "sync(4)", 0 to 3, each held by one process at a time. None: a worker of its own, who can
-            only read in such a session.
+          worker: the rank of this handle, from 0, which joins at once; whoever attaches with it again, after a restart,
+            is the same worker and goes on with its count of pushes. In a session of "sync(4)", 0 to 3. None: a worker
+            of its own, who joins with its first push; it can only read where there are ranks.
 
         Raises:
           SessionNotFoundError: no session has this name.
           InvalidArgumentError: the session has no worker of this rank.
+          LimitError: the session has as many workers as it can have.
         """
         sessions.check_name(name)
-        own = _own_worker(worker)
+        own = uuid.uuid4().hex if worker is None else _own_worker(worker)
         deadline = self._deadline()
         info, seq = _deadlines.retried(
             lambda _: self._channel.get_session(deadline, name=name, worker=own), deadline, f"attach {name!r}"
@@ -165,7 +178,27 @@ class Client:
             raise errors.InternalError(f"attach {name!r}: the server answered without the session's tree")
         if worker is not None:
             _check_rank(worker, info.aggregation)
-        return _session.Session(self._channel, self._options, info, info.tree, (), worker=own, seq=seq)
+        handle = _session.Session(self._channel, self._options, info, info.tree, (), worker=own, seq=seq)
+        return self._joined(handle, worker)
+
+    def _joined(self, handle: _session.Session, worker: int | None) -> _session.Session:
+        """A handle, as a worker of its session where it is of a rank."""
+        self._handles.add(handle)
+        if worker is not None:
+            try:
+                handle._join(self._deadline())
+            except BaseException:
+                handle.close()
+                raise
+        return handle
+
+    def _workers(self, name: str) -> tuple[sessions.SessionInfo, tuple[sessions.WorkerInfo, ...]]:
+        """A session and its workers, without a handle on it."""
+        sessions.check_name(name)
+        deadline = self._deadline()
+        return _deadlines.retried(
+            lambda _: self._channel.workers(deadline, name=name), deadline, f"workers of session {name!r}"
+        )
 
     def list_sessions(self) -> list[sessions.SessionInfo]:
         """All sessions of the server, ordered by name, without their trees; asks page by page."""
@@ -208,7 +241,13 @@ class Client:
         return _deadlines.retried(lambda _: self._channel.server_info(deadline), deadline, "server_info")
 
     def close(self) -> None:
-        """Ends every call under way and the connection; handles are of no further use, sessions live on. Idempotent."""
+        """Ends every call under way and the connection; handles are of no further use, sessions live on. Idempotent.
+
+        Workers leave their sessions before.
+        """
+        deadline = _deadlines.Deadline(_options.CLOSE_S)
+        for handle in tuple(self._handles):
+            handle._leave(deadline)
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -227,15 +266,17 @@ class Client:
 
 
 def _own_worker(
-    rank: int | None, aggregation: aggregations.Aggregation | None = None, extends: _session.Session | None = None
+    rank: int | None,
+    aggregation: aggregations.Aggregation = aggregations.SINGLE,
+    extends: _session.Session | None = None,
 ) -> str:
     """The id of a handle's worker; raises InvalidArgumentError where there is none of this rank."""
     if rank is not None:
-        _check_rank(rank, aggregation or aggregations.SINGLE)
+        _check_rank(rank, aggregation)
         return sessions.worker_id(rank)
-    if extends is not None and (aggregation or aggregations.SINGLE).includes(extends._worker):
+    if extends is not None and aggregation.includes(extends._worker):
         return extends._worker
-    return sessions.worker_id(0) if aggregation and aggregation.workers else uuid.uuid4().hex
+    return sessions.worker_id(0) if aggregation.is_ranked else uuid.uuid4().hex
 
 
 def _check_rank(rank: object, aggregation: aggregations.Aggregation) -> None:

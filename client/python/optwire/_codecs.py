@@ -207,6 +207,42 @@ class Up:
                 self._spare[index] = left
 
 
+class Downs:
+    """Where parameters go that come with replies: a ``Down`` for each set of leaves that replies carry.
+
+    Copies of a replica are kept as the server keeps its parts: of sets that share no leaves, the first to come.
+
+    Attributes:
+      codec: of the parameters.
+
+    Args:
+      how: the codec.
+      tree: of the session.
+    """
+
+    def __init__(self, how: codecs.Codec, tree: trees.TreeSpec) -> None:
+        self.codec = how
+        self._tree = tree
+        self._kept: dict[tuple[int, ...], Down] = {}
+        self._taken: set[int] = set()  # leaves that are in one of those kept
+
+    def of(self, absent: tuple[int, ...]) -> Down:
+        """For replies that carry all leaves but those at some positions."""
+        if (kept := self._kept.get(absent)) is not None:
+            return kept
+        down = Down(self.codec, self._tree.without(absent) if absent else self._tree)
+        leaves = set(range(len(self._tree.leaves))).difference(absent)
+        if not leaves & self._taken:
+            self._taken |= leaves
+            self._kept[absent] = down
+        return down
+
+    def forget(self) -> None:
+        """The history that the copies belong to is none any more."""
+        for down in self._kept.values():
+            down.forget()
+
+
 class Down:
     """Where parameters go that come with replies, and a copy of the replica, where those carry differences.
 
@@ -216,7 +252,7 @@ class Down:
 
     Args:
       how: the codec.
-      tree: of the session.
+      tree: of the leaves that replies carry.
     """
 
     def __init__(self, how: codecs.Codec, tree: trees.TreeSpec) -> None:
@@ -227,8 +263,8 @@ class Down:
 
     def receiving(
         self, filled: Sequence[tensors.Array], *, is_params: bool
-    ) -> Callable[[sessions.Ack], _payload.Incoming]:
-        """Where the arrays of a reply go, once its ack is known.
+    ) -> Callable[[sessions.Ack | None], _payload.Incoming]:
+        """Where the arrays of a reply go, once its ack is known, or where they come before it (None).
 
         Args:
           filled: arrays for them, decoded.
@@ -236,12 +272,16 @@ class Down:
         """
         return functools.partial(self._incoming, filled) if is_params else lambda _: _payload.Incoming(filled)
 
-    def _incoming(self, filled: Sequence[tensors.Array], ack: sessions.Ack) -> _payload.Incoming:
+    def _incoming(self, filled: Sequence[tensors.Array], ack: sessions.Ack | None) -> _payload.Incoming:
         """Where parameters go.
 
         Raises:
-          UnavailableError: they are encoded in another way than the session says.
+          UnavailableError: they are encoded in another way than the session says; or the codec needs the ack.
         """
+        if ack is None:
+            if self.codec.loses:
+                raise _payload.damaged("their first frame", "an ack", "a chunk")
+            return _Decoded(self.codec, self._tree, filled) if self.codec.casts else _payload.Incoming(filled)
         if ack.params_codec is codecs.Kind.RAW:
             return _Whole(self, filled, ack.step) if self.codec.loses else _payload.Incoming(filled)
         if ack.params_codec is not self.codec.kind:
@@ -323,7 +363,7 @@ class _Difference(_payload.Incoming):
 
     def finish(self, length: int) -> list[tensors.Array]:
         self._down.add(super().finish(length), self._filled, self._step)
-        _tell_all(self, self._filled)
+        self._say(sum(array.nbytes for array in self._filled))
         return self._filled
 
 
@@ -343,10 +383,5 @@ class _Decoded(_payload.Incoming):
 
     def finish(self, length: int) -> list[tensors.Array]:
         arrays = super().finish(length)
-        _tell_all(self, arrays)
+        self._say(sum(array.nbytes for array in arrays))
         return arrays
-
-
-def _tell_all(incoming: _payload.Incoming, arrays: Sequence[tensors.Array]) -> None:
-    if incoming.heard is not None:
-        incoming.heard(sum(array.nbytes for array in arrays))

@@ -32,7 +32,7 @@ PAUSE_FIRST_S = 0.05
 PAUSE_MAX_S = 2.0
 # Longest timeout, in seconds (115 days): beyond, the clocks of threads and gRPC overflow.
 TIMEOUT_MAX_S = 1e7
-# How long `Session.close` waits for the server to end its side of the stream.
+# How long `Session.close` waits for the server: to end its side of the stream, and to let a worker leave.
 CLOSE_S = 1.0
 # Pushes that may wait for their turn after `Session.step_async`: each holds its gradients. Whoever asks for more waits.
 WAITING_MAX = 64
@@ -86,6 +86,15 @@ def reply(name: str) -> sessions.ReplyContent:
     if name not in list(sessions.ReplyContent):
         raise wrong("reply", f"one of {', '.join(sessions.ReplyContent)}", name)
     return sessions.ReplyContent(name)
+
+
+def late(name: str, content: sessions.ReplyContent) -> bool:
+    """Whether gradients that come too late are dropped; raises InvalidArgumentError."""
+    if name not in ("raise", "params"):
+        raise wrong("late", "'raise' or 'params'", name)
+    if name == "params" and content in (sessions.ReplyContent.UPDATES, sessions.ReplyContent.PRESENT):
+        raise wrong("late", f"'raise' with reply='{content}', which says nothing where gradients are dropped", name)
+    return name == "params"
 
 
 def _is_target(value: object) -> bool:

@@ -78,7 +78,9 @@ class Incoming:
         self._length = sum(array.nbytes for array in self.arrays)
         self._room = memoryview(b"")  # what is still empty of the leaf being filled
         self._offset = 0
-        self.heard: Callable[[int], None] | None = None  # of how many bytes have come, where somebody listens
+        # Told the step of the ack and how many bytes have come, once there is an ack, where somebody listens.
+        self.heard: Callable[[int, int], None] | None = None
+        self._acked_step: int | None = None
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Takes the next piece.
@@ -103,9 +105,18 @@ class Incoming:
             self._room[:count] = rest[:count]
             self._room, rest = self._room[count:], rest[count:]
 
+    def acked(self, step: int) -> None:
+        """The ack has come: what is written, and has been so far, is of this step."""
+        self._acked_step = step
+        if self._offset:
+            self._tell()
+
     def _tell(self) -> None:
-        if self.heard is not None:
-            self.heard(self._offset)
+        self._say(self._offset)
+
+    def _say(self, count: int) -> None:
+        if self.heard is not None and self._acked_step is not None:
+            self.heard(self._acked_step, count)
 
     def finish(self, length: int) -> list[tensors.Array]:
         """The arrays, complete, in the tree's order.

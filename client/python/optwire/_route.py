@@ -217,9 +217,9 @@ class Route:
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         """One try of a push whose payload was staged; the first, unless its stream is lost, sends only what is left."""
 
-        def heard(ack: sessions.Ack) -> _payload.Incoming:
+        def heard(ack: sessions.Ack | None) -> _payload.Incoming:
             incoming = receive(ack)
-            incoming.heard = functools.partial(stage.heard, ack.step)
+            incoming.heard = stage.heard
             return incoming
 
         feed, stream, self._staged = stage.taken(), self._staged, None

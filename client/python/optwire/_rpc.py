@@ -40,8 +40,8 @@ _CHANNEL_OPTIONS = (
 Frame = TypeVar("Frame", pb.CreateSessionRequest, pb.LoadStateRequest, pb.StreamStepsRequest)
 
 
-# What to do with the parameters that follow an ack.
-Receive = Callable[[sessions.Ack], _payload.Incoming]
+# Where the parameters of a reply go. None: its ack has not come yet.
+Receive = Callable[[sessions.Ack | None], _payload.Incoming]
 
 
 class Channel:
@@ -119,6 +119,34 @@ class Channel:
         with self.translated():
             response = self._stub.GetSession(request, timeout=deadline.remaining_s)
         return convert.session_from_proto(response.session), response.worker_seq
+
+    def workers(
+        self, deadline: _deadlines.Deadline, *, id: str = "", name: str = ""
+    ) -> tuple[sessions.WorkerInfo, ...]:
+        """The workers that a session knows, in the order of their ids."""
+        request = pb.GetSessionRequest(session=convert.ref_to_proto(id=id, name=name))
+        with self.translated():
+            response = self._stub.GetSession(request, timeout=deadline.remaining_s)
+        return tuple(map(convert.worker_from_proto, response.workers))
+
+    def join_session(
+        self, deadline: _deadlines.Deadline, *, id: str, worker: str, join_key: str
+    ) -> tuple[int, int, float]:
+        """The seq of the worker's last applied push (0: none), its epoch, and its lease in seconds."""
+        request = pb.JoinSessionRequest(session=convert.ref_to_proto(id=id), worker=worker, join_key=join_key)
+        with self.translated():
+            response = self._stub.JoinSession(request, timeout=deadline.remaining_s)
+        return response.worker_seq, response.epoch, response.lease_s
+
+    def heartbeat(self, deadline: _deadlines.Deadline, *, id: str, worker: str, epoch: int) -> None:
+        request = pb.HeartbeatRequest(session_id=id, worker=worker, epoch=epoch)
+        with self.translated():
+            self._stub.Heartbeat(request, timeout=deadline.remaining_s)
+
+    def leave_session(self, deadline: _deadlines.Deadline, *, id: str, worker: str, epoch: int) -> None:
+        request = pb.LeaveSessionRequest(session_id=id, worker=worker, epoch=epoch)
+        with self.translated():
+            self._stub.LeaveSession(request, timeout=deadline.remaining_s)
 
     def list_sessions(self, deadline: _deadlines.Deadline, page_token: str) -> tuple[list[sessions.SessionInfo], str]:
         """One page, and the token of the next one (empty: none)."""
@@ -298,23 +326,13 @@ class Stream:
                 self._pushes.put(iter((request,)))
                 return _answer(self._next("whole").whole, options, receive)
             begin = pb.StreamStepsRequest(begin=convert.push_to_proto(key, options))
+            begin.begin.params_before_ack = True
             if staged is None:
                 self._pushes.put(_frames(begin, grads))
             else:
                 self._begins.put(begin)
                 staged.push(options.absent)
-            ack = convert.ack_from_proto(self._next("ack").ack)
-            if options.reply is sessions.ReplyContent.NONE:
-                self._next("end")
-                return ack, []
-            incoming = receive(ack)
-            while True:
-                frame = self._next("chunk", "end")
-                chunk = convert.chunk_of(frame)
-                if chunk is None:
-                    return ack, incoming.finish(frame.end.digest.length)
-                incoming.write(chunk.offset, chunk.data)
-                del frame, chunk  # or their memory were held while the next one comes
+            return self._reply(receive)
 
     def stage(self, session_id: str, incarnation: int, feed: _stages.Feed) -> None:
         """Sends what ``feed`` gives, for a push that follows; it ends with the call."""
@@ -353,6 +371,25 @@ class Stream:
 
     def cancel(self) -> None:
         _cancel(self._call)
+
+    def _reply(self, receive: Receive) -> tuple[sessions.Ack, list[tensors.Array]]:
+        """A reply in frames. Chunks may come before the ack; without one they are nothing."""
+        ack: sessions.Ack | None = None
+        incoming: _payload.Incoming | None = None
+        while True:
+            frame = self._next("chunk", "ack" if ack is None else "end")
+            chunk = convert.chunk_of(frame)
+            if chunk is not None:
+                incoming = incoming or receive(None)
+                incoming.write(chunk.offset, chunk.data)
+            elif ack is None:
+                ack = convert.ack_from_proto(frame.ack)
+                incoming = incoming or receive(ack)
+                incoming.acked(ack.step)
+            else:
+                assert incoming is not None, "made with the ack"
+                return ack, incoming.finish(frame.end.digest.length)
+            del frame, chunk  # or their memory were held while the next one comes
 
     def _next(self, *expected: str) -> Any:
         """The next frame of one of the kinds ``expected``."""

@@ -72,9 +72,14 @@ class Segment:
             wire_view(own)[...] = 0
         self.is_filled = False
 
-    def read(self, incoming: _payload.Incoming) -> list[tensors.Array]:
-        """Copies the arrays of a reply to where they are wanted, except those that are wanted where they are."""
-        for own, array in zip(self.params, incoming.arrays, strict=True):
+    def read(self, incoming: _payload.Incoming, absent: Sequence[int] = ()) -> list[tensors.Array]:
+        """Copies the arrays of a reply to where they are wanted, except those that are wanted where they are.
+
+        Those at the positions ``absent`` are not wanted.
+        """
+        gone = frozenset(absent)
+        wanted = (own for index, own in enumerate(self.params) if index not in gone)
+        for own, array in zip(wanted, incoming.arrays, strict=True):
             if _address(own) != _address(array):
                 np.copyto(wire_view(array), wire_view(own))
         return list(incoming.arrays)

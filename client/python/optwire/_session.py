@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from optwire import _background, _codecs, _deadlines, _options, _payload, _route, _rpc, _stages, _state
+from optwire import _background, _codecs, _deadlines, _membership, _options, _payload, _route, _rpc, _stages, _state
 from optwire_proto import codecs, errors, sessions, specs, tensors, trees
 
 _UNKNOWN = "the push may or may not have been applied: call step again with the same grads, or params"
@@ -54,10 +54,11 @@ class Session:
         self._worker = worker
         self._seq = seq  # of this worker's last push known to be applied
         self._step = info.step  # of the parameters last received
+        self._late = 0
         self._last_ack: sessions.Ack | None = None
         self._up = _codecs.Up(codecs.parse(info.grads_codec), tree)
-        self._down = _codecs.Down(codecs.parse(info.params_codec), tree)
-        used = [str(codec) for codec in (self._up.codec, self._down.codec) if codec != codecs.RAW]
+        self._downs = _codecs.Downs(codecs.parse(info.params_codec), tree)
+        used = [str(codec) for codec in (self._up.codec, self._downs.codec) if codec != codecs.RAW]
         self._route = _route.Route(
             channel,
             options.transport,
@@ -67,6 +68,8 @@ class Session:
             codecs=", ".join(used),
             is_encoded=self._up.codec != codecs.RAW,
         )
+        self._membership = _membership.Membership(channel, info, worker)
+        weakref.finalize(self, self._membership.beats.end)
         self._lock = threading.Lock()
         self._asking = threading.Lock()
         self._closed = False
@@ -92,6 +95,11 @@ class Session:
         """The outcome of this handle's last push; None before the first."""
         return self._last_ack
 
+    @property
+    def late_count(self) -> int:
+        """Pushes of this handle that came too late, and were dropped for the newest parameters: ``late="params"``."""
+        return self._late
+
     def step(
         self,
         grads: Any,
@@ -100,8 +108,10 @@ class Session:
         loss: float | None = None,
         grad_scale: float = 1.0,
         hyperparams: Mapping[str, float | specs.Spec] | None = None,
+        weight: float = 1.0,
         telemetry: bool = False,
         reply: str = "params",
+        late: str = "raise",
         out: Any = None,
     ) -> Any:
         """Pushes gradients, applies one update, and returns the new parameters.
@@ -120,15 +130,22 @@ class Session:
           loss: the loss of the batch, a finite number, exactly where the optimizer asks for it (``describe().extras``).
           grad_scale: what the gradients were multiplied by (loss scaling); the update divides by it first.
           hyperparams: new values from this step on, as ``set_hyperparams`` takes them; applied with the push or not.
+          weight: what the gradients count among those of their step, such as the number of samples behind them; a
+            positive number. Where a push is a step by itself, it counts only in ``combine=sum``.
           telemetry: whether ``last_ack.metrics`` reports norms and the like, at the price of computing them.
-          reply: "params", "updates" (what the optimizer added to the parameters), or "none".
+          reply: "params", "present" (those of the leaves that have a gradient here, and no others), "updates" (what the
+            optimizer added to the parameters), or "none".
+          late: what becomes of gradients that come too late, as their step was made without them. "raise":
+            ``StaleStepError``, most often ``StepClosedError``. "params": they are dropped and counted in
+            ``late_count``, and the newest parameters are returned, for the next step to build on.
           out: a nest of the session's structure whose arrays are filled with the reply: NumPy's, writable, apart from
             those of ``grads``, such as ``param_buffers()``. Saves the time that new memory costs. After an error they
             hold anything.
 
         Returns:
           The parameters after the update, or the updates: ``out`` where it was given, else new NumPy arrays in the
-          structure given at creation. None where nothing was asked for.
+          structure given at creation, with None in the places that "present" leaves out. None where nothing was
+          asked for.
 
         Raises:
           InvalidArgumentError: the loss is missing, or not wanted; a loss or scale that is no finite number; a gradient
@@ -137,7 +154,9 @@ class Session:
           SpecError: a value that a hyperparameter cannot take.
           NonFiniteError: the session rejects gradients that are not finite; nothing was applied.
           TreeMismatchError: the gradients, or ``out``, differ from the session's tree; nothing was sent.
-          StaleStepError: another worker pushed since; call ``params`` and compute again.
+          StaleStepError: another worker pushed since; call ``params`` and compute again. ``StepClosedError`` where the
+            step was made of others' pushes.
+          ReplacedError: another process has joined as this worker.
           FutureStepError: ``base_step`` lies beyond the session's step.
           DivergentRetryError: an earlier push of unknown outcome was applied, with other gradients; call ``params``.
           LimitError: too large for the transport "unary", or for the server.
@@ -145,15 +164,20 @@ class Session:
         """
         arrays = trees.match_present(self._tree, grads)
         present = [array for array in arrays if array is not None]
+        content = _options.reply(reply)
+        if content is sessions.ReplyContent.PRESENT and len(present) == len(arrays):
+            content = sessions.ReplyContent.PARAMS
         options = sessions.PushOptions(
             grad_scale=_options.positive("grad_scale", grad_scale),
             extras=() if loss is None else (("loss", _options.finite("loss", loss)),),
             hyperparams=tuple(sorted((name, _hyperparam(name, value)) for name, value in (hyperparams or {}).items())),
             absent=tuple(index for index, array in enumerate(arrays) if array is None),
             telemetry=bool(telemetry),
-            reply=_options.reply(reply),
+            reply=content,
+            weight=_options.positive("weight", weight),
         )
         wanted = options.reply is not sessions.ReplyContent.NONE
+        may_drop = _options.late(late, options.reply)
         if out is not None and not wanted:
             raise errors.InvalidArgumentError(
                 "out: given with reply='none', which brings nothing to fill it with; leave one of them out",
@@ -161,42 +185,73 @@ class Session:
                 expected="None with reply='none'",
                 got=type(out).__name__,
             )
-        filled = self._targets(out, present) if wanted else []
+        left_out = options.absent if content is sessions.ReplyContent.PRESENT else ()
+        filled = self._targets(out, present, left_out) if wanted else []
         with self._using():
             base = self._step if base_step is None else _step_number(base_step)
-            key = sessions.PushKey(
-                session_id=self._id,
-                incarnation=self._incarnation,
-                worker=self._worker,
-                seq=self._seq + 1,
-                base_step=base,
-            )
-            # The server may have to compile what a push asks for beside a plain update, the first time.
-            compiles = dataclasses.replace(options, extras=()) != sessions.PLAIN
-            deadline = self._deadline(2 * self._tree.payload_bytes, len(self._tree.leaves) if compiles else 0)
-            is_params = options.reply is sessions.ReplyContent.PARAMS
-            receive = self._down.receiving(filled, is_params=is_params)
-            with self._route.sharing.settled():
-                push = self._route.way(deadline)
-                payload = self._up.outgoing(arrays, options.grad_scale)
-
-                def attempt(_: int) -> tuple[sessions.Ack, list[tensors.Array]]:
-                    # What the reply may differ from: an earlier try may have changed it.
-                    told = dataclasses.replace(options, view_step=self._down.step) if is_params else options
-                    return push(deadline, key, told, payload, receive)
-
-                with self._up.settling(key.seq, payload):
-                    ack, answer = _deadlines.retried(
-                        attempt,
-                        deadline,
-                        f"push on step {base} of {self}",
-                        _UNKNOWN,
-                    )
-                self._up.applied(payload, ack)
-                self._seq, self._step, self._last_ack = key.seq, ack.step, ack
+            try:
+                answer = self._push(arrays, options, base, filled)
+            except errors.StaleStepError:
+                if not may_drop:
+                    raise
+                answer = self._read(filled) if wanted else []
+                self._late += 1
         if not wanted:
             return None
-        return trees.unflatten(self._tree, answer, self._types) if out is None else out
+        if out is not None:
+            return out
+        rest = iter(answer)
+        leaves = [None if index in left_out else next(rest) for index in range(len(arrays))] if left_out else answer
+        return trees.unflatten(self._tree, leaves, self._types)
+
+    def _push(
+        self,
+        arrays: Sequence[tensors.Array | None],
+        options: sessions.PushOptions,
+        base_step: int,
+        filled: list[tensors.Array],
+    ) -> list[tensors.Array]:
+        """One push, and the arrays of its reply; under the lock."""
+        # The server may have to compile what a push asks for beside a plain update, the first time.
+        compiles = dataclasses.replace(options, extras=(), weight=1.0) != sessions.PLAIN
+        deadline = self._deadline(2 * self._tree.payload_bytes, len(self._tree.leaves) if compiles else 0)
+        self._join(deadline)
+        key = sessions.PushKey(
+            session_id=self._id,
+            incarnation=self._incarnation,
+            worker=self._worker,
+            seq=self._seq + 1,
+            base_step=base_step,
+            epoch=self._membership.epoch,
+        )
+        is_present = options.reply is sessions.ReplyContent.PRESENT
+        is_params = is_present or options.reply is sessions.ReplyContent.PARAMS
+        down = self._downs.of(options.absent if is_present else ())
+        receive = down.receiving(filled, is_params=is_params)
+        with self._route.sharing.settled():
+            push = self._route.way(deadline)
+            payload = self._up.outgoing(arrays, options.grad_scale)
+
+            def attempt(_: int) -> tuple[sessions.Ack, list[tensors.Array]]:
+                # What the reply may differ from: an earlier try may have changed it.
+                told = dataclasses.replace(options, view_step=down.step) if is_params else options
+                return push(deadline, key, told, payload, receive)
+
+            with self._up.settling(key.seq, payload):
+                ack, answer = _deadlines.retried(attempt, deadline, f"push on step {base_step} of {self}", _UNKNOWN)
+            self._up.applied(payload, ack)
+            self._seq, self._step, self._last_ack = key.seq, ack.step, ack
+        return answer
+
+    def _leave(self, deadline: _deadlines.Deadline) -> None:
+        """Is none of the session's workers any more; also while a call is under way."""
+        self._membership.leave(deadline)
+
+    def _join(self, deadline: _deadlines.Deadline) -> None:
+        """Becomes one of the session's workers, where it has some; under the lock."""
+        seq = self._membership.join(deadline)
+        if seq is not None:
+            self._seq = seq
 
     def step_async(self, grads: Any, base_step: int | None = None, **arguments: Any) -> concurrent.futures.Future[Any]:
         """Does what ``step`` does, on a thread of the handle, and returns at once.
@@ -275,21 +330,26 @@ class Session:
             raise _options.wrong("which", "text", which)
         filled = self._targets(out)
         with self._using():
-            deadline = self._deadline(self._tree.payload_bytes)
-            info, seq, arrays = _deadlines.retried(
-                lambda _: self._channel.read_params(
-                    deadline, id=self._id, worker=self._worker, incoming=_payload.Incoming(filled), which=which
-                ),
-                deadline,
-                f"params of {self}",
-            )
-            if info.incarnation == self._incarnation:
-                self._up.learned(seq)
-            else:
-                self._up.forget()
-                self._down.forget()
-            self._incarnation, self._seq, self._step = info.incarnation, seq, info.step
+            arrays = self._read(filled, which)
         return trees.unflatten(self._tree, arrays, self._types) if out is None else out
+
+    def _read(self, filled: list[tensors.Array], which: str = "") -> list[tensors.Array]:
+        """The newest parameters, which the next push builds on; under the lock."""
+        deadline = self._deadline(self._tree.payload_bytes)
+        info, seq, arrays = _deadlines.retried(
+            lambda _: self._channel.read_params(
+                deadline, id=self._id, worker=self._worker, incoming=_payload.Incoming(filled), which=which
+            ),
+            deadline,
+            f"params of {self}",
+        )
+        if info.incarnation == self._incarnation:
+            self._up.learned(seq)
+        else:
+            self._up.forget()
+            self._downs.forget()
+        self._incarnation, self._seq, self._step = info.incarnation, seq, info.step
+        return arrays
 
     def state(self) -> _state.State:
         """The whole state, parameters and slots, of one step: new NumPy arrays by name.
@@ -350,7 +410,7 @@ class Session:
                 "the state may or may not have been loaded",
             )
             self._up.forget()
-            self._down.forget()
+            self._downs.forget()
             self._incarnation, self._seq, self._step = info.incarnation, 0, info.step
 
     def info(self) -> sessions.SessionInfo:
@@ -362,6 +422,17 @@ class Session:
             )
             transport, reason = self._route.sharing.transport
             return dataclasses.replace(info, transport=transport, transport_reason=reason)
+
+    def workers(self) -> tuple[sessions.WorkerInfo, ...]:
+        """The workers that the session knows, ordered by id: where each stands, and whether the next step waits for it.
+
+        Asks also while a ``step`` of this handle waits for others. Empty in a session of "single".
+        """
+        self._check_open()
+        deadline = self._deadline()
+        return _deadlines.retried(
+            lambda _: self._channel.workers(deadline, id=self._id), deadline, f"workers of {self}"
+        )
 
     def describe(self) -> sessions.OptimizerInfo:
         """The session's optimizer as its next step will run it, and what every leaf gets."""
@@ -425,7 +496,7 @@ class Session:
     def close(self) -> None:
         """Releases the handle; the session lives on and can be attached to. Waits for a call under way; idempotent.
 
-        What ``step_async`` was asked for and has not begun ends with ``DetachedError``.
+        A worker leaves its session: the others' steps do not wait for it any more. What ``step_async`` was asked for and has not begun ends with ``DetachedError``.
         """
         with self._asking:
             self._closed = True  # from here on nothing begins
@@ -433,6 +504,7 @@ class Session:
             self._pushing.close()
         with self._lock:
             self._route.close()
+            self._leave(_deadlines.Deadline(_options.CLOSE_S))
 
     def __enter__(self) -> Self:
         return self
@@ -468,11 +540,18 @@ class Session:
         if self._closed:
             raise errors.DetachedError(f"{self}: this handle was closed; attach again", subject=self._name)
 
-    def _targets(self, out: Any, grads: Sequence[tensors.Array] = ()) -> list[tensors.Array]:
-        """The arrays that a reply goes to: those of ``out``, none of which may lie over another or the gradients."""
+    def _targets(
+        self, out: Any, grads: Sequence[tensors.Array] = (), absent: Sequence[int] = ()
+    ) -> list[tensors.Array]:
+        """The arrays that a reply goes to: those of ``out``, none of which may lie over another or the gradients.
+
+        Without those at the positions ``absent``, which it does not carry.
+        """
         if out is None:
-            return _payload.fresh(self._tree)  # before anything is sent: there may be no memory
+            return _payload.fresh(self._tree.without(absent))  # before anything is sent: there may be no memory
         arrays = trees.match_into(self._tree, out)
+        if absent:
+            arrays = [array for index, array in enumerate(arrays) if index not in absent]
         if _payload.overlap(arrays, grads):
             raise errors.InvalidArgumentError(
                 "out: arrays that share memory with each other or with grads, expected ones that lie apart; a push "

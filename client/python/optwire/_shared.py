@@ -128,7 +128,7 @@ class Sharing:
         deadline: _deadlines.Deadline,
         options: sessions.PushOptions,
         payload: _payload.Outgoing,
-        receive: Callable[[sessions.Ack], _payload.Incoming],
+        receive: Callable[[sessions.Ack | None], _payload.Incoming],
         send: Send,
     ) -> tuple[sessions.Ack, list[tensors.Array]]:
         """One try of a push.
@@ -169,9 +169,10 @@ class Sharing:
         if options.reply is sessions.ReplyContent.NONE:
             return ack, []
         incoming = receive(ack)
-        arrays = segment.read(incoming)
+        left_out = options.absent if options.reply is sessions.ReplyContent.PRESENT else ()
+        arrays = segment.read(incoming, left_out)
         if incoming.heard is not None:
-            incoming.heard(ack.payload_bytes)
+            incoming.heard(ack.step, ack.payload_bytes)
         return ack, arrays
 
     @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""The seed's optimizers and schedules by their own names and signatures, torch's, and what goes around an update.
+"""The seed's optimizers and schedules by their own names and signatures, torch's, outer ones, and what goes around.
 
 Each builds a spec. No JAX here. What the seed's names compute is documented in ``optwire_server.optimizers``, what
-``torch_*`` do by torch; optax's optimizers are in ``optwire.optax``. All mix: ``chain(optax.clip_by_global_norm(1.0),
-adam(1e-3))``.
+``torch_*`` do by torch, outer optimizers by their papers; optax's optimizers are in ``optwire.optax``. All mix:
+``chain(optax.clip_by_global_norm(1.0), adam(1e-3))``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ __all__ = [
     "clip_by_leaf_norm",
     "clip_grads",
     "constant",
+    "delayed_nesterov",
     "ema_params",
     "exponential_decay",
     "exported",
+    "fedadagrad",
+    "fedadam",
+    "fedavgm",
+    "fedyogi",
     "grouped",
     "inverse_time_decay",
     "master_weights",
@@ -542,6 +547,84 @@ def torch_asgd(
         weight_decay=weight_decay,
         maximize=maximize,
     )
+
+
+def fedavgm(learning_rate: Rate = 1.0, momentum: float = 0.9) -> Spec:
+    """FedAvgM (Hsu et al., 2019): ``v = momentum * v + g``, ``x - learning_rate * v``, for pseudo-gradients ``g``.
+
+    Pseudo-gradients are the global parameters minus the local ones, as ``optwire.LocalSteps`` pushes them; so for all
+    outer optimizers. As those of ``torch_*``, their numbers may change at every step without compiling anything.
+    """
+    return _optimizer("fedavgm", learning_rate=learning_rate, momentum=momentum)
+
+
+def fedadagrad(
+    learning_rate: Rate, beta1: float = 0.0, tau: float = 1e-3, initial_accumulator_value: float = 0.0
+) -> Spec:
+    """FedAdagrad (Reddi et al., 2021); arguments as in ``fedadam``."""
+    return _optimizer(
+        "fedadagrad",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        tau=tau,
+        initial_accumulator_value=initial_accumulator_value,
+    )
+
+
+def fedadam(
+    learning_rate: Rate,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+    initial_accumulator_value: float = 0.0,
+) -> Spec:
+    """FedAdam (Reddi et al., 2021), which corrects no moment for its start.
+
+    Args:
+      learning_rate: the server's, or a schedule.
+      beta1: the share of the first moment that is kept.
+      beta2: the share of the second moment that is kept.
+      tau: added to the root of the second moment: the smaller, the more adaptive.
+      initial_accumulator_value: what the second moment starts at, where that is more than ``tau`` squared.
+    """
+    return _optimizer(
+        "fedadam",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        tau=tau,
+        initial_accumulator_value=initial_accumulator_value,
+    )
+
+
+def fedyogi(
+    learning_rate: Rate,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+    initial_accumulator_value: float = 0.0,
+) -> Spec:
+    """FedYogi (Reddi et al., 2021); arguments as in ``fedadam``."""
+    return _optimizer(
+        "fedyogi",
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        tau=tau,
+        initial_accumulator_value=initial_accumulator_value,
+    )
+
+
+def delayed_nesterov(learning_rate: Rate = 0.7, momentum: float = 0.9, n: int = 4, c: float = 0.0) -> Spec:
+    """Delayed Nesterov (Liu et al., 2024), for pseudo-gradients that are applied one by one, as in ``async`` sessions.
+
+    Args:
+      learning_rate: the outer one, or a schedule.
+      momentum: the share of the momentum that is kept, every ``n`` updates.
+      n: updates for each change of the momentum: the number of workers, say.
+      c: share of the momentum that acts at each update between, at most ``1 / n``.
+    """
+    return _optimizer("delayed_nesterov", learning_rate=learning_rate, momentum=momentum, n=n, c=c)
 
 
 def parse(text: str) -> Spec:

@@ -74,6 +74,10 @@ class Codec(abc.ABC):
         """Length of what a leaf becomes."""
         return _parts_bytes(self, leaf.elements) if self.bears_on(leaf.dtype) else leaf.nbytes
 
+    def encoding_bytes(self, size: int) -> int:
+        """Bytes of memory that encoding a leaf takes for the time, where that grows with its number of elements."""
+        return 0
+
     @abc.abstractmethod
     def parts(self, size: int) -> tuple[trees.LeafSpec, ...]:
         """The arrays that a leaf of ``size`` elements becomes."""

@@ -22,6 +22,8 @@ _SAMPLES: Final = 65_536
 # How much lower than the sample suggests the threshold is guessed, in standard deviations: the first guess is nearly
 # always low enough, and then few candidates are too many.
 _SPREADS: Final = (4, 64)
+# Of memory for each value that is sent, at most: positions as they are found and joined, magnitudes, flags.
+_CANDIDATE_BYTES: Final = 28
 
 
 class TopK(codec.Codec):
@@ -65,6 +67,10 @@ class TopK(codec.Codec):
                 got=str(size),
             )
         return codec.part("indices", self.count(size), "u32"), codec.part("values", self.count(size), "f32")
+
+    def encoding_bytes(self, size: int) -> int:
+        """All values together, and several times the positions of those that may be the largest."""
+        return 4 * size + _CANDIDATE_BYTES * self.count(size)
 
     def _encode(self, size: int, read: codec.Read, arrays: Sequence[tensors.Array], left: codec.Floats | None) -> None:
         if not size:

@@ -18,6 +18,7 @@ _REPLIES: Final = {
     _Reply.PARAMS: pb.REPLY_CONTENT_PARAMS,
     _Reply.UPDATES: pb.REPLY_CONTENT_UPDATES,
     _Reply.NONE: pb.REPLY_CONTENT_NONE,
+    _Reply.PRESENT: pb.REPLY_CONTENT_PRESENT,
 }
 _REPLIES_OF: Final = {pb.REPLY_CONTENT_UNSPECIFIED: _Reply.PARAMS} | {number: ours for ours, number in _REPLIES.items()}
 
@@ -30,7 +31,9 @@ def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = session
             worker=key.worker,
             seq=key.seq,
             base_step=key.base_step,
+            worker_epoch=key.epoch,
         ),
+        weight=0.0 if options.weight == 1.0 else options.weight,
         grad_scale=0.0 if options.grad_scale == 1.0 else options.grad_scale,
         extras=[pb.Argument(name=name, value=pb.Value(number=value)) for name, value in options.extras],
         hyperparams=[pb.Argument(name=name, value=value_to_proto(value)) for name, value in options.hyperparams],
@@ -39,6 +42,8 @@ def push_to_proto(key: sessions.PushKey, options: sessions.PushOptions = session
         reply=_REPLIES[options.reply],
         codec=tensor_pb.CODEC_UNSPECIFIED if options.codec is None else codec_to_proto(options.codec),
         view_step=options.view_step,
+        rows=[pb.LeafRows(leaf=leaf, count=count) for leaf, count in options.rows],
+        rows_exact=options.rows_exact,
     )
 
 
@@ -57,13 +62,11 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.P
     """The key, and what the push says beside its gradients.
 
     Raises:
-      InvalidArgumentError: an id that is none, a seq of 0, a scale or an extra that is no finite number.
+      InvalidArgumentError: an id that is none, a seq of 0, a weight, scale or extra that cannot be.
       UnsupportedError: a capability that this version does not serve.
     """
     key = message.key
-    served("push", "weight", message.weight, (0.0, 1.0))
     served("push", "reply", message.reply, _REPLIES_OF)
-    served("push", "key.worker_epoch", key.worker_epoch, (0,))
     if key.seq == 0:
         raise errors.InvalidArgumentError("push.key.seq: 0, expected 1 or more", subject="seq", got="0")
     return sessions.PushKey(
@@ -72,18 +75,11 @@ def push_from_proto(message: pb.PushBegin) -> tuple[sessions.PushKey, sessions.P
         worker=sessions.check_id(key.worker, "push.key.worker"),
         seq=key.seq,
         base_step=key.base_step,
+        epoch=key.worker_epoch,
     ), _options(message)
 
 
 def _options(message: pb.PushBegin) -> sessions.PushOptions:
-    scale = message.grad_scale or 1.0
-    if not limits.GRAD_SCALE_MIN <= scale <= limits.SPEC_NUMBER_MAX:  # NaN is neither
-        raise errors.InvalidArgumentError(
-            f"push.grad_scale: {scale}, expected a positive finite number that is normal in 32 bits",
-            subject="grad_scale",
-            expected="a positive finite number that is normal in 32 bits",
-            got=str(scale),
-        )
     extras: dict[str, float] = {}
     for argument in message.extras:
         value = value_from_proto(argument.value, f"push.extras.{argument.name[:80]}")
@@ -97,7 +93,7 @@ def _options(message: pb.PushBegin) -> sessions.PushOptions:
             )
         extras[argument.name] = float(value)
     return sessions.PushOptions(
-        grad_scale=scale,
+        grad_scale=_positive("grad_scale", message.grad_scale or 1.0),
         extras=tuple(sorted(extras.items())) if extras else (),
         hyperparams=tuple(sorted(changes_from_proto(message.hyperparams).items())) if message.hyperparams else (),
         absent=_absent(message.absent_leaves) if message.absent_leaves else (),
@@ -105,19 +101,58 @@ def _options(message: pb.PushBegin) -> sessions.PushOptions:
         reply=_REPLIES_OF[message.reply],
         codec=codec_from_proto(message.codec, "push.codec"),
         view_step=message.view_step if message.HasField("view_step") else None,
+        weight=_positive("weight", message.weight or 1.0),
+        rows=_rows(message),
+        rows_exact=message.rows_exact,
     )
 
 
-def _absent(positions: Sequence[int]) -> tuple[int, ...]:
-    absent = tuple(positions)
-    if any(after <= before for before, after in itertools.pairwise(absent)):
+def _positive(name: str, value: float) -> float:
+    expected = "a positive finite number that is normal in 32 bits"
+    if not limits.GRAD_SCALE_MIN <= value <= limits.SPEC_NUMBER_MAX:  # NaN is neither
         raise errors.InvalidArgumentError(
-            "push.absent_leaves: not ascending, expected each position once, in order",
-            subject="absent_leaves",
-            expected="ascending positions",
-            got=str(absent)[:200],
+            f"push.{name}: {value}, expected {expected}", subject=name, expected=expected, got=str(value)
         )
-    return absent
+    return value
+
+
+def _rows(message: pb.PushBegin) -> tuple[tuple[int, int], ...]:
+    rows = tuple((leaf.leaf, leaf.count) for leaf in message.rows)
+    if rows:
+        _ascending("rows", [leaf for leaf, _ in rows])
+    elif message.rows_exact:
+        raise errors.InvalidArgumentError(
+            "push.rows_exact: true without rows, expected rows",
+            subject="rows_exact",
+            expected="rows, or false",
+            got="true",
+        )
+    return rows
+
+
+def _absent(positions: Sequence[int]) -> tuple[int, ...]:
+    return _ascending("absent_leaves", positions)
+
+
+def _ascending(name: str, positions: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(positions)
+    if any(after <= before for before, after in itertools.pairwise(found)):
+        raise errors.InvalidArgumentError(
+            f"push.{name}: not ascending, expected each position once, in order",
+            subject=name,
+            expected="ascending positions",
+            got=str(found)[:200],
+        )
+    return found
+
+
+def wanted_rows_to_proto(wanted: Sequence[tuple[int, bytes]]) -> list[pb.LeafIndices]:
+    """Rows to be read: the position of a leaf, and their indices as they travel."""
+    return [pb.LeafIndices(leaf=leaf, indices=indices) for leaf, indices in wanted]
+
+
+def wanted_rows_from_proto(message: pb.ReadParamsRequest) -> tuple[tuple[int, bytes], ...]:
+    return tuple((rows.leaf, rows.indices) for rows in message.rows)
 
 
 def stage_to_proto(session_id: str, incarnation: int) -> pb.PushStage:

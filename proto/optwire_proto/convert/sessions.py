@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeVar
 
 from optwire_proto import aggregations, codecs, errors, limits, sessions, specs, trees
 from optwire_proto.convert.served import served
@@ -20,9 +21,35 @@ from optwire_proto.convert.trees import tree_from_proto, tree_to_proto
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
 
+_Choice = TypeVar("_Choice", bound=enum.StrEnum)
+
 _MODES: Final = {
     aggregations.Mode.SINGLE: pb.Aggregation.MODE_SINGLE,
     aggregations.Mode.SYNC: pb.Aggregation.MODE_SYNC,
+    aggregations.Mode.K_OF_N: pb.Aggregation.MODE_K_OF_N,
+    aggregations.Mode.QUORUM: pb.Aggregation.MODE_QUORUM,
+    aggregations.Mode.ASYNC: pb.Aggregation.MODE_ASYNC,
+    aggregations.Mode.BOUNDED_STALENESS: pb.Aggregation.MODE_BOUNDED_STALENESS,
+    aggregations.Mode.BUFFERED: pb.Aggregation.MODE_BUFFERED,
+}
+_POLICIES: Final = {
+    aggregations.Policy.REJECT: pb.Aggregation.POLICY_REJECT,
+    aggregations.Policy.WAIT: pb.Aggregation.POLICY_WAIT,
+}
+_DAMPINGS: Final = {
+    aggregations.Damping.NONE: pb.Aggregation.DAMPING_UNSPECIFIED,
+    aggregations.Damping.INVERSE: pb.Aggregation.DAMPING_INVERSE,
+    aggregations.Damping.SQRT: pb.Aggregation.DAMPING_SQRT,
+}
+_COMBINES: Final = {
+    aggregations.Combine.MEAN: pb.Aggregation.COMBINE_MEAN,
+    aggregations.Combine.SUM: pb.Aggregation.COMBINE_SUM,
+}
+_STATES: Final = {
+    sessions.WorkerState.LIVE: pb.Worker.STATE_LIVE,
+    sessions.WorkerState.LOST: pb.Worker.STATE_LOST,
+    sessions.WorkerState.LEFT: pb.Worker.STATE_LEFT,
+    sessions.WorkerState.EXPECTED: pb.Worker.STATE_EXPECTED,
 }
 
 
@@ -82,26 +109,72 @@ def session_from_proto(message: pb.Session) -> sessions.SessionInfo:
 
 
 def aggregation_to_proto(aggregation: aggregations.Aggregation) -> pb.Aggregation:
-    return pb.Aggregation(mode=_MODES[aggregation.mode], workers=aggregation.workers)
+    return pb.Aggregation(
+        mode=_MODES[aggregation.mode],
+        workers=aggregation.workers,
+        k=aggregation.k,
+        staleness_steps_max=aggregation.staleness_max,
+        deadline_s=aggregation.deadline_s,
+        policy=_POLICIES[aggregation.policy],
+        damping=_DAMPINGS[aggregation.damping],
+        combine=_COMBINES[aggregation.combine],
+        lease_s=aggregation.lease_s,
+        compensation=aggregation.compensation,
+    )
 
 
 def aggregation_from_proto(message: pb.Aggregation) -> aggregations.Aggregation:
     """How pushes become steps.
 
     Raises:
-      UnsupportedError: a mode or a field of one that this version does not serve.
-      InvalidArgumentError: a number of workers that the mode cannot have.
+      UnsupportedError: a mode, or another choice, that this version does not serve.
+      InvalidArgumentError: a value that the mode cannot have.
     """
-    mode = message.mode or pb.Aggregation.MODE_SINGLE
-    for field, value, allowed in (
-        ("mode", mode, tuple(_MODES.values())),
-        ("workers", message.workers, (message.workers if mode == pb.Aggregation.MODE_SYNC else 0,)),
-        ("k", message.k, (0,)),
-        ("staleness_steps_max", message.staleness_steps_max, (0,)),
-        ("deadline_s", message.deadline_s, (0,)),
-    ):
-        served("Session.aggregation", field, value, allowed)
-    return aggregations.Aggregation(next(ours for ours, theirs in _MODES.items() if theirs == mode), message.workers)
+    return aggregations.Aggregation(
+        mode=_ours("Session.aggregation.mode", message.mode or pb.Aggregation.MODE_SINGLE, _MODES),
+        workers=message.workers,
+        k=message.k,
+        staleness_max=message.staleness_steps_max if message.HasField("staleness_steps_max") else None,
+        policy=_ours("Session.aggregation.policy", message.policy or pb.Aggregation.POLICY_REJECT, _POLICIES),
+        damping=_ours("Session.aggregation.damping", message.damping, _DAMPINGS),
+        combine=_ours("Session.aggregation.combine", message.combine or pb.Aggregation.COMBINE_MEAN, _COMBINES),
+        deadline_s=message.deadline_s,
+        lease_s=message.lease_s,
+        compensation=message.compensation,
+    )
+
+
+def worker_to_proto(info: sessions.WorkerInfo) -> pb.Worker:
+    return pb.Worker(
+        worker=info.worker,
+        epoch=info.epoch,
+        state=_STATES[info.state],
+        seq=info.seq,
+        base_step=info.base_step,
+        has_pushed=info.has_pushed,
+        is_awaited=info.is_awaited,
+        silent_s=info.silent_s,
+    )
+
+
+def worker_from_proto(message: pb.Worker) -> sessions.WorkerInfo:
+    return sessions.WorkerInfo(
+        worker=message.worker,
+        epoch=message.epoch,
+        state=_ours("Worker.state", message.state, _STATES),
+        seq=message.seq,
+        base_step=message.base_step,
+        has_pushed=message.has_pushed,
+        is_awaited=message.is_awaited,
+        silent_s=message.silent_s,
+    )
+
+
+def _ours(where: str, number: int, choices: Mapping[_Choice, int]) -> _Choice:
+    """Our name of a choice; raises UnsupportedError."""
+    message, _, field = where.rpartition(".")
+    served(message, field, number, choices.values())
+    return next(ours for ours, theirs in choices.items() if theirs == number)
 
 
 def _newest(changes: Sequence[sessions.Change]) -> list[pb.HyperparamChange]:

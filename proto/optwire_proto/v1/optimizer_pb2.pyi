@@ -1525,6 +1525,7 @@ class ReadParamsRequest(google.protobuf.message.Message):
     WORKER_FIELD_NUMBER: builtins.int
     WHICH_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """Whose push position to report in the answer: 32 hexadecimal digits, or empty for none."""
     which: builtins.str
@@ -1537,6 +1538,10 @@ class ReadParamsRequest(google.protobuf.message.Message):
     def session(self) -> global___SessionRef:
         """Which."""
 
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LeafIndices]:
+        """Only these rows of these leaves, ascending by leaf: the payload has them in this order. Empty: all parameters."""
+
     def __init__(
         self,
         *,
@@ -1544,12 +1549,35 @@ class ReadParamsRequest(google.protobuf.message.Message):
         worker: builtins.str = ...,
         which: builtins.str = ...,
         step: builtins.int | None = ...,
+        rows: collections.abc.Iterable[global___LeafIndices] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_step", b"_step", "session", b"session", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_step", b"_step", "session", b"session", "step", b"step", "which", b"which", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "rows", b"rows", "session", b"session", "step", b"step", "which", b"which", "worker", b"worker"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
 
 global___ReadParamsRequest = ReadParamsRequest
+
+@typing.final
+class LeafIndices(google.protobuf.message.Message):
+    """Rows of a leaf, along its first axis, to be read."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEAF_FIELD_NUMBER: builtins.int
+    INDICES_FIELD_NUMBER: builtins.int
+    leaf: builtins.int
+    """Position of the leaf in the session's tree."""
+    indices: builtins.bytes
+    """Little-endian indices of the rows, strictly increasing: i32 where the leaf has fewer than 2^31 rows, i64 otherwise."""
+    def __init__(
+        self,
+        *,
+        leaf: builtins.int = ...,
+        indices: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["indices", b"indices", "leaf", b"leaf"]) -> None: ...
+
+global___LeafIndices = LeafIndices
 
 @typing.final
 class ReadParamsResponse(google.protobuf.message.Message):
@@ -1850,6 +1878,8 @@ class PushBegin(google.protobuf.message.Message):
     TELEMETRY_FIELD_NUMBER: builtins.int
     VIEW_STEP_FIELD_NUMBER: builtins.int
     PARAMS_BEFORE_ACK_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    ROWS_EXACT_FIELD_NUMBER: builtins.int
     codec: optwire_proto.v1.tensor_pb2.Codec.ValueType
     """Encoding of this payload: the session's, which CODEC_UNSPECIFIED stands for."""
     weight: builtins.float
@@ -1877,6 +1907,10 @@ class PushBegin(google.protobuf.message.Message):
     update has failed or its outcome is unknown: what came is to be dropped, and the answer to the same push made again
     brings all of it anew. false: the ack comes first.
     """
+    rows_exact: builtins.bool
+    """Whether the update is that of gradients which are zero elsewhere. false: rows that are not named stay as they are,
+    with their slots; only where the optimizer treats each element by itself.
+    """
     @property
     def key(self) -> global___PushKey:
         """Its key."""
@@ -1897,6 +1931,13 @@ class PushBegin(google.protobuf.message.Message):
         are, and so does their count of updates. Only where the optimizer treats each leaf by itself ("per_leaf").
         """
 
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LeafRows]:
+        """Leaves whose gradients come by rows, ascending by leaf, each at most once: other rows have none. For such a leaf the
+        payload has the indices of the rows, strictly increasing, as i32 where the leaf has fewer than 2^31 rows and as i64
+        otherwise; then the rows. Of it the reply carries the new parameters of the same rows, without indices.
+        """
+
     def __init__(
         self,
         *,
@@ -1912,12 +1953,36 @@ class PushBegin(google.protobuf.message.Message):
         telemetry: builtins.bool = ...,
         view_step: builtins.int | None = ...,
         params_before_ack: builtins.bool = ...,
+        rows: collections.abc.Iterable[global___LeafRows] | None = ...,
+        rows_exact: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_view_step", b"_view_step", "key", b"key", "view_step", b"view_step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_view_step", b"_view_step", "absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "params_before_ack", b"params_before_ack", "reply", b"reply", "shared_memory_slot", b"shared_memory_slot", "telemetry", b"telemetry", "view_step", b"view_step", "weight", b"weight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_view_step", b"_view_step", "absent_leaves", b"absent_leaves", "codec", b"codec", "extras", b"extras", "grad_scale", b"grad_scale", "hyperparams", b"hyperparams", "key", b"key", "params_before_ack", b"params_before_ack", "reply", b"reply", "rows", b"rows", "rows_exact", b"rows_exact", "shared_memory_slot", b"shared_memory_slot", "telemetry", b"telemetry", "view_step", b"view_step", "weight", b"weight"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_view_step", b"_view_step"]) -> typing.Literal["view_step"] | None: ...
 
 global___PushBegin = PushBegin
+
+@typing.final
+class LeafRows(google.protobuf.message.Message):
+    """Rows of a leaf, along its first axis, in a push."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEAF_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    leaf: builtins.int
+    """Position of the leaf in the session's tree."""
+    count: builtins.int
+    """How many rows."""
+    def __init__(
+        self,
+        *,
+        leaf: builtins.int = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "leaf", b"leaf"]) -> None: ...
+
+global___LeafRows = LeafRows
 
 @typing.final
 class PushAck(google.protobuf.message.Message):

@@ -21,7 +21,7 @@ from optwire_proto.specs import Spec
 from optwire_server import optimizers
 from optwire_server.engine import imported, leafwise, rates, reductions, rule, signatures, transformations
 from optwire_server.engine.rule import Rule
-from optwire_server.optimizers import torch_rules
+from optwire_server.optimizers import formulas, outer_rules, torch_rules
 
 # What a server serves: ours, and what the installed optax has.
 CATALOGUE: Final[Mapping[str, Entry]] = catalogue.merged(signatures.entries().values())
@@ -29,6 +29,9 @@ CATALOGUE: Final[Mapping[str, Entry]] = catalogue.merged(signatures.entries().va
 _SEED_OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "optimizer")
 _SEED_SCHEDULES: Final = frozenset(entry.name for entry in catalogue.SEED if entry.kind == "schedule")
 _TORCH: Final = frozenset(entry.name for entry in catalogue.TORCH)
+_OUTER: Final = frozenset(entry.name for entry in catalogue.OUTER)
+# Optimizers from the formula for one array, whose numbers are operands.
+_FORMULAS: Final = _TORCH | _OUTER
 # What else replaces parameters by itself; first what surrounds all of an update.
 _AROUND: Final = ("accumulate", "on_nonfinite", "ema_params", "master_weights")
 _RULES: Final = (*_AROUND, "exported", "lookahead", "per_leaf", "grouped")
@@ -95,8 +98,8 @@ class _Builder:
         inside = f"{path}.{spec.name}" if path else spec.name
         if spec.name in _SEED_OPTIMIZERS:
             return self._seed(spec, inside)
-        if spec.name in _TORCH:
-            return self._torch(spec, inside)
+        if spec.name in _FORMULAS:
+            return self._formula(spec, inside)
         if spec.name == "lookahead":
             return rule.lookahead(self._optax(spec, inside, leaves))
         if spec.name in ("chain", "partition", *_RULES):
@@ -142,19 +145,20 @@ class _Builder:
 
         return Rule(init, step, params, {})
 
-    def _torch(self, spec: Spec, inside: str, *, alone: bool = False) -> Rule:
+    def _formula(self, spec: Spec, inside: str, *, alone: bool = False) -> Rule:
         rate = self._rate(spec, inside, "learning_rate")
-        numbers, flags = {}, {}
+        numbers, others = {}, {}
         for name, value in spec.arguments:
             place = f"{inside}.{name}"
             if place in self._site.rates and name != "learning_rate":
-                numbers[name] = torch_rules.Number(self._site.rates[place], self._site.rates[rates.rest(place)])
-            elif isinstance(value, bool):
-                flags[name] = value
+                numbers[name] = formulas.Number(self._site.rates[place], self._site.rates[rates.rest(place)])
+            elif name != "learning_rate":
+                others[name] = value
         if spec.name in ("torch_sgd", "torch_rmsprop"):
-            flags["keeps_momentum"] = spec["momentum"] != 0
-        make = getattr(torch_rules, spec.name.removeprefix("torch_"))
-        return leafwise.of_torch(make(rate, **numbers, **flags), alone=alone)
+            others["keeps_momentum"] = spec["momentum"] != 0
+        rules = outer_rules if spec.name in _OUTER else torch_rules
+        make = getattr(rules, spec.name.removeprefix("torch_"))
+        return leafwise.of_formula(make(rate, **numbers, **others), alone=alone)
 
     def _chain(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Any:
         *firsts, last = spec["members"]
@@ -192,8 +196,8 @@ class _Builder:
 
     def _per_leaf(self, spec: Spec, inside: str, leaves: Sequence[int]) -> Rule:
         inner = spec["optimizer"]
-        if inner.name in _TORCH:
-            return self._torch(inner, f"{inside}.optimizer.{inner.name}", alone=True)
+        if inner.name in _FORMULAS:
+            return self._formula(inner, f"{inside}.optimizer.{inner.name}", alone=True)
         counted = specs.any_inside(spec, lambda found: found.name in _SEED_OPTIMIZERS)
         return leafwise.per_leaf([self._inner(spec, inside, [leaf]) for leaf in leaves], counted=counted)
 
@@ -304,7 +308,7 @@ def _makes_rule(spec: Spec) -> bool:
         return _makes_rule(spec["members"][-1])
     if spec.name == "partition":
         return any(_makes_rule(member) for _, member in spec["transforms"])
-    return spec.name in _SEED_OPTIMIZERS or spec.name in _TORCH or spec.name in _RULES
+    return spec.name in _SEED_OPTIMIZERS or spec.name in _FORMULAS or spec.name in _RULES
 
 
 def skippable(spec: Spec) -> bool:

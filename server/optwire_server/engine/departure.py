@@ -1,4 +1,4 @@
-"""Departures: new parameters that leave while the update that makes them is under way. Knows no arrays but as they come.
+"""Departures: new parameters that leave while the update that makes them is under way. Knows neither device nor wire.
 
 What a landing is on the way in, this is on the way out, but that it owns no memory: on a CPU its segments are views of
 the state, and as long as one is alive the next update of the session copies instead of writing over it.

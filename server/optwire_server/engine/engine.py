@@ -161,11 +161,11 @@ class Engine:
         """
         return holding.write_params(out)
 
-    def params(self, holding: Held, which: str = "") -> list[np.ndarray]:
+    def params(self, holding: Held, which: str = "") -> device.Work[list[np.ndarray]]:
         """The parameters, or those of a view that was prepared: flat segments, in the order of a payload.
 
-        In the session's turn only. On a CPU they are views of the state: while one is alive, the next update copies
-        instead of writing over it.
+        In the session's turn only, yielding between blocks where they are computed. Otherwise they are views of the
+        state, on a CPU: while one is alive, the next update copies instead of writing over it.
         """
         return holding.params(which)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from optwire_proto import errors, limits, tensors
-from optwire_server.engine import cut, departure, device, kernel, reductions, slots, telemetry
+from optwire_server.engine import cut, departure, device, kernel, lazy, reductions, rows, slots, telemetry
 from optwire_server.engine import program as programs
 from optwire_server.engine.layout import Layout
 
@@ -69,7 +69,7 @@ class _Given(NamedTuple):
 
     operands: list[Any]
     reduced: list[Any]
-    memory: np.ndarray
+    memory: np.ndarray | rows.Sparse
     gone: frozenset[int]
 
 
@@ -92,6 +92,15 @@ class _Division:
     def pieces(self) -> list[tuple[cut.Piece, ...]]:
         """Where each leaf is."""
         return cut.pieces(self.spans, self._leaves)
+
+    @functools.cached_property
+    def members(self) -> dict[tuple[int, int], list[rows.Member]]:
+        """What each block of a span has of leaves."""
+        return {
+            (at, number): found
+            for at, span in enumerate(self.spans)
+            for number, found in rows.members(span, self.pieces)
+        }
 
     @functools.cached_property
     def reading(self) -> tuple[cut.Piece, ...]:
@@ -166,7 +175,7 @@ class Held:
         self,
         variant: programs.Variant,
         operands: programs.Operands,
-        memory: np.ndarray,
+        memory: np.ndarray | rows.Sparse,
         out: np.ndarray | departure.Departure | None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, block by block, yielding between them.
@@ -174,7 +183,7 @@ class Held:
         Args:
           variant: which of the program's updates to run; prepared.
           operands: what it takes beside gradients.
-          memory: the gradients, in the session's layout; read until this returns.
+          memory: the gradients, in the session's layout, or some rows of them; read until this returns.
           out: where new parameters go, each block as soon as it is there: memory that they are written to in the
             session's layout, a departure, which none goes to if the update is refused, or None.
 
@@ -200,7 +209,7 @@ class Held:
                 out.begin(self._divided.reading)
             for job in jobs:
                 if job.step is not None:
-                    made = self._call(job.step.apply, job, given)
+                    made = self._applied(job, job.step, given)
                     count, shared = len(job.kernel.own), len(job.kernel.common)
                     state[job.at].blocks[job.number] = made[:count]
                     common[job.at] = made[count : count + shared]
@@ -221,6 +230,36 @@ class Held:
                 self.state = None
             raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
         return self._told(variant, results)
+
+    def update_lazily(
+        self, variant: programs.Variant, operands: programs.Operands, sparse: rows.Sparse
+    ) -> device.Work[Mapping[str, float]]:
+        """Updates those elements that have gradients, yielding between blocks; the others stay as they are.
+
+        Args:
+          variant: which of the program's updates to run; prepared, and one that ``lazy.problem`` says nothing of.
+          operands: what it takes beside gradients.
+          sparse: the gradients; read until this returns.
+
+        Returns:
+          Notes by name.
+
+        Raises:
+          UpdateError: nothing or everything of the old state is left, as it says.
+        """
+        given = jax.tree.leaves(operands)
+        update = lazy.Update(self.program, variant, given, sparse, self._divided.pieces, self._memory)
+        try:
+            parts = [
+                lazy.Part(span, state.common, state.blocks)
+                for span, state in zip(self.spans, self._state, strict=True)
+            ]
+            yield from update.run(parts)
+        except Exception as exc:
+            if update.has_written:
+                self.state = None
+            raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=update.has_written) from exc
+        return update.notes
 
     def write_params(self, out: np.ndarray) -> device.Work[None]:
         """Writes the parameters to memory of the layout's length, yielding between blocks."""
@@ -268,42 +307,56 @@ class Held:
             with self.program.precision():
                 given.reduced.append(reductions.combine(parts, reductions.dtype()))
 
+    def _applied(self, job: _Job, step: kernel.Step, given: _Given) -> list[Any]:
+        """Updates a block; what ``kernel.Step.apply`` gives, sums included."""
+        sums = self._call(step.figures, job, given) if step.figures else []
+        made = self._call(step.apply, job, given)
+        first = len(job.kernel.own) + len(job.kernel.common) + len(step.notes)
+        made[first:first] = sums
+        return made
+
     def _call(self, call: kernel.Call, job: _Job, given: _Given) -> list[Any]:
         """Runs an executable for a block."""
-        takes = call.takes
         common, blocks = self._state[job.at]
         own = blocks[job.number]
-        arguments = [given.operands[at] for at in takes.operands]
-        arguments += [given.reduced[at] for at in takes.reduced]
-        if takes.valid:
-            arguments.append(job.block.valid)
-        arguments += [self._grad(given, job, at) for at in takes.grads]
-        arguments += [common[at] for at in takes.common]
-        arguments += own if len(takes.own) == len(own) else [own[at] for at in takes.own]
-        if self.program.is_wide == jax.config.read("jax_enable_x64"):
-            made: list[Any] = call.run(*arguments)
-            return made
-        with self.program.precision():
-            made = call.run(*arguments)
-            return made
+        grad = functools.partial(self._grad, given, job)
+        arguments = call.arguments(given.operands, given.reduced, job.block.valid, grad, common, own)
+        return self.program.run(call, arguments)
 
     def _grad(self, given: _Given, job: _Job, at: int) -> np.ndarray:
         """A gradient, or parameters at first: a view where they lie in memory as the block has them."""
         part = job.block.parts[at]
         if job.is_gone or (given.gone and self.program.is_tree and at in given.gone):
             return np.zeros(part.shape, part.dtype)
+        if isinstance(given.memory, rows.Sparse):
+            return self._sparse_grad(given.memory, job, at)
         if part.offset is not None:
             stop = part.offset + part.size * part.dtype.itemsize
             return given.memory[part.offset : stop].view(part.dtype).reshape(part.shape)
-        size = part.size * part.dtype.itemsize
-        if size not in self._scratch:
-            self._scratch[size] = _aligned(size)
-        gathered = self._scratch[size].view(part.dtype)
+        gathered = self._memory(part.size * part.dtype.itemsize).view(part.dtype)
         for run in job.block.runs:
             stop = run.offset + (run.stop - run.start) * part.dtype.itemsize
             gathered[run.start : run.stop] = given.memory[run.offset : stop].view(part.dtype)
         gathered[job.block.valid :] = 0
         return gathered
+
+    def _sparse_grad(self, sparse: rows.Sparse, job: _Job, at: int) -> np.ndarray:
+        """A gradient that is zero where no rows came."""
+        part = job.block.parts[at]
+        if not self.program.cut.is_flat:
+            whole = _aligned(part.size * part.dtype.itemsize).view(part.dtype)
+            sparse.fill(self.spans[job.at].leaves[at], whole)
+            return whole.reshape(part.shape)
+        gathered = self._memory(part.size * part.dtype.itemsize).view(part.dtype)
+        gathered[:] = 0
+        sparse.fill_block(self._divided.members.get((job.at, job.number), []), gathered)
+        return gathered
+
+    def _memory(self, size: int) -> np.ndarray:
+        """So many bytes on a boundary; the same ones each time."""
+        if size not in self._scratch:
+            self._scratch[size] = _aligned(size)
+        return self._scratch[size]
 
     def _params(self, job: _Job, common: list[Any]) -> list[np.ndarray]:
         """The parameters of a block, each part flat."""
@@ -346,8 +399,11 @@ class Held:
 
     # ------------------------------------------------------------------------------------------- reading
 
-    def params(self, which: str = "") -> list[np.ndarray]:
-        """The parameters, or those of a view that was prepared: segments in payload order, views of the state."""
+    def params(self, which: str = "") -> device.Work[list[np.ndarray]]:
+        """The parameters, or those of a view that was prepared: segments in payload order.
+
+        They are views of the state, or computed of it block by block, yielding between them.
+        """
         found: dict[tuple[int, int], list[np.ndarray]] = {}
         segments = []
         for at in self._divided.reading:
@@ -356,8 +412,32 @@ class Held:
                 span = self.spans[at.span]
                 each = self.program.kernel(span, span.blocks[at.block])
                 arrays = found[at.span, at.block] = self._read(which, each, common, blocks[at.block])
+                if each.view(which).call is not None:
+                    yield
             segments.append(arrays[at.part][at.start : at.stop])
         return segments
+
+    def rows(self, which: str, wanted: Mapping[int, rows.Selected]) -> device.Work[list[np.ndarray]]:
+        """Some rows of the parameters, or of a view that was prepared: copies, flat, in the order of the leaves.
+
+        Yields between blocks.
+        """
+        out = []
+        for leaf, selected in wanted.items():
+            low, found = 0, np.empty(selected.size, tensors.numpy_dtype(self.program.tree.leaves[leaf].dtype))
+            for piece in self._divided.pieces[leaf]:
+                high = low + piece.stop - piece.start
+                inside, chosen = selected.within(low, high)
+                if inside.size:
+                    common, blocks = self._state[piece.span]
+                    span = self.spans[piece.span]
+                    each = self.program.kernel(span, span.blocks[piece.block])
+                    array = self._read(which, each, common, blocks[piece.block])[piece.part]
+                    found[chosen] = array[inside + piece.start]
+                    yield
+                low = high
+            out.append(found)
+        return out
 
     def arrays(self) -> list[np.ndarray]:
         """All arrays of the state, in the order of the program's places: segments, views of the state."""

@@ -62,12 +62,34 @@ class Call(NamedTuple):
     run: Any
     takes: Arguments
 
+    def arguments(
+        self,
+        operands: Sequence[Any],
+        reduced: Sequence[Any],
+        valid: int,
+        grad: Callable[[int], Any],
+        common: Sequence[Any],
+        own: Sequence[Any],
+    ) -> list[Any]:
+        """What it takes of all that there is; ``grad`` gives the gradient of a position."""
+        takes = self.takes
+        return [
+            *(operands[at] for at in takes.operands),
+            *(reduced[at] for at in takes.reduced),
+            *((valid,) if takes.valid else ()),
+            *map(grad, takes.grads),
+            *(common[at] for at in takes.common),
+            *(own if len(takes.own) == len(own) else (own[at] for at in takes.own)),
+        ]
+
 
 class Step(NamedTuple):
     """A compiled update.
 
     Attributes:
-      apply: gives the new own arrays, the new common ones, notes, sums and what was added, in this order.
+      apply: gives the new own arrays, the new common ones, notes, sums and what was added, in this order; without the
+        sums where ``figures`` gives them.
+      figures: gives the sums, before the update writes over what they are taken of; None: the update gives them.
       partials: for each sum over all leaves, what gives the block's part of it, or the part that every block has.
       notes: names of scalars that are the same for every block.
       sums: names of scalars that are added over all blocks.
@@ -75,6 +97,7 @@ class Step(NamedTuple):
     """
 
     apply: Call
+    figures: Call | None
     partials: tuple[Call | float, ...]
     notes: tuple[str, ...]
     sums: tuple[str, ...]
@@ -431,8 +454,17 @@ class Kernel:
         compiled = self._recipe.compiled
         arguments, results = len(traced.closed.jaxpr.invars), len(traced.closed.jaxpr.outvars)
         donated = range(arguments - len(self.own), arguments)
-        apply = compiled.get(traced.closed, range(results - traced.partials), donated)
-        calls = [self._call(apply, traced)]
+        wanted = list(range(results - traced.partials))
+        calls, figures = [], None
+        if traced.sums and self._is_flat:
+            # In one executable, what is written in place would be copied for the sums; computing it twice takes less.
+            first = len(self.own) + len(self.common) + len(traced.notes)
+            summed, wanted[first : first + len(traced.sums)] = wanted[first : first + len(traced.sums)], []
+            figures = self._call(compiled.get(traced.closed, summed), traced)
+            calls.append(figures)
+        apply = compiled.get(traced.closed, wanted, donated)
+        applying = self._call(apply, traced)
+        calls.append(applying)
         partials: list[Call | float] = []
         for at in range(results - traced.partials, results):
             variable = traced.closed.jaxpr.outvars[at]
@@ -443,7 +475,7 @@ class Kernel:
             partials.append(calls[-1])
         paths = self._recipe.rate_paths
         self.used_rates |= {paths[at] for call in calls for at in call.takes.operands if at < len(paths)}
-        return Step(calls[0], tuple(partials), traced.notes, traced.sums, apply.flaw)
+        return Step(applying, figures, tuple(partials), traced.notes, traced.sums, apply.flaw)
 
     def _call(self, compiled: executables.Executable, traced: _Traced) -> Call:
         """What an executable of a traced update takes."""

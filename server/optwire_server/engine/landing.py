@@ -89,8 +89,8 @@ class Landings:
         self, kind: Callable[..., L], tree: trees.TreeSpec, layout: Layout, *, is_first: bool, scratch_bytes: int = 0
     ) -> L:
         size = buffer_bytes(layout) + scratch_bytes
-        with self._lock:
-            self._count(size, is_first=is_first)
+        with self._counting() as asked:
+            self._count(size, asked, is_first=is_first)
             buffer = self._take(size, layout.gaps)
         try:
             return self._made(kind, tree, layout, buffer, size)
@@ -128,19 +128,32 @@ class Landings:
     @contextlib.contextmanager
     def counted(self, size: int) -> Iterator[None]:
         """Counts bytes on their way out, which need no buffer: raises as ``land``, but lets any size pass alone."""
-        with self._lock:
-            self._count(size, alone=True)
+        with self._counting() as asked:
+            self._count(size, asked, alone=True)
         try:
             yield
         finally:
             with self._lock:
                 self._lent_bytes -= size
 
-    def _count(self, size: int, *, alone: bool = False, is_first: bool = True) -> None:
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[list[Callable[[], object]]]:
+        """Inside, the lock is held; who is to give way is asked once it is let go of, as nobody knows what they do."""
+        asked: list[Callable[[], object]] = []
+        try:
+            with self._lock:
+                yield asked
+        finally:
+            for give_way in asked:
+                give_way()
+
+    def _count(
+        self, size: int, asked: list[Callable[[], object]], *, alone: bool = False, is_first: bool = True
+    ) -> None:
         passes = alone and self._lent_bytes == 0
         if self._lent_bytes + size > self._bytes_max and not passes:
             if is_first and (alone or size <= self._bytes_max):
-                self._make_room(self._lent_bytes + size - self._bytes_max)
+                asked += self._yielded(self._lent_bytes + size - self._bytes_max)
             raise errors.LimitError(
                 f"payload of {size} bytes: {self._lent_bytes} of {self._bytes_max} bytes of landing buffers are in use",
                 subject="landing_bytes_max",
@@ -151,12 +164,12 @@ class Landings:
             )
         self._lent_bytes += size
 
-    def _make_room(self, lacking: int) -> None:
-        """Asks those that give way to do so: whoever is refused now finds the room when it comes again."""
+    def _yielded(self, lacking: int) -> Iterator[Callable[[], object]]:
+        """Those who are to give way so many bytes: whoever is refused now finds the room when it comes again."""
         while lacking > 0 and self._yielding:
             early = next(iter(self._yielding))
             lacking -= early.memory.nbytes
-            self._yielding.pop(early)()
+            yield self._yielding.pop(early)
 
     def _give_back(self, buffer: _Buffer) -> None:
         with self._lock:

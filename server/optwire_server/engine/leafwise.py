@@ -1,4 +1,4 @@
-"""Rules that keep each leaf by itself, so that a push may leave gradients out: any rule leaf by leaf, and torch's."""
+"""Rules that keep each leaf by itself, so that a push may leave gradients out: any rule by leaf, and formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optwire_server.engine import reductions, rule
-from optwire_server.optimizers import torch_rules
+from optwire_server.optimizers import formulas
 
 
 class PerLeaf(NamedTuple):
@@ -60,8 +60,8 @@ def per_leaf(rules: Sequence[rule.Rule], *, counted: bool) -> rule.Rule:
     return rule.Rule(init, update, joined, views)
 
 
-def of_torch(made: torch_rules.Rule, *, alone: bool = False) -> rule.Rule:
-    """The rule of one of torch's optimizers. State: ``rule.Kept``.
+def of_formula(made: formulas.Rule, *, alone: bool = False) -> rule.Rule:
+    """The rule of an optimizer from a formula: torch's, and the outer ones. State: ``rule.Kept``.
 
     Args:
       made: the optimizer.

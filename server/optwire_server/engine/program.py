@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import threading
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from optwire_proto import checks, errors, patterns, specs, trees
-from optwire_server.engine import build, cut, executables, kernel, rates, recipe, slots
+from optwire_server.engine import build, cut, executables, kernel, movers, rates, recipe, slots
 from optwire_server.engine.granularity import Granularity
 from optwire_server.engine.kernel import LEAF, Kernel
 from optwire_server.engine.layout import Layout
@@ -154,6 +155,25 @@ class Program:
     def kernel(self, span: cut.Span, block: cut.Block) -> Kernel:
         """What updates a block."""
         return self._kernels[span.kind, block.parts[0].size if self.cut.is_flat else 0]
+
+    def kernel_for(self, span: cut.Span, count: int) -> tuple[int, Kernel]:
+        """The smallest flat kernel of a span that so many elements fit, and its size."""
+        sizes = (size for size in (1, cut.SMALL, cut.BLOCK) if size >= count)
+        return next((size, self._kernels[span.kind, size]) for size in sizes if (span.kind, size) in self._kernels)
+
+    def run(self, call: kernel.Call, arguments: Sequence[Any]) -> list[Any]:
+        """Runs an executable of one of its kernels."""
+        if self.is_wide == jax.config.read("jax_enable_x64"):
+            made: list[Any] = call.run(*arguments)
+            return made
+        with self.precision():
+            made = call.run(*arguments)
+            return made
+
+    @functools.cached_property
+    def movers(self) -> movers.Movers:
+        """What moves elements in and out of its blocks."""
+        return movers.Movers(self._recipe)
 
     def kernel_of(self, leaf: int) -> Kernel:
         """What updates the first block of a leaf."""
@@ -351,7 +371,8 @@ class Program:
     @property
     def flaws(self) -> tuple[str, ...]:
         """Why updates do not write all of the state in place."""
-        steps = (each.step(variant) for each in self._kernels.values() for variant in self._ready if each.has(variant))
+        ready = itertools.product(self._kernels.values(), self._ready)
+        steps = (each.step(own) for each, variant in ready for own in self.variants(each, variant) if each.has(own))
         return tuple(step.flaw for step in steps if step.flaw)
 
     def _compiled_schedule(self) -> Any:

@@ -1,7 +1,7 @@
-"""The numbers of a spec that are operands of the compiled update: learning rates, and what ``torch_*`` take.
+"""The numbers of a spec that are operands of the compiled update: learning rates, and those of formulas.
 
-A constant schedule in the place of a rate is a number in other words. A number of ``torch_*`` is two operands: what
-32 bits hold of it, and the rest.
+A constant schedule in the place of a rate is a number in other words. A number of ``torch_*`` or of an outer optimizer
+is two operands: what 32 bits hold of it, and the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from optwire_proto import catalogue, specs
 from optwire_proto.specs import Spec
-from optwire_server.optimizers import torch_rules
+from optwire_server.optimizers import formulas
 
 # Schedules that are a number, and the argument that is it.
 CONSTANTS: Final = {"constant": "step_size", "constant_schedule": "value"}
@@ -20,7 +20,7 @@ _OPTIMIZERS: Final = frozenset(entry.name for entry in catalogue.SEED if entry.k
 # Numbers that are operands beside the rates, and those of them without which a slot is missing.
 _NUMBERS: Final = frozenset(
     f"{entry.name}.{parameter.name}"
-    for entry in catalogue.TORCH
+    for entry in (*catalogue.TORCH, *catalogue.OUTER)
     for parameter in entry.parameters
     if parameter.takes.startswith("operand:")
 )
@@ -32,7 +32,7 @@ def rates(spec: Spec) -> dict[str, float]:
     operands: dict[str, float] = {}
     for path, value in specs.places(spec):
         if _is_number(path):
-            operands[path], operands[rest(path)] = torch_rules.halves(value)
+            operands[path], operands[rest(path)] = formulas.halves(value)
         elif _is_rate(path) and not isinstance(value, Spec) and _is_constant(value):
             operands[path] = float(value)
     return operands

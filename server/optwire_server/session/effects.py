@@ -9,24 +9,39 @@ from optwire_proto import errors, sessions
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Apply:
-    """Run one update with the gradients of the push just made, then report ``Updated`` or ``UpdateFailed``.
+    """Run one update, then report ``Updated``, ``UpdateFailed`` or ``UpdateRefused``.
 
     Attributes:
       index: index of the update, from 0: what hyperparameters are looked up for.
       options: what the push said beside its gradients; of several, what they said together.
-      workers: whose pushes, that one among them, make the step with the mean of their gradients, summed in this order;
-        empty: that one alone.
+      workers: whose pushes make the step: those that are kept for them, and the one just made if it is one of theirs,
+        with their gradients summed in this order. Empty: the one just made alone.
+      factors: what the gradients of each are multiplied by; empty: 1.
+      divisor: what the sum is divided by; 0: how many they are.
+      completes_sum: whether the push just made comes last to the sum that ``Add`` began, times the one factor.
     """
 
     index: int
     options: sessions.PushOptions
     workers: tuple[str, ...] = ()
+    factors: tuple[float, ...] = ()
+    divisor: float = 0.0
+    completes_sum: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Add:
+    """Add the gradients of the push just made, times a factor, to the sum that is kept, or begin one; then report
+    ``Added`` or ``UpdateFailed``."""
+
+    factor: float
+    is_first: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hold:
-    """Keep the payload of the push just made until its step is complete, in the place of one that is kept for this
-    worker; ``Answer`` will follow."""
+    """Keep the payload of the push just made until its step is made, in the place of one that is kept for this worker;
+    ``Answer`` will follow."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,4 +80,4 @@ class Free:
     """Free the session's arrays."""
 
 
-Effect = Apply | Hold | Reply | Fail | Answer | Replace | Free
+Effect = Apply | Add | Hold | Reply | Fail | Answer | Replace | Free

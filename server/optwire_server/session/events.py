@@ -9,11 +9,12 @@ from optwire_proto import errors, sessions
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pushed:
-    """A whole payload has arrived and its digest was verified."""
+    """A whole payload has arrived and its digest was verified; ``now_s`` is a time in seconds, that only grows."""
 
     key: sessions.PushKey
     digest: sessions.Digest
     options: sessions.PushOptions = sessions.PLAIN
+    now_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,8 +35,15 @@ class Updated:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Added:
+    """The gradients that ``Add`` is of are part of the sum; the learning rate is what the step would use now."""
+
+    learning_rate: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class UpdateFailed:
-    """The update that ``Apply`` asked for raised; ``state_lost`` says whether the old state went with it."""
+    """What ``Apply`` or ``Add`` asked for raised; ``state_lost`` says whether the old state went with it."""
 
     problem: str
     state_lost: bool
@@ -85,4 +93,65 @@ class Deleted:
     """The session was deleted."""
 
 
-Event = Pushed | Updated | UpdateFailed | UpdateRefused | Changed | Loaded | Deleted
+@dataclasses.dataclass(frozen=True, slots=True)
+class Joined:
+    """A process joins as a worker.
+
+    Attributes:
+      worker: 32 hexadecimal digits.
+      join_key: 32 hexadecimal digits; a retry repeats them.
+      now_s: a time in seconds, as in ``Pushed``.
+    """
+
+    worker: str
+    join_key: str
+    now_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beat:
+    """A worker, known by the epoch that joining gave it, is there still."""
+
+    worker: str
+    epoch: int
+    now_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Left:
+    """A worker, known by its epoch, leaves."""
+
+    worker: str
+    epoch: int
+    now_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Read:
+    """A worker was given the newest parameters."""
+
+    worker: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed."""
+
+    now_s: float
+
+
+Event = (
+    Pushed
+    | Updated
+    | Added
+    | UpdateFailed
+    | UpdateRefused
+    | Changed
+    | Loaded
+    | Deleted
+    | Joined
+    | Beat
+    | Left
+    | Read
+    | Ticked
+)

@@ -1,16 +1,17 @@
-"""Pushes of several workers that are to make one step: what they must have in common, and what they say together."""
+"""Pushes that are to make one step: when it is complete, what they must have in common, and what they say together."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from optwire_proto import aggregations, errors, sessions
-from optwire_server.session import effects, events
+from optwire_server.session import effects, events, members, records
 
-# A loss is the worker's own; the step has the mean of them.
-_OWN = frozenset({"loss"})
+_MODE = aggregations.Mode
+# A loss is the worker's own, and the step has the mean of them; so is its weight.
+_OWN = frozenset({"loss", "weight"})
 _UPDATES = sessions.ReplyContent.UPDATES
 
 
@@ -37,18 +38,72 @@ def wishing(event: events.Pushed, before: events.Pushed) -> events.Pushed:
     )
 
 
-def check_member(name: str, step: int, aggregation: aggregations.Aggregation, worker: str) -> None:
-    """Raises InvalidArgumentError where a worker is none of those whose pushes make the steps of a session."""
-    if not aggregation.includes(worker):
-        most = aggregation.workers - 1
-        raise errors.InvalidArgumentError(
-            f"session {name!r}: a push of worker {worker}, expected one of the workers 0 to {most}, as its steps are "
-            f"of {aggregation}; attach(name, worker=rank)",
-            subject="worker",
-            expected=f"{sessions.worker_id(0)} to {sessions.worker_id(most)}",
-            got=worker,
-            step=step,
-        )
+def is_complete(session: records.Session, now_s: float) -> bool:
+    """Whether what is gathered makes a step now, in the modes that gather."""
+    aggregation, count = session.aggregation, len(session.gathered)
+    if aggregation.mode is not _MODE.QUORUM:
+        enough = aggregation.k or aggregation.workers
+        return count > 0 and (count >= enough or members.missing(session) <= 0)
+    is_over = closes_s(session) <= now_s
+    return count >= aggregation.k and (is_over or members.missing(session) == 0)
+
+
+def closes_s(session: records.Session) -> float:
+    """When the open step will not wait any longer for more pushes than it needs; infinite: for ever."""
+    aggregation = session.aggregation
+    has_deadline = aggregation.deadline_s > 0 and len(session.gathered) >= max(aggregation.k, 1)
+    return session.opened_s + aggregation.deadline_s if has_deadline else math.inf
+
+
+def apply(session: records.Session) -> effects.Apply:
+    """The update that the pushes of a step are applied by: those that are ``taken``, and the ``pending`` one."""
+    pending = session.pending
+    pushes = in_order({worker: session.gathered[worker] for worker in session.taken})
+    if session.buffered and pending is not None:
+        return _closing(session, pending)
+    if pending is not None:
+        pushes = in_order({pushed.key.worker: pushed for pushed in (*pushes, pending)})
+    if not session.aggregation.gathers:
+        return _alone(session, pushes[0])
+    sums = session.aggregation.combine is aggregations.Combine.SUM
+    weights = tuple(pushed.options.weight for pushed in pushes)
+    if len(pushes) == 1 and not sums:
+        return _alone(session, pushes[0])
+    workers = tuple(pushed.key.worker for pushed in pushes)
+    factors = weights if any(weight != 1.0 for weight in weights) else ()
+    divisor = 1.0 if sums else math.fsum(weights) if factors else 0.0
+    return effects.Apply(session.step, joined(pushes), workers, factors, divisor)
+
+
+def factor(session: records.Session, pushed: events.Pushed) -> float:
+    """What the gradients of a push are multiplied by, for their staleness and their weight in a sum."""
+    aggregation = session.aggregation
+    damping = aggregation.damping.factor(session.step - pushed.key.base_step)
+    is_weighted = aggregation.combine is aggregations.Combine.SUM or aggregation.mode is _MODE.BUFFERED
+    return damping * pushed.options.weight if is_weighted else damping
+
+
+def _alone(session: records.Session, pushed: events.Pushed) -> effects.Apply:
+    """The update of one push: what it is multiplied by, the update divides by less."""
+    workers = () if pushed is session.pending else (pushed.key.worker,)
+    options, times = pushed.options, 1.0
+    if session.aggregation.takes_stale:
+        times = factor(session, pushed)
+        if session.aggregation.combine is aggregations.Combine.MEAN and session.aggregation.mode is _MODE.BUFFERED:
+            times /= options.weight
+    if times != 1.0:
+        options = dataclasses.replace(options, grad_scale=options.grad_scale / times)
+    return effects.Apply(session.step, options, workers)
+
+
+def _closing(session: records.Session, pending: events.Pushed) -> effects.Apply:
+    """The update of a sum with the push that is the last of it; only that one's wishes can still be heeded."""
+    pushes = (*session.buffered, pending)
+    is_mean = session.aggregation.combine is aggregations.Combine.MEAN
+    divisor = math.fsum(pushed.options.weight for pushed in pushes) if is_mean else 1.0
+    options = dataclasses.replace(joined(pushes), telemetry=pending.options.telemetry, reply=pending.options.reply)
+    times = (factor(session, pending),)
+    return effects.Apply(session.step, options, (), times, divisor, completes_sum=True)
 
 
 def replaced(name: str, step: int, worker: str) -> errors.StalePushError:
@@ -63,9 +118,9 @@ def replaced(name: str, step: int, worker: str) -> errors.StalePushError:
     )
 
 
-def check_agreement(name: str, step: int, event: events.Pushed, others: Mapping[str, events.Pushed]) -> None:
+def check_agreement(name: str, step: int, event: events.Pushed, others: Iterable[events.Pushed]) -> None:
     """Raises InvalidArgumentError where a push says something else than one of another worker for the same step."""
-    for other in others.values():
+    for other in others:
         before, now = other.options.meaning, event.options.meaning
         for what in before:
             if before[what] != now[what] and what not in _OWN:
@@ -86,9 +141,10 @@ def joined(pushes: Sequence[events.Pushed]) -> sessions.PushOptions:
     first = pushes[0].options
     names = [name for name, _ in first.extras]
     extras = [dict(pushed.options.extras) for pushed in pushes]
+    weights = [pushed.options.weight for pushed in pushes]
     return sessions.PushOptions(
         grad_scale=first.grad_scale,
-        extras=tuple((name, _mean([values[name] for values in extras])) for name in names),
+        extras=tuple((name, _mean([values[name] for values in extras], weights)) for name in names),
         hyperparams=first.hyperparams,
         absent=first.absent,
         telemetry=any(pushed.options.telemetry for pushed in pushes),
@@ -101,6 +157,9 @@ def told(gathered: Mapping[str, events.Pushed], error: errors.OptwireError) -> t
     return tuple(effects.Answer(pushed.key.worker, effects.Fail(error)) for pushed in in_order(gathered))
 
 
-def _mean(values: Sequence[float]) -> float:
-    """The mean; exact but for the last rounding, and never infinite."""
-    return math.fsum(value / len(values) for value in values)
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The weighted mean; where all weights are the same, exact but for the last rounding. Never infinite."""
+    if len(set(weights)) == 1:
+        return math.fsum(value / len(values) for value in values)
+    whole = math.fsum(weights)
+    return math.fsum(value * (weight / whole) for value, weight in zip(values, weights, strict=True))

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 
 import optwire_server
-from optwire_proto import codecs, convert, errors, limits, sessions
+from optwire_proto import aggregations, codecs, convert, errors, limits, sessions
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 from optwire_proto.v1 import tensor_pb2 as tensor_pb
@@ -66,7 +66,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             features=(
                 "stream",
                 "unary",
-                "sync",
+                *(mode for mode in aggregations.Mode if mode is not aggregations.Mode.SINGLE),
                 *(f"codec.{kind.name.lower()}" for kind in codecs.Kind if kind is not codecs.Kind.RAW),
                 *(("shared_memory",) if self._handover_path else ()),
                 *(("programs",) if self._config.allow_programs else ()),
@@ -142,6 +142,24 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
             from_step=request.from_step if request.HasField("from_step") else None,
         )
         return pb.UpdateHyperparamsResponse(session=convert.session_to_proto(info), from_step=step)
+
+    def JoinSession(self, request: pb.JoinSessionRequest, context: grpc.ServicerContext) -> pb.JoinSessionResponse:
+        id_, name = convert.ref_from_proto(request.session)
+        worker = sessions.check_id(request.worker, "worker")
+        join_key = sessions.check_id(request.join_key, "join_key")
+        info, seq, epoch, lease_s = self._registry.join(worker, join_key, id_=id_, name=name)
+        session = _without_tree(info)
+        return pb.JoinSessionResponse(session=session, worker_seq=seq, epoch=epoch, lease_s=lease_s)
+
+    def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
+        id_, worker = sessions.check_id(request.session_id, "session_id"), sessions.check_id(request.worker, "worker")
+        step, incarnation, awaited = self._registry.beat(id_, worker, request.epoch)
+        return pb.HeartbeatResponse(step=step, incarnation=incarnation, awaited=awaited[: limits.AWAITED_MAX])
+
+    def LeaveSession(self, request: pb.LeaveSessionRequest, context: grpc.ServicerContext) -> pb.LeaveSessionResponse:
+        id_, worker = sessions.check_id(request.session_id, "session_id"), sessions.check_id(request.worker, "worker")
+        self._registry.leave(id_, worker, request.epoch)
+        return pb.LeaveSessionResponse()
 
     def ReadParams(
         self, request: pb.ReadParamsRequest, context: grpc.ServicerContext
@@ -236,7 +254,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         begun = stages.begun(start, messages, self._registry, stream, context.cancel)
         with begun as (begin, stage), stream.busy():
             key, options = convert.push_from_proto(begin)
-            slot, departs = convert.slot_from_proto(begin), begin.params_before_ack and not begin.shared_memory_slot
+            slot, departs = convert.slot_from_proto(begin), begin.params_before_ack
             with self._registry.pushing(key, options, stage=stage, slot=slot, departs=departs) as push:
                 digest = frames.end(messages, stream) if slot else frames.land(messages, push.landing, stream)
                 if push.departure is not None:
@@ -251,21 +269,29 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     def _departing(
         self, push: live.Push, out: departure.Departure, digest: sessions.Digest, stream: streams.Stream
     ) -> Iterator[Any]:
-        """Applies a push, and sends its parameters meanwhile; then the ack.
+        """Applies a push, and sends its parameters meanwhile; the ack as soon as it is applied.
 
         On a thread of its own, which waits for no client. That is over when this is, even if the client has gone: until
         then the landing is read.
         """
+        reply: live.Reply | None = None
         with concurrent.futures.ThreadPoolExecutor(1, "optwire-update") as thread:
             applied = thread.submit(self._registry.push, push, digest)
             applied.add_done_callback(lambda _: out.end())
-            length = yield from _chunks(out.segments(), stream, push.session.params_codec)
-            reply = applied.result()
-            assert isinstance(reply, live.Reply), "parameters of several workers' steps do not depart"
+            for chunk in _chunks(out.segments(), stream, push.session.params_codec):
+                with stream.transferring():
+                    yield chunk
+                    if reply is None and applied.done():
+                        reply = _alone(applied.result())
+                        yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
             with stream.transferring():
-                yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
-                length += yield from _chunks(reply.params, stream, reply.codec)  # there was no update: it is a retry
-                yield pb.StreamStepsResponse(end=_end(length))
+                if reply is None:
+                    reply = _alone(applied.result())
+                    yield pb.StreamStepsResponse(ack=convert.ack_to_proto(reply.ack))
+                if reply.params:  # there was no update: it is a retry
+                    yield from _payload(reply.params, pb.StreamStepsResponse, stream, reply.codec)
+                else:
+                    yield pb.StreamStepsResponse(end=_end(reply.ack.payload_bytes))
 
     def _pushed(
         self,
@@ -295,6 +321,12 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         raise _not_served("RollbackSession")
 
 
+def _alone(outcome: live.Reply | waiting.Waiting) -> live.Reply:
+    """What came of a push that is a step by itself."""
+    assert isinstance(outcome, live.Reply), "a push that waits for others has no departure"
+    return outcome
+
+
 def _payload(
     params: list[np.ndarray[Any, Any]],
     response: Callable[..., Any],
@@ -303,8 +335,7 @@ def _payload(
 ) -> Iterator[Any]:
     """Chunks and the end of the parameters; empties ``params``."""
     length = yield from _chunks(params, stream, codec)
-    with stream.transferring():
-        yield response(end=_end(length))
+    yield response(end=_end(length))
 
 
 def _chunks(
@@ -314,9 +345,9 @@ def _chunks(
     offset = 0
     for piece in codecs.payload_views(codec, params):
         length = sum(view.nbytes for view in piece)
-        with stream.transferring():
-            yield convert.chunk_to_wire(offset, piece)
+        yield convert.chunk_to_wire(offset, piece)
         offset += length
+        stream.progressed()
     return offset
 
 

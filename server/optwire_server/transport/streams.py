@@ -54,8 +54,8 @@ class Stream:
     @contextlib.contextmanager
     def transferring(self) -> Iterator[None]:
         """The time in which the client must keep the bytes moving."""
+        self.progressed()  # first, or the time before would count
         self.is_transferring = True
-        self.progressed()
         try:
             yield
         finally:
