@@ -78,8 +78,8 @@ class Aggregation:
 
     Attributes:
       mode: the rule.
-      workers: how many there are at most, in SYNC, K_OF_N and QUORUM; in the first two those of the ids ``worker_id(0)``
-        up to ``worker_id(workers - 1)``. 0 in other modes.
+      workers: how many there are at most, in SYNC, K_OF_N and QUORUM; in the first two those of the ids
+        ``worker_id(0)`` up to ``worker_id(workers - 1)``. 0 in other modes.
       k: how many pushes close a step, in K_OF_N and BUFFERED; how many at least, in QUORUM. 0 in other modes.
       staleness_max: largest accepted number of steps since those a push was computed on; None: any. Required in
         BOUNDED_STALENESS, possible in BUFFERED.
@@ -160,6 +160,11 @@ class Aggregation:
         return self.mode in (Mode.SYNC, Mode.K_OF_N, Mode.QUORUM)
 
     @property
+    def waits(self) -> bool:
+        """Whether a push may have to wait: for others of its step, or for slow workers."""
+        return self.gathers or self.policy is Policy.WAIT
+
+    @property
     def is_ranked(self) -> bool:
         """Whether its workers are ranks, known from the beginning."""
         return self.mode in (Mode.SYNC, Mode.K_OF_N)
@@ -174,8 +179,8 @@ class Aggregation:
         """Most payloads that wait at a time, or are summed into one that does."""
         if self.mode is Mode.K_OF_N:
             return self.k
-        if self.policy is Policy.WAIT:
-            return limits.WORKERS_MAX
+        if self.policy is Policy.WAIT and self.staleness_max is not None:
+            return min(self.staleness_max, limits.WORKERS_MAX)  # of one worker more, one can always be applied
         return self.workers or min(self.k, 1)
 
     def includes(self, worker: str) -> bool:

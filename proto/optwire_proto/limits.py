@@ -46,6 +46,8 @@ TURNS_MAX = 64
 WORKERS_MAX = 1024
 # Of those that a step waits for, so many are named to a worker that is heard of.
 AWAITED_MAX = 64
+# Of those that a step waits for, so many are told.
+AWAITED_MAX = 64
 # Seconds that a worker's lease may last, unless it lasts for ever, and a step may wait for more pushes.
 LEASE_S_MIN = 0.1
 LEASE_S_MAX = 86_400.0

@@ -6,7 +6,6 @@ In a payload a leaf that comes by rows is two arrays: the indices of its rows, s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +16,8 @@ from optwire_proto import errors, tensors, trees
 _SHORT_MAX: Final = 2**31 - 1
 # (position of a leaf in the session's tree, number of its rows) pairs, ascending.
 Counts = tuple[tuple[int, int], ...]
+# What is to be read: (position of a leaf, indices of its rows as they travel; None: all of it) pairs, ascending.
+Wanted = tuple[tuple[int, bytes | None], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -90,24 +91,30 @@ def check_indices(leaf: trees.LeafSpec, indices: np.ndarray[Any, Any], what: str
         raise _wrong(f"{where}: {got}", leaf.name, "strictly increasing numbers", got)
 
 
-def unpacked(tree: trees.TreeSpec, wanted: Sequence[tuple[int, bytes]]) -> dict[int, np.ndarray[Any, Any]]:
-    """Indices by position of their leaf, of bytes as they travel in a request to read rows.
+def unpacked(tree: trees.TreeSpec, wanted: Wanted) -> dict[int, np.ndarray[Any, Any] | None]:
+    """Indices by position of their leaf; None: all of it is to be read.
 
     Raises:
       InvalidArgumentError: a leaf without rows, or not in order; bytes that are no indices of its rows.
     """
-    found: dict[int, np.ndarray[Any, Any]] = {}
+    found: dict[int, np.ndarray[Any, Any] | None] = {}
     for position, data in wanted:
         if found and position <= max(found):
             raise _wrong(f"rows: leaf {position}", "rows", "ascending positions of leaves", str(position))
+        if position >= len(tree.leaves):
+            raise _wrong(f"rows: leaf {position}", "rows", f"positions below {len(tree.leaves)}", str(position))
+        if data is None:
+            found[position] = None
+            continue
         check(tree, ((position, 0),), "rows")
         leaf = tree.leaves[position]
         dtype = tensors.numpy_dtype(index_dtype(leaf))
         if len(data) % dtype.itemsize:
             got = f"{len(data)} bytes"
             raise _wrong(f"rows[{leaf.name!r}]: {got} of indices", leaf.name, f"a multiple of {dtype.itemsize}", got)
-        found[position] = np.frombuffer(data, dtype)
-        check_indices(leaf, found[position], "rows")
+        indices: np.ndarray[Any, Any] = np.frombuffer(data, dtype)
+        check_indices(leaf, indices, "rows")
+        found[position] = indices
     return found
 
 

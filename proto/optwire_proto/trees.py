@@ -241,7 +241,7 @@ def match(spec: TreeSpec, tree: Any, what: str = "grads") -> list[tensors.Array]
     return flat.arrays
 
 
-def match_present(spec: TreeSpec, tree: Any, what: str = "grads", other: type = type(None)) -> list[Any]:
+def match_present(spec: TreeSpec, tree: Any, what: str = "grads", other: type | tuple[()] = ()) -> list[Any]:
     """As ``match``, but None or one of a class ``other`` may stand in the place of an array, and in the result.
 
     Raises:
@@ -250,7 +250,7 @@ def match_present(spec: TreeSpec, tree: Any, what: str = "grads", other: type = 
     arrays: list[Any] | None = _walk(spec, tree) or None
     if arrays is not None:
         return arrays
-    values = _leaf_values(spec, tree)
+    values = leaf_values(spec, tree)
     absent = [index for index, value in enumerate(values or ()) if value is None or isinstance(value, other)]
     if values is None or not absent:
         return list(match(spec, tree, what))
@@ -278,7 +278,7 @@ def match_into(spec: TreeSpec, tree: Any, what: str = "out") -> list[tensors.Arr
       TreeMismatchError: as ``match``; or an array cannot be written in place.
     """
     arrays = match(spec, tree, what)
-    for leaf, array, value in zip(spec.leaves, arrays, _leaf_values(spec, tree) or (), strict=True):
+    for leaf, array, value in zip(spec.leaves, arrays, leaf_values(spec, tree) or (), strict=True):
         problem = ""
         if not isinstance(value, np.ndarray):
             problem = type(value).__name__
@@ -297,7 +297,7 @@ def match_into(spec: TreeSpec, tree: Any, what: str = "out") -> list[tensors.Arr
     return arrays
 
 
-def _leaf_values(spec: TreeSpec, tree: Any) -> list[Any] | None:
+def leaf_values(spec: TreeSpec, tree: Any) -> list[Any] | None:
     """What stands in the places of the leaves, whatever it is; None where the containers differ."""
     if not spec.nodes:
         names = [leaf.name for leaf in spec.leaves]

@@ -93,10 +93,10 @@ def params(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
     return leaves(model, np.random.default_rng(seed).standard_normal(model.parameters, np.float32))
 
 
-def grads(model: Model, seed: int = 1) -> dict[str, np.ndarray]:
-    """The gradients of the first step: each is a bfloat16, so that bf16 loses nothing of them and can be checked bit
-    for bit."""
-    flat = np.random.default_rng(seed).standard_normal(model.parameters, np.float32)
+def grads(model: Model, rank: int = 0) -> dict[str, np.ndarray]:
+    """The gradients of a worker's first step: each is a bfloat16, so that bf16 loses nothing of them and can be checked
+    bit for bit."""
+    flat = np.random.default_rng(1 + rank).standard_normal(model.parameters, np.float32)
     flat.view(np.uint32)[...] &= np.uint32(0xFFFF0000)
     return leaves(model, flat)
 

@@ -6,10 +6,15 @@ lock is counted against another. A program of anyone's that speaks the same line
     {"do": "open", "model": "25M", "tensors": 0}   -> facts: "pids": other processes whose work is this one's; "says":
                                                       for the report; "reference": whether it brings one of its own;
                                                       "path": how far it may be from that, as in ``cases.Check``
-    {"do": "step", "count": 3}                     -> {"seconds": [...], "cpu_s": 0.1, "faults": 12}
+    {"do": "open", ..., "rank": 0, "workers": 4,   -> the same, as one of several workers, whose gradients are averaged;
+     "meeting": "/tmp/..."}                           "meeting": a folder in which those of one group find each other
+    {"do": "step", "count": 3}                     -> {"seconds": [...], "cpu_s": 0.1, "faults": 12}; "starts": when each
+                                                      began, by the clock that processes share; of workers only
     {"do": "save", "path": "...", "what": ""}      -> null; parameters of all leaves, one after the other, float32;
                                                       "reference": what they should be, where it brings that
     {"do": "close"}                                -> null
+
+All workers of a group are told to open, or to step, before one of them is waited for.
 
 A step is what the caller of an optimizer waits for: from gradients at hand to new parameters at hand. Between two steps
 the gradients are multiplied by the next of ``models.FACTORS``, which is not timed.
@@ -18,9 +23,11 @@ the gradients are multiplied by the next of ``models.FACTORS``, which is not tim
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import json
 import os
+import pathlib
 import platform
 import resource
 import sys
@@ -32,6 +39,40 @@ from typing import Any, Protocol
 import numpy as np
 
 from optwire_bench import models
+
+
+# How long workers wait for the first of them.
+_MEETING_S = 120.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Which of several workers a process is.
+
+    Attributes:
+      rank: from 0.
+      workers: how many there are.
+      meeting: a folder that all of them know, and nobody else uses.
+    """
+
+    rank: int
+    workers: int
+    meeting: str
+
+    def tell(self, text: str) -> None:
+        """Leaves a line for the others; the worker of rank 0 does, once."""
+        new = pathlib.Path(self.meeting, "new")
+        new.write_text(text, encoding="utf-8")
+        new.rename(new.with_name("told"))
+
+    def told(self) -> str:
+        """What the worker of rank 0 has left; waits for it, and raises TimeoutError."""
+        told, deadline = pathlib.Path(self.meeting, "told"), time.monotonic() + _MEETING_S
+        while not told.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"worker 0 left nothing in {self.meeting} within {_MEETING_S:g} s")
+            time.sleep(0.01)
+        return told.read_text(encoding="utf-8")
 
 
 class Stepping(Protocol):
@@ -58,10 +99,28 @@ class Stepping(Protocol):
         ...
 
 
+class Working(Stepping, Protocol):
+    """What takes steps together with others."""
+
+    def join(self, model: models.Model, place: Place) -> dict[str, Any]:
+        """Does what ``open`` does, as one of several; its gradients are those of its rank."""
+        ...
+
+
 class Local:
     """Adam by a jitted, donated update of one flat array in this process: what all others are compared with."""
 
     def open(self, model: models.Model) -> dict[str, Any]:
+        return self._opened(model, _flat(models.grads(model)))
+
+    def join(self, model: models.Model, place: Place) -> dict[str, Any]:
+        """Does with the mean of all gradients, in the order of ranks, what the workers do together."""
+        total = _flat(models.grads(model))
+        for rank in range(1, place.workers):
+            total += _flat(models.grads(model, rank))
+        return self._opened(model, total / np.float32(place.workers))
+
+    def _opened(self, model: models.Model, grads: np.ndarray) -> dict[str, Any]:
         import jax
 
         from optwire_server import optimizers
@@ -71,7 +130,7 @@ class Local:
         self._update = jax.jit(update, donate_argnums=2)
         self._scale = jax.jit(lambda grads, factor: grads * factor, donate_argnums=0)
         self._state = init(jax.numpy.array(_flat(models.params(model))))
-        self._grads = jax.numpy.array(_flat(models.grads(model)))
+        self._grads = jax.numpy.array(grads)
         self._index = 0
         return {}
 
@@ -151,17 +210,29 @@ class Remote:
 
         self._client = optwire.connect(target, transport=transport, timeout=120.0)
         self._client.server_info()
-        self._grads_codec, self._params_codec = grads_codec, params_codec
+        self._codecs = {"grads_codec": grads_codec, "params_codec": params_codec}
 
     def open(self, model: models.Model) -> dict[str, Any]:
-        from optwire import optimizers
+        self._owns = True
+        self._session = self._client.create_session(models.params(model), _adam(), **self._codecs)
+        return self._opened(model)
 
-        spec = optimizers.adam(models.LEARNING_RATE, models.B1, models.B2, models.EPS)
-        self._session = self._client.create_session(
-            models.params(model), spec, grads_codec=self._grads_codec, params_codec=self._params_codec
-        )
+    def join(self, model: models.Model, place: Place) -> dict[str, Any]:
+        self._owns = place.rank == 0
+        if self._owns:
+            aggregation = f"sync({place.workers}, lease_s=inf)"
+            self._session = self._client.create_session(
+                models.params(model), _adam(), aggregation=aggregation, worker=0, **self._codecs
+            )
+            place.tell(self._session.name)
+        else:
+            self._session = self._client.attach(place.told(), worker=place.rank)
+            self._session.params()  # so that it knows the step
+        return self._opened(model, place.rank)
+
+    def _opened(self, model: models.Model, rank: int = 0) -> dict[str, Any]:
         self._grads, self._params = self._session.grad_buffers(), self._session.param_buffers()
-        for name, leaf in models.grads(model).items():
+        for name, leaf in models.grads(model, rank).items():
             self._grads[name][...] = leaf
         self._names = [name for name, _ in model.shapes]
         return {}
@@ -185,24 +256,26 @@ class Remote:
         name = self._session.name
         del self._grads, self._params
         self._session.close()
-        self._client.delete_session(name)
+        if self._owns:
+            self._client.delete_session(name)
         gc.collect()
         if platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).malloc_trim(0)  # so that what comes next is not served from memory that was free
 
 
 def measured(step: Callable[[], None], count: int, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Seconds of each of ``count`` steps; CPU seconds and minor page faults of this process in all of them."""
-    seconds, cpu_s, faults = [], 0.0, 0
+    """When each of ``count`` steps began, and its seconds; CPU seconds and minor page faults of this process in all of them."""
+    starts, seconds, cpu_s, faults = [], [], 0.0, 0
     for _ in range(count):
         before, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)
+        starts.append(started)
         cpu_s += time.process_time() - cpu
         faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         between()
-    return {"seconds": seconds, "cpu_s": cpu_s, "faults": faults}
+    return {"starts": starts, "seconds": seconds, "cpu_s": cpu_s, "faults": faults}
 
 
 def serve(role: Stepping) -> None:
@@ -219,7 +292,7 @@ def serve(role: Stepping) -> None:
         match command["do"]:
             case "open":
                 steps = 0
-                answer = role.open(models.model(command["model"], command["tensors"]))
+                answer = _opened(role, command)
                 is_open = True
             case "step":
                 answer = measured(role.step, command["count"], produce)
@@ -235,6 +308,16 @@ def serve(role: Stepping) -> None:
         reply(answer)
     if is_open:
         role.close()
+
+
+def _opened(role: Stepping, command: Mapping[str, Any]) -> dict[str, Any]:
+    model = models.model(command["model"], command["tensors"])
+    if "workers" not in command:
+        return role.open(model)
+    join = getattr(role, "join", None)
+    if join is None:
+        sys.exit(f"{type(role).__name__} works alone")
+    return dict(join(model, Place(command["rank"], command["workers"], command["meeting"])))
 
 
 def end_with_input() -> None:
@@ -258,6 +341,12 @@ def reply(answer: object) -> None:
     data = json.dumps(answer).encode() + b"\n"
     while data:
         data = data[os.write(1, data) :]
+
+
+def _adam() -> Any:
+    from optwire import optimizers
+
+    return optimizers.adam(models.LEARNING_RATE, models.B1, models.B2, models.EPS)
 
 
 def _flat(leaves: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from optwire_proto import aggregations, errors, limits, sessions, trees
-from optwire_server import segments
+from optwire_server import row_pushes, segments
 from optwire_server.engine import departure as departures
 from optwire_server.engine import device, landing
 from optwire_server.engine import engine as engines
@@ -28,6 +28,7 @@ def reply(
     live: LiveSession,
     options: sessions.PushOptions,
     effect: effects.Reply,
+    lent: landing.Landing,
     claim: segments.Claim | None = None,
     *,
     is_written: bool = False,
@@ -39,6 +40,7 @@ def reply(
       live: the session.
       options: what the push asked for.
       effect: what is to be said.
+      lent: where the gradients came to; of rows it says which.
       claim: where the arrays of the reply go, within its use; None: they are part of the reply.
       is_written: whether the parameters are there already, or on their way.
 
@@ -52,7 +54,10 @@ def reply(
         if claim is not None and not is_written:
             yield from engine.write_params(live.held, claim.params)
         return Reply(live.ack(effect, live.tree.payload_bytes), [])
-    arrays = yield from _arrays(engine, live, options, effect.applied_step)
+    if options.rows and content in _PARAMS:
+        arrays = yield from row_pushes.params(engine, live, lent)
+    else:
+        arrays = yield from _arrays(engine, live, options, effect.applied_step)
     if claim is not None:
         ack = live.ack(effect, sum(leaf.nbytes for leaf in arrays))
         if arrays:
@@ -68,7 +73,9 @@ def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> d
             case effects.Reply():
                 try:
                     with waiting.claim.using() if waiting.claim else contextlib.nullcontext():
-                        answered = yield from reply(engine, live, waiting.options, answer.outcome, waiting.claim)
+                        answered = yield from reply(
+                            engine, live, waiting.options, answer.outcome, waiting.landing, waiting.claim
+                        )
                     waiting.outcome.set_result(answered)
                 except Exception as exc:  # noqa: BLE001  this call's own; the others have theirs
                     waiting.outcome.set_exception(exc)
@@ -81,9 +88,11 @@ def departure(live: LiveSession, options: sessions.PushOptions) -> departures.De
 
     A push that may have to wait for others is answered with all who wait; a replica takes whole parameters.
     """
-    is_possible = live.machine.aggregation.mode is aggregations.Mode.SINGLE and not live.params_codec.loses
+    aggregation = live.machine.aggregation
+    is_alone = not aggregation.waits and aggregation.mode is not aggregations.Mode.BUFFERED
+    is_possible = is_alone and not live.params_codec.loses
     is_long = live.tree.payload_bytes > limits.CHUNK_BYTES and live.held.is_in_blocks
-    is_wanted = options.reply is sessions.ReplyContent.PARAMS
+    is_wanted = options.reply is sessions.ReplyContent.PARAMS and not options.rows
     return departures.Departure() if is_possible and is_long and is_wanted else None
 
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from optwire_proto import aggregations, codecs, errors, sessions, specs, trees
-from optwire_server import extensions, replicas
+from optwire_server import compensation, extensions, replicas
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
-from optwire_server.engine import device, landing
+from optwire_server.engine import device, landing, mean
 from optwire_server.engine import engine as engines
 from optwire_server.engine import layout as layouts
 from optwire_server.live import Creation, LiveSession
@@ -96,7 +96,9 @@ class Creations:
         compiled = self._engine.compile(checked, tree)
         if old is not None:
             extensions.check_closed(old, compiled)
+        compensation.check(workers, tree)
         size = compiled.held_bytes + replicas.held_bytes(whole.params_codec or codecs.RAW, tree)
+        size += mean.sum_bytes(tree) if workers.mode is aggregations.Mode.BUFFERED else 0
         room = self._reserved(size, compiled.layout, workers, old) if first_try else contextlib.nullcontext()
         with room, contextlib.closing(self._landings.land(tree, compiled.layout)) as lent:
             yield Creation(
@@ -268,10 +270,11 @@ class Creations:
 
         Payloads that wait for a worker which never comes take at most half of the landing bytes from everybody else.
         """
-        if aggregation.mode is aggregations.Mode.SINGLE:
+        if not aggregation.waits:
             return
-        if aggregation.workers > self._config.streams_max:
-            raise over("streams_max", aggregation.workers, self._config.streams_max)
+        calls = max(aggregation.workers, aggregation.kept_max)
+        if calls > self._config.streams_max:
+            raise over("streams_max", calls, self._config.streams_max)
         others = (live for live in self._table.by_id.values() if live is not old)
         room = _waiting_bytes(aggregation, layout) + sum(
             _waiting_bytes(live.machine.aggregation, live.held.layout) for live in others
@@ -280,7 +283,7 @@ class Creations:
         if room + reserved > self._config.landing_bytes_max // 2:
             most = self._config.landing_bytes_max // 2
             raise errors.LimitError(
-                f"landing_bytes_max: {room + reserved} bytes of payloads could wait in all sync sessions, expected at "
+                f"landing_bytes_max: {room + reserved} bytes of payloads could wait in all sessions, expected at "
                 f"most {most}, half of it",
                 subject="landing_bytes_max",
                 expected=f"at most {most} bytes of payloads that wait",
@@ -301,8 +304,8 @@ def _check_codecs(terms: sessions.Terms, tree: trees.TreeSpec) -> None:
 
 
 def _waiting_bytes(aggregation: aggregations.Aggregation, layout: layouts.Layout) -> int:
-    """Bytes of landing buffers that pushes of a session may hold while they wait for each other."""
-    return aggregation.workers * landing.buffer_bytes(layout) if aggregation.mode is aggregations.Mode.SYNC else 0
+    """Bytes of landing buffers that pushes of a session may hold while they wait for others."""
+    return aggregation.kept_max * landing.buffer_bytes(layout) if aggregation.waits else 0
 
 
 def over(what: str, count: int, most: int, why: str = "", *, retry_after_s: float = 0.0) -> errors.LimitError:

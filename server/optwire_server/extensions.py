@@ -10,7 +10,7 @@ from optwire_server import states
 from optwire_server.engine import device, program
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession
-from optwire_server.session import machine
+from optwire_server.session import machine, members
 
 
 def check(old: LiveSession, extends: sessions.Extension, name: str, tree: trees.TreeSpec) -> None:
@@ -103,4 +103,5 @@ def take_over(
         incarnation=old.machine.incarnation + 1,
         step=old.machine.step,
         skipped=_skipped(old, new.plan.program),
+        members=members.after(old.machine, new.machine.aggregation),
     )

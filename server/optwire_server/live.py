@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from optwire_proto import codecs, sessions, specs, trees
+from optwire_proto import aggregations, codecs, sessions, specs, trees
 from optwire_server import plans as planning
 from optwire_server import replicas, segments, waiting
-from optwire_server.engine import departure, engine, landing, program
+from optwire_server.engine import departure, engine, landing, mean, program
 from optwire_server.session import effects, machine
 
 Params = list[np.ndarray[Any, Any]]
@@ -25,7 +25,9 @@ class LiveSession:
     compiles for the session meanwhile: the next plans, or another variant of their programs. ``variants`` and ``views``
     are what the program of a new plan should have; what one has, it says itself. ``added`` is a step and what it added
     to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are the pushes that
-    wait for those of other workers. ``replica`` is there where replies carry differences.
+    wait for those of other workers, and in ``brought`` what they change of the hyperparameters. ``replica`` is there
+    where replies carry differences, ``total`` where pushes are summed as they come; in ``given`` is, for each worker, a
+    step and its parameters, those it was given last, where delays are compensated.
     """
 
     machine: machine.Session
@@ -43,6 +45,9 @@ class LiveSession:
     added: tuple[int, Params] | None = None
     room: waiting.WaitingRoom = dataclasses.field(default_factory=waiting.WaitingRoom)
     replica: replicas.Replica | None = None
+    brought: dict[str, PushedChange | None] = dataclasses.field(default_factory=dict)
+    total: mean.Sum | None = None
+    given: dict[str, tuple[int, np.ndarray[Any, Any]]] = dataclasses.field(default_factory=dict)
 
     @property
     def plan(self) -> planning.Plan:
@@ -119,9 +124,12 @@ class LiveSession:
 
     @property
     def held_bytes(self) -> int:
-        """As ``state_bytes``, and padding of blocks, memory to encode replies with, and updates kept for a retry."""
+        """As ``state_bytes``, and padding of blocks, memory to encode replies with, and what is kept beside."""
         kept = self.tree.payload_bytes if self.added else 0
-        return self.held.held_bytes + replicas.held_bytes(self.params_codec, self.tree) + kept
+        given = sum(memory.nbytes for _, memory in self.given.values())
+        is_summed = self.machine.aggregation.mode is aggregations.Mode.BUFFERED
+        total = mean.sum_bytes(self.tree) if is_summed else 0
+        return self.held.held_bytes + replicas.held_bytes(self.params_codec, self.tree) + kept + given + total
 
     def ack(self, reply: effects.Reply, payload_bytes: int) -> sessions.Ack:
         """The outcome of a push as the client hears it."""

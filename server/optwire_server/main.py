@@ -1,6 +1,7 @@
 """The command ``optwire``: ``serve`` runs a server until a signal, ``health`` asks one whether it serves.
 
-``optimizers`` lists what a server with this installation serves, and checks a spec; ``bench`` measures.
+``optimizers`` lists what a server with this installation serves, and checks a spec; ``workers`` lists those of a
+session; ``bench`` measures.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = configs.parser().parse_args(given[:1] if own else given)
     flags.arguments = given[1:]
     try:
-        commands = {"serve": _serve, "health": _check_health, "optimizers": _list_optimizers, "bench": _bench}
+        commands = {
+            "serve": _serve,
+            "health": _check_health,
+            "optimizers": _list_optimizers,
+            "workers": _list_workers,
+            "bench": _bench,
+        }
         return commands[flags.command](flags)
     except ModuleNotFoundError as exc:
         print(f"optwire {flags.command}: {exc.name} is not installed; pip install 'optwire[server]'", file=sys.stderr)
@@ -118,6 +125,18 @@ def _list_optimizers(flags: argparse.Namespace) -> int:
     for entry in build.CATALOGUE.values():
         if entry.refusal:
             print(f"  {entry.name}: {entry.refusal}")
+    return 0
+
+
+def _list_workers(flags: argparse.Namespace) -> int:
+    from optwire import _workers
+    from optwire_proto import errors
+
+    try:
+        print(_workers.listing(flags.name, flags.target, timeout_s=flags.timeout))
+    except errors.OptwireError as exc:
+        print(f"optwire workers: {exc}", file=sys.stderr)
+        return 64 if isinstance(exc, errors.InvalidArgumentError) else 2
     return 0
 
 

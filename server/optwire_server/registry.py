@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optwire_proto import codecs, errors, sessions, specs
-from optwire_server import answers, creations, segments, states, table, updates
+from optwire_proto import aggregations, codecs, errors, limits, sessions, specs
+from optwire_server import answers, creations, row_pushes, runner, segments, states, table, updates
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
 from optwire_server.engine import decoding, device, landing, program
@@ -22,7 +24,7 @@ from optwire_server.engine import engine as engines
 from optwire_server.engine import stage as stages
 from optwire_server.engine.layout import Layout
 from optwire_server.live import LiveSession, Push, PushedChange, Read, Reply
-from optwire_server.session import effects, events, machine
+from optwire_server.session import events, machine, members
 from optwire_server.waiting import Waiting
 
 Plans = tuple[planning.Plan, ...]
@@ -47,6 +49,7 @@ class Registry:
             engine, config, self._landings, self._table, refuse_when_draining=refuse, end=self._end
         )
         self.states = states.States(engine, self._landings, self._table.find, refuse, self.creations.check_growth)
+        self._runner = runner.Runner(engine, self.creations.check_growth)
 
     # ------------------------------------------------------------------------------------------------------ push
 
@@ -82,11 +85,11 @@ class Registry:
         """
         self._refuse_when_draining()
         live = self._table.find(id_=key.session_id)
-        if payload_bytes_max is not None and live.tree.payload_bytes > payload_bytes_max:
+        if payload_bytes_max is not None and live.tree.payload_bytes > payload_bytes_max and not options.rows:
             raise creations.over("payload of a unary Step, in bytes", live.tree.payload_bytes, payload_bytes_max)
         machine.admit(live.machine, key)
         updates.check_options(live, options)
-        self._check_growth(live, options)
+        self._runner.check_growth(live, options, key.worker)
         updates.prepare(live, options)
         change = self._pushed_change(live, key, options)
         tree, layout = live.tree, live.held.layout
@@ -95,6 +98,8 @@ class Registry:
         how = live.grads_codec
         if slot:
             _check_way(live, "shared memory", live.grads_codec, live.params_codec)
+        if options.rows and (slot or stage is not None):
+            row_pushes.refuse_way(live, "shared memory" if slot else "a stage")
         claim = self.segments.claim(slot, key) if slot else None
         if claim is not None and stage is not None:
             raise errors.InvalidArgumentError(
@@ -103,6 +108,8 @@ class Registry:
             )
         if stage is not None:
             lent: landing.Landing = self._taken_over(stage, options)
+        elif options.rows:
+            lent = row_pushes.land(self._landings, live, options)
         elif how != codecs.RAW:
             kind = functools.partial(decoding.Decoding, how)
             lent = self._landings.land_as(kind, tree, layout, codecs.scratch_bytes(how, tree.leaves))
@@ -151,22 +158,17 @@ class Registry:
         stage.is_pushed = True
         return stage
 
-    def _check_growth(self, live: LiveSession, options: sessions.PushOptions) -> None:
-        """Raises LimitError where there is no memory for what a session holds after a push beyond what it holds now."""
-        grown = self._engine.growth(live.held, options.absent)
-        self.creations.check_growth(grown + updates.kept_bytes(live, options))
-
     def _pushed_change(
         self, live: LiveSession, key: sessions.PushKey, options: sessions.PushOptions
     ) -> PushedChange | None:
         """What a push changes of the hyperparameters, with every program it needs compiled; None for a retry."""
-        if not options.hyperparams or key.base_step != live.machine.step:
+        if not options.hyperparams or live.worker_seq(key.worker) == key.seq:
             return None
         with live.preparing:
-            before = live.plans
-            now = planning.current(before, key.base_step)
-            plans, values = planning.changed(now, dict(options.hyperparams), key.base_step, self._compiler(live))
-        return PushedChange(sessions.Change(key.base_step, tuple(values.items())), before, plans)
+            before, step = live.plans, live.machine.step
+            now = planning.current(before, step)
+            plans, values = planning.changed(now, dict(options.hyperparams), step, self._compiler(live))
+        return PushedChange(sessions.Change(step, tuple(values.items())), before, plans)
 
     def push(self, push: Push, digest: sessions.Digest) -> Reply | Waiting:
         """Applies a push whose payload is in, or answers it from state if it had been applied.
@@ -176,7 +178,7 @@ class Registry:
         """
         if push.claim is None:
             push.landing.finish(digest)
-            outcome = self._engine.work(self._apply(push, digest), push.session.held)
+            outcome = self._engine.work(self._runner.pushed(push, digest), push.session.held)
             self._engine.served(push.session.held)
             return outcome if isinstance(outcome, Waiting) else answers.encoded(push, outcome)
         segments.check_token(digest, push.landing.payload_bytes)
@@ -215,73 +217,119 @@ class Registry:
         live = self._table.find(id_=session_id)
         machine.check_alive(live.machine)
         where = live.held.layout
-        # What waits for other workers, and is summed with theirs, is not left where its client can write to it. Nor is
-        # what a program of the client's own reads: it may take an element for an index, which must not change between
-        # the check and the use.
+        # What waits for other workers, or is summed with theirs, is not left where its client can write to it, and what
+        # is written over must not be the client's own. Nor is left there what a program of the client's own reads: it
+        # may take an element for an index, which must not change between the check and the use.
         inside = (found for _, found in specs.places(live.plan.spec) if isinstance(found, specs.Spec))
-        in_place = not live.machine.aggregation.workers and not any(found.name == "exported" for found in inside)
+        in_place = self._reads_once(live) and not any(found.name == "exported" for found in inside)
         return self.segments.make(session_id, worker, where.nbytes, in_place=in_place), where
 
+    @staticmethod
+    def _reads_once(live: LiveSession) -> bool:
+        """Whether gradients are read for their own update, and nothing else is done with them."""
+        aggregation = live.machine.aggregation
+        is_alone = not aggregation.waits and aggregation.mode is not aggregations.Mode.BUFFERED
+        return is_alone and not aggregation.compensation
+
     def _apply_shared(self, claim: segments.Claim, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
-        """As ``_apply``, for as long as the segment is this push's."""
+        """As ``Runner.pushed``, for as long as the segment is this push's."""
         with claim.using():
-            return (yield from self._apply(push, digest))
+            return (yield from self._runner.pushed(push, digest))
 
-    def _apply(self, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
-        """In the session's turn: tells the machine, then does what it says, in order; yields between blocks."""
-        live = push.session
-        if push.change and push.change.before is not live.plans and push.key.base_step == live.machine.step:
-            raise errors.UnavailableError(
-                f"session {live.machine.name!r}: its hyperparameters were changed by another while this push was coming"
-            )
-        todo: Sequence[effects.Effect]
-        after, todo = machine.advance(live.machine, events.Pushed(push.key, digest, push.options))
-        updates.check_ready(push, todo)
-        for effect in todo:
-            if isinstance(effect, effects.Apply):  # others may have grown since it was admitted
-                self._check_growth(live, effect.options)
-        live.machine = after
-        outcome: Reply | Waiting | None = None
-        failure: errors.OptwireError | None = None
-        while todo:
-            effect, *todo = todo
-            match effect:
-                case effects.Hold():
-                    outcome = live.room.hold(push.key.worker, push.landing, push.options, push.claim)
-                case effects.Apply():
-                    todo += self._advance(live, (yield from updates.run(self._engine, push, effect)))
-                case effects.Reply():
-                    # The update has given them away; of a retry there was none.
-                    done = not effect.duplicate and (push.claim is not None or push.departure is not None)
-                    outcome = yield from answers.reply(
-                        self._engine, live, push.options, effect, push.claim, is_written=done
-                    )
-                case effects.Answer():
-                    yield from answers.tell(self._engine, live, effect)
-                case effects.Fail():
-                    failure = effect.error
-                case effects.Free():
-                    live.held.state = None
-        if failure is not None:
-            raise failure
-        assert outcome is not None, "a push was neither answered nor refused"
-        return outcome
+    # --------------------------------------------------------------------------------------------------- workers
 
-    def _advance(self, live: LiveSession, event: events.Event) -> Sequence[effects.Effect]:
-        live.machine, todo = machine.advance(live.machine, event)
-        return todo
+    def join(
+        self, worker: str, join_key: str, *, id_: str = "", name: str = ""
+    ) -> tuple[sessions.SessionInfo, int, int, float]:
+        """Takes a process in as a worker, in the place of one that was it before.
+
+        Args:
+          worker: 32 hexadecimal digits.
+          join_key: 32 hexadecimal digits; a retry repeats them.
+          id_: of the session; or
+          name: of the session.
+
+        Returns:
+          The session, the worker's last applied seq, its epoch, and the seconds after which it is lost unless it is
+          heard of: infinite, if never.
+
+        Raises:
+          SessionNotFoundError, SessionFailedError: there is nothing to join.
+          InvalidArgumentError: a worker of no rank.
+          LimitError: no more workers may be there.
+          ReplacedError: the process of this join_key has left.
+          UnavailableError: the server is draining.
+        """
+        self._refuse_when_draining()
+        sessions.check_id(worker, "worker")
+        sessions.check_id(join_key, "join_key")
+        live = self._table.find(id_=id_, name=name)
+
+        def joined() -> device.Work[tuple[sessions.SessionInfo, int, int, float]]:
+            yield from self._runner.told(live, events.Joined(worker, join_key, time.monotonic()))
+            epoch = live.machine.members[worker].epoch
+            return live.info(), live.worker_seq(worker), epoch, live.machine.aggregation.lease_s or math.inf
+
+        return self._engine.work(joined(), live.held)
+
+    def beat(self, session_id: str, worker: str, epoch: int) -> tuple[int, int, tuple[str, ...]]:
+        """Renews a worker's lease; gives the session's step and incarnation, and the first workers it waits for.
+
+        Raises:
+          SessionNotFoundError, SessionFailedError: the session is no more.
+          ReplacedError: another process has joined as this worker, or it has left.
+          LimitError: it was lost, and no more workers may be there.
+        """
+        sessions.check_id(worker, "worker")
+        live = self._table.find(id_=session_id)
+
+        def beaten() -> device.Work[tuple[int, int, tuple[str, ...]]]:
+            yield from self._runner.told(live, events.Beat(worker, epoch, time.monotonic()))
+            now = live.machine
+            return now.step, now.incarnation, members.awaited(now)[: limits.AWAITED_MAX]
+
+        return self._engine.work(beaten(), live.held)
+
+    def leave(self, session_id: str, worker: str, epoch: int) -> None:
+        """Lets a worker go, that nobody waits for any more; what it has pushed still counts.
+
+        Raises:
+          SessionNotFoundError, SessionFailedError: the session is no more.
+          ReplacedError: another process has joined as this worker.
+        """
+        sessions.check_id(worker, "worker")
+        live = self._table.find(id_=session_id)
+
+        def left() -> device.Work[None]:
+            yield from self._runner.told(live, events.Left(worker, epoch, time.monotonic()))
+
+        self._engine.work(left(), live.held)
+
+    def workers(self, *, id_: str = "", name: str = "") -> tuple[sessions.WorkerInfo, ...]:
+        """The workers that a session knows, in the order of their ids; of ranks, also those never heard of."""
+        return members.infos(self._table.find(id_=id_, name=name).machine, time.monotonic())
 
     # ------------------------------------------------------------------------------------------------ other verbs
 
     @contextlib.contextmanager
-    def reading(self, *, id_: str = "", name: str = "", worker: str = "", which: str = "") -> Iterator[Read]:
+    def reading(
+        self,
+        *,
+        id_: str = "",
+        name: str = "",
+        worker: str = "",
+        which: str = "",
+        rows: Sequence[tuple[int, bytes]] = (),
+    ) -> Iterator[Read]:
         """The session, the worker's last applied seq, and the parameters or a view of them, all of one step.
 
         As long as they are being read they count as bytes in flight, since updates meanwhile must leave them alone.
+        ``rows`` are those of some leaves that are to be read, and nothing else, as they travel: copies.
         """
         live = self._table.find(id_=id_, name=name)
         machine.check_alive(live.machine)
         live.prepare_view(which)
+        selected = row_pushes.selected(live, rows)
 
         def look() -> device.Work[Read]:
             machine.check_alive(live.machine)
@@ -291,10 +339,17 @@ class Registry:
                     f"{which!r} is not compiled yet"
                 )
             live.held.program = live.plan.program  # the one that has the view
-            params = yield from self._engine.params(live.held, which)
-            return Read(live.info(), live.worker_seq(worker), params)
+            if selected is None:
+                params = yield from self._engine.params(live.held, which)
+            else:
+                params = yield from self._engine.read(live.held, which, selected)
+            read = Read(live.info(), live.worker_seq(worker), params)
+            if worker and not which and selected is None:
+                yield from self._runner.read(live, worker)
+            return read
 
-        with self._landings.counted(live.tree.payload_bytes):
+        size = live.tree.payload_bytes if selected is None else row_pushes.nbytes(live, selected)
+        with self._landings.counted(size):
             yield self._engine.work(look(), live.held)
 
     def info(self, *, id_: str = "", name: str = "", worker: str = "") -> tuple[sessions.SessionInfo, int]:
@@ -349,7 +404,7 @@ class Registry:
                     fitting = planning.moved(plans, at, step)
                     if fitting is None:
                         return None  # among them the first of another plan: other values are to be changed
-                    self._advance(live, events.Changed(sessions.Change(step, values)))
+                    live.machine, _ = machine.advance(live.machine, events.Changed(sessions.Change(step, values)))
                     live.plans = planning.current(fitting, live.machine.step)
                     return step
 
@@ -395,15 +450,15 @@ class Registry:
 
     def _end(self, live: LiveSession) -> device.Work[None]:
         """In the session's turn: the session is over."""
-        for effect in self._advance(live, events.Deleted()):
-            if isinstance(effect, effects.Answer):
-                yield from answers.tell(self._engine, live, effect)
-            else:
-                live.held.state = None
+        yield from self._runner.told(live, events.Deleted())
 
     def drain(self) -> None:
         """Refuses new sessions and pushes from now on; those under way go on."""
         self._draining = True
+
+    def close(self) -> None:
+        """Ends what would be done by itself, once time has passed."""
+        self._runner.close()
 
     def _refuse_when_draining(self) -> None:
         if self._draining:

@@ -84,6 +84,7 @@ class Server:
         self.streams.close()
         if self.handover:
             self.handover.close()
+        self.registry.close()
         self.engine.close()
         # Not waited for: a handler may be compiling, for a client that has been told to go away.
         self._pool.shutdown(wait=False, cancel_futures=True)

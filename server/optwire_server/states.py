@@ -125,7 +125,8 @@ class States:
             assert isinstance(effect, effects.Replace)
             yield from self._engine.replace(live.held, replaced, self._check_growth)
             live.plans = planning.rebased(live.plans, live.machine.step, after.step)
-            live.added = None
+            live.added = live.total = None
+            live.given.clear()
         live.machine = after
         return live.info()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from optwire_proto import errors, sessions
-from optwire_server import plans
-from optwire_server.engine import device, landing, mean, program
+from optwire_proto import aggregations, errors, sessions
+from optwire_server import compensation, plans, row_pushes
+from optwire_server.engine import departure, device, landing, mean, program
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Push
 from optwire_server.session import effects, events
@@ -21,6 +22,15 @@ _log = logging.getLogger("optwire.updates")
 def check_options(live: LiveSession, options: sessions.PushOptions) -> None:
     """Raises InvalidArgumentError unless a push brings along exactly what the optimizer needs and can do without."""
     _check_extras(live, options)
+    is_added = live.machine.aggregation.mode is aggregations.Mode.BUFFERED
+    if is_added and options.reply is sessions.ReplyContent.UPDATES:
+        raise errors.UnsupportedError(
+            f"session {live.machine.name!r}: reply 'updates', but its steps are of {live.machine.aggregation}: most "
+            "pushes are answered before there is an update; ask for params, or for none",
+            subject="reply",
+            expected="params or none",
+            got="updates",
+        )
     if options.codec not in (None, live.grads_codec.kind):
         raise errors.UnsupportedError(
             f"session {live.machine.name!r}: a push with codec {options.codec.name.lower()}, expected "
@@ -29,6 +39,8 @@ def check_options(live: LiveSession, options: sessions.PushOptions) -> None:
             expected=str(live.grads_codec),
             got=options.codec.name.lower(),
         )
+    if options.rows:
+        row_pushes.check(live, options)
     leaves = live.tree.leaves
     if not options.absent:
         return
@@ -80,11 +92,17 @@ def kept_bytes(live: LiveSession, options: sessions.PushOptions) -> int:
 
 def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
     """Compiles the variants of the program that a push with these options may run; on the calling thread."""
+    aggregation = live.machine.aggregation
     closing = (True,) if live.plan.program.every == 1 else (True, False)
     own = [_variant(options, closing=closes) for closes in closing]
+    is_multiplied = aggregation.combine is aggregations.Combine.SUM and options.weight != 1.0
+    if aggregation.damping is not aggregations.Damping.NONE or is_multiplied:
+        own += [variant._replace(scaled=True) for variant in own]
     for variant in own:
         live.prepare(variant)
-    if live.machine.aggregation.workers > 1:
+        if options.rows and variant.closing:
+            row_pushes.prepare(live, options, variant)
+    if aggregation.gathers:
         # Others of its step may ask for something else; whoever is second to come here sees both.
         for variant, other in itertools.product(own, live.variants):
             live.prepare(
@@ -94,25 +112,45 @@ def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
             )
 
 
-def check_ready(push: Push, todo: Sequence[effects.Effect]) -> None:
-    """Raises UnavailableError where an update that is to be done for a push is not compiled; in the session's turn.
+def is_of(apply: effects.Apply, push: Push) -> bool:
+    """Whether an update is of the push just made, with others or alone; else it is of pushes that waited."""
+    return not apply.workers or push.key.worker in apply.workers
 
-    Plans change while pushes are on their way; the push made again compiles what is missing.
+
+def check_ready(live: LiveSession, apply: effects.Apply, push: Push | None) -> None:
+    """Raises UnavailableError where an update cannot be run, though its pushes were fit; in the session's turn.
+
+    Plans change while pushes are on their way, or wait; the push made again compiles what is missing.
     """
-    live = push.session
-    for apply in todo:
-        if not isinstance(apply, effects.Apply):
+    plan = plans.at(_changed(live, apply, push)[0], apply.index)
+    if not plan.program.has(_variant(apply.options, closing=_closes(plan, live, apply))):
+        raise errors.UnavailableError(
+            f"session {live.machine.name!r}: its hyperparameters were changed while this push was coming, and the "
+            "update that it needs is not compiled yet"
+        )
+
+
+def _changed(
+    live: LiveSession, apply: effects.Apply, push: Push | None
+) -> tuple[tuple[plans.Plan, ...], sessions.Change | None]:
+    """What the session's steps use once its pushes are applied, and what is recorded of it, if they change anything.
+
+    Raises:
+      UnavailableError: hyperparameters were changed by others since.
+    """
+    if not apply.options.hyperparams:
+        return live.plans, None
+    mine = [push.change] if push else [live.brought.get(worker) for worker in apply.workers]
+    for pushed in mine:
+        if pushed is None or pushed.before is not live.plans:
             continue
-        plan = _plan(push, apply)
-        if not plan.program.has(_variant(apply.options, closing=_closes(plan, live, apply))):
-            raise errors.UnavailableError(
-                f"session {live.machine.name!r}: its hyperparameters were changed while this push was coming, and the "
-                "update that it needs is not compiled yet"
-            )
-
-
-def _plan(push: Push, apply: effects.Apply) -> plans.Plan:
-    return plans.at(push.change.plans if push.change else push.session.plans, apply.index)
+        step = pushed.change.from_step  # others may have been applied meanwhile
+        after = pushed.plans if step == apply.index else plans.moved(pushed.plans, step, apply.index)
+        if after is not None:
+            return after, dataclasses.replace(pushed.change, from_step=apply.index)
+    raise errors.UnavailableError(
+        f"session {live.machine.name!r}: its hyperparameters were changed by another while this push was coming"
+    )
 
 
 def _closes(plan: plans.Plan, live: LiveSession, apply: effects.Apply) -> bool:
@@ -129,23 +167,34 @@ def _variant(options: sessions.PushOptions, *, closing: bool) -> program.Variant
     )
 
 
-def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work[events.Event]:
-    """Runs the update that a push asks for, in the session's turn; says how it ended, whatever happens.
+def run(
+    engine: engines.Engine, live: LiveSession, apply: effects.Apply, push: Push | None
+) -> device.Work[events.Event]:
+    """Runs an update, in the session's turn; says how it ended, whatever happens.
 
-    What the push changes of the hyperparameters stays changed if the update is applied.
+    What its pushes change of the hyperparameters stays changed if the update is applied.
+
+    Args:
+      engine: holds the session's arrays.
+      live: the session.
+      apply: says what the update is of.
+      push: the one just made, if it is one of those; whose parameters leave while it is under way.
     """
-    live = push.session
-    plan = _plan(push, apply)
     live.added = None
+    after, change = _changed(live, apply, push)
+    plan = plans.at(after, apply.index)
     try:
-        lent = yield from _gathered(push, apply)
+        lent = yield from _gradients(engine, live, apply, push)
         rate = plan.learning_rate(apply.index, live.machine.skipped)
-        closing = _closes(plan, live, apply)
         live.held.program = plan.program
         operands = _operands(plan, apply, len(live.tree.leaves))
-        variant = _variant(apply.options, closing=closing)
-        out = push.claim.params if push.claim and push.options.reply is sessions.ReplyContent.PARAMS else push.departure
-        notes, added = yield from engine.update(live.held, variant, operands, lent, out)
+        variant = _variant(apply.options, closing=_closes(plan, live, apply))
+        if apply.options.rows and not apply.options.rows_exact:
+            notes, added = (yield from engine.update_lazily(live.held, variant, operands, lent)), []
+        else:
+            notes, added = yield from engine.update(live.held, variant, operands, lent, _out(push))
+    except errors.OutOfStepError as exc:
+        return events.UpdateRefused(exc)
     except Exception as exc:  # noqa: BLE001  whatever it was, the machine must hear how the update ended
         _log.exception("session %s: update of step %d failed", live.machine.name, apply.index)
         state_lost = isinstance(exc, engines.UpdateError) and exc.state_lost
@@ -153,20 +202,55 @@ def run(engine: engines.Engine, push: Push, apply: effects.Apply) -> device.Work
     skipped = notes.get("finite") == 0.0
     if skipped and plan.program.rejects:
         return events.UpdateRefused((yield from _not_finite(live, lent, apply.options.absent)))
-    if push.change:
-        live.plans = push.change.plans
+    if change:
+        live.plans = after
     live.added = (apply.index + 1, added) if added else None
-    change = push.change.change if push.change else None
     return events.Updated(rate, _metrics(notes, apply, rate, skipped=skipped), skipped, change)
 
 
-def _gathered(push: Push, apply: effects.Apply) -> device.Work[landing.Landing]:
+def add(live: LiveSession, push: Push, effect: effects.Add) -> device.Work[events.Event]:
+    """Adds the gradients of a push to the sum, or begins it with them, in the session's turn; says how that ended."""
+    try:
+        if live.total is None or effect.is_first:
+            live.total = live.total or mean.Sum()
+            live.total.begin()
+        yield from live.total.add(push.landing.arrays(), effect.factor)
+        rate = live.plan.learning_rate(live.machine.step, live.machine.skipped)
+    except Exception as exc:  # noqa: BLE001  as for updates
+        _log.exception("session %s: gradients were not added", live.machine.name)
+        return events.UpdateFailed(str(exc), state_lost=False)
+    return events.Added(rate)
+
+
+def _out(push: Push | None) -> np.ndarray | departure.Departure | None:
+    """Where the new parameters go while the update is under way."""
+    if push is None:
+        return None
+    is_shared = push.claim is not None and push.options.reply is sessions.ReplyContent.PARAMS
+    return push.claim.params if push.claim is not None and is_shared else push.departure
+
+
+def _gradients(
+    engine: engines.Engine, live: LiveSession, apply: effects.Apply, push: Push | None
+) -> device.Work[landing.Landing | rows.Sparse]:
     """What the update takes: the gradients of a push, or the mean of several, in the place of the first of them."""
-    live = push.session
-    lent = [push.landing if worker == push.key.worker else live.room.kept(worker) for worker in apply.workers]
-    if lent:
-        yield from mean.into_first([each.arrays() for each in lent])
-    return (lent or [push.landing])[0]
+    if not apply.workers:
+        assert push is not None, "an update of a push that was not made"
+        if apply.completes_sum:
+            assert live.total is not None, "a sum is complete that was not begun"
+            yield from live.total.end(push.landing.arrays(), apply.factors[0], apply.divisor)
+        else:
+            yield from compensation.compensate(engine, live, push.key, push.landing, push.options)
+        return push.landing
+    lent = [push.landing if push and worker == push.key.worker else live.room.kept(worker) for worker in apply.workers]
+    if live.machine.aggregation.gathers and apply.options.rows:
+        return (yield from row_pushes.joined(live, lent, apply.factors, apply.divisor))
+    if live.machine.aggregation.gathers:
+        yield from mean.into_first([each.arrays() for each in lent], apply.factors, apply.divisor)
+    else:
+        waited = live.machine.gathered[apply.workers[0]]
+        yield from compensation.compensate(engine, live, waited.key, lent[0], waited.options)
+    return lent[0]
 
 
 def _operands(plan: plans.Plan, apply: effects.Apply, leaves: int) -> program.Operands:
@@ -190,10 +274,12 @@ def _metrics(
     return tuple(sorted(metrics.items()))
 
 
-def _not_finite(live: LiveSession, lent: landing.Landing, absent: Sequence[int]) -> device.Work[errors.NonFiniteError]:
+def _not_finite(
+    live: LiveSession, lent: landing.Landing | rows.Sparse, absent: Sequence[int]
+) -> device.Work[errors.NonFiniteError]:
     """The refusal of a push, with the name of the first leaf at fault; yields between leaves."""
     there = live.tree.without(absent).leaves if absent else live.tree.leaves
-    for leaf, grad in zip(there, lent.arrays(), strict=True):
+    for leaf, grad in zip(there, row_pushes.grads(lent), strict=True):
         bad = grad.size - np.count_nonzero(np.isfinite(np.asarray(grad, np.float64 if leaf.dtype == "f64" else None)))
         if bad:
             where = f"grads[{leaf.name!r}]" if leaf.name else "grads"

@@ -255,9 +255,9 @@ def test_a_worker_restarted_with_other_gradients_takes_its_own_place(
     serving: testing.Serving, client: optwire.Client, pool: ThreadPoolExecutor
 ) -> None:
     workers = Workers(client, filled(0.0), opt.sgd(1.0), 2)
-    first = pool.submit(client.attach(workers.name, worker=1).step, filled(100.0))
+    first = pool.submit(workers.handles[1].step, filled(100.0))
     waits(serving, workers.name, 1)
-    second = pool.submit(workers.handles[1].step, filled(3.0))
+    second = pool.submit(client.attach(workers.name, worker=1).step, filled(3.0))
     with pytest.raises(optwire.StalePushError, match="another push of worker 1 took the place of this one"):
         first.result(10)
     assert_same(workers.handles[0].step(filled(1.0)), filled(-2.0))

@@ -125,7 +125,7 @@ def test_a_retry_after_the_step_is_answered_and_another_push_refused():
     after, todo = machine.advance(session, push(1))
     assert (after, todo) == (session, (effects.Reply(1, 1, True, RATE),))
     refuses(session, push(1, data=8), errors.DivergentRetryError, "applied as step 1 with other bytes")
-    refuses(session, push(1, seq=2), errors.StaleStepError, "gradients of step 0")
+    refuses(session, push(1, seq=2), errors.StepClosedError, "gradients of step 0")
 
 
 def test_a_retry_of_the_step_before_is_answered_while_the_next_one_is_open():
@@ -295,7 +295,7 @@ def test_every_history_is_what_a_simpler_model_says(history: list[tuple[tuple[st
             refuses(
                 session,
                 event,
-                {"old step": errors.StaleStepError, "next step": errors.FutureStepError}.get(
+                {"old step": errors.StepClosedError, "next step": errors.FutureStepError}.get(
                     what, errors.InvalidArgumentError
                 ),
             )

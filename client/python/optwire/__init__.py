@@ -12,6 +12,7 @@ Adapters are modules of their own, imported only by those who use them: ``optwir
 
 from optwire import optax, optimizers
 from optwire._client import Client, connect
+from optwire._local_steps import LocalSteps
 from optwire._session import Session
 from optwire._state import State
 from optwire_proto.errors import (
@@ -43,6 +44,7 @@ from optwire_proto.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from optwire_proto.rows import Rows
 from optwire_proto.sessions import Ack, OptimizerInfo, ServerInfo, SessionInfo, WorkerInfo, WorkerState
 from optwire_proto.tensors import bf16_to_f32 as from_bf16
 from optwire_proto.tensors import f32_to_bf16 as to_bf16
@@ -62,6 +64,7 @@ __all__ = [
     "InternalError",
     "InvalidArgumentError",
     "LimitError",
+    "LocalSteps",
     "MalformedRequestError",
     "NonFiniteError",
     "OptimizerInfo",
@@ -69,6 +72,7 @@ __all__ = [
     "OutOfStepError",
     "PayloadError",
     "ReplacedError",
+    "Rows",
     "ServerInfo",
     "Session",
     "SessionExistsError",

@@ -280,6 +280,6 @@ def _own_worker(
 
 
 def _check_rank(rank: object, aggregation: aggregations.Aggregation) -> None:
-    most = (aggregation.workers or limits.WORKERS_MAX) - 1
+    most = (aggregation.workers if aggregation.is_ranked else limits.WORKERS_MAX) - 1
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= most:
         raise _options.wrong("worker", f"a rank from 0 to {most}", rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import uuid
 from typing import Final
@@ -38,6 +39,7 @@ class Membership:
         self._join_key = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._is_over = False
+        self._pid = os.getpid()  # of the process that the worker is
         self.beats = Beats(channel, info.id, worker)
         self.epoch = 0
 
@@ -65,7 +67,7 @@ class Membership:
         with self._lock:
             was_over, self._is_over = self._is_over, True
         self.beats.end()
-        if was_over or not self.epoch:
+        if was_over or not self.epoch or os.getpid() != self._pid:
             return
         try:
             self._channel.leave_session(deadline, id=self._session_id, worker=self._worker, epoch=self.epoch)

@@ -66,17 +66,21 @@ class Route:
         )
         channel.watch_over(self.sharing)
 
-    def way(self, deadline: _deadlines.Deadline) -> Push:
+    def way(self, deadline: _deadlines.Deadline, length: int | None = None) -> Push:
         """How the next push travels.
+
+        Args:
+          deadline: of the push.
+          length: of a payload that is none of the session's, in bytes, which travels in messages; None: it is one.
 
         Raises:
           LimitError: it is too large for the transport that the user wants.
           UnsupportedError: the server does not have that transport.
           UnavailableError, DeadlineError: the server could not be asked whether it has.
         """
-        if self.sharing.segment(deadline) is not None:
+        if length is None and self.sharing.segment(deadline) is not None:
             return self._push_shared
-        length = self._tree.payload_bytes
+        length = self._tree.payload_bytes if length is None else length
         if self._transport is _options.Transport.UNARY and length > limits.UNARY_PAYLOAD_BYTES_MAX:
             raise errors.LimitError(
                 f"grads: {length} bytes, expected at most {limits.UNARY_PAYLOAD_BYTES_MAX} with transport='unary'; "

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from optwire import _allocator, _deadlines, _options, _payload, _shared, _stages
-from optwire_proto import convert, digests, errors, limits, sessions, specs, tensors, trees
+from optwire_proto import convert, digests, errors, limits, rows, sessions, specs, tensors, trees
 from optwire_proto.v1 import optimizer_pb2 as pb
 from optwire_proto.v1 import optimizer_pb2_grpc as pb_grpc
 
@@ -122,12 +122,13 @@ class Channel:
 
     def workers(
         self, deadline: _deadlines.Deadline, *, id: str = "", name: str = ""
-    ) -> tuple[sessions.WorkerInfo, ...]:
-        """The workers that a session knows, in the order of their ids."""
+    ) -> tuple[sessions.SessionInfo, tuple[sessions.WorkerInfo, ...]]:
+        """A session, and the workers that it knows, in the order of their ids."""
         request = pb.GetSessionRequest(session=convert.ref_to_proto(id=id, name=name))
         with self.translated():
             response = self._stub.GetSession(request, timeout=deadline.remaining_s)
-        return tuple(map(convert.worker_from_proto, response.workers))
+        workers = tuple(map(convert.worker_from_proto, response.workers))
+        return convert.session_from_proto(response.session), workers
 
     def join_session(
         self, deadline: _deadlines.Deadline, *, id: str, worker: str, join_key: str
@@ -187,10 +188,19 @@ class Channel:
             return self._stub.UpdateHyperparams(request, timeout=deadline.remaining_s).from_step
 
     def read_params(
-        self, deadline: _deadlines.Deadline, *, id: str, worker: str, incoming: _payload.Incoming, which: str
+        self,
+        deadline: _deadlines.Deadline,
+        *,
+        id: str,
+        worker: str,
+        incoming: _payload.Incoming,
+        which: str,
+        wanted: rows.Wanted = (),
     ) -> tuple[sessions.SessionInfo, int, list[tensors.Array]]:
         """The session without its tree, the seq of the worker's last applied push, and the newest parameters."""
-        request = pb.ReadParamsRequest(session=convert.ref_to_proto(id=id), worker=worker, which=which)
+        request = pb.ReadParamsRequest(
+            session=convert.ref_to_proto(id=id), worker=worker, which=which, rows=convert.wanted_to_proto(wanted)
+        )
         with self.translated():
             call = self._stub.ReadParams(request, timeout=deadline.remaining_s)
             with _cancelled_unless_done(call):

@@ -16,7 +16,19 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from optwire import _background, _codecs, _deadlines, _membership, _options, _payload, _route, _rpc, _stages, _state
+from optwire import (
+    _background,
+    _codecs,
+    _deadlines,
+    _membership,
+    _options,
+    _payload,
+    _route,
+    _rows,
+    _rpc,
+    _stages,
+    _state,
+)
 from optwire_proto import codecs, errors, sessions, specs, tensors, trees
 
 _UNKNOWN = "the push may or may not have been applied: call step again with the same grads, or params"
@@ -112,6 +124,7 @@ class Session:
         telemetry: bool = False,
         reply: str = "params",
         late: str = "raise",
+        rows: str = "lazy",
         out: Any = None,
     ) -> Any:
         """Pushes gradients, applies one update, and returns the new parameters.
@@ -125,7 +138,9 @@ class Session:
         Args:
           grads: a nest of the session's structure, shapes and element types: NumPy arrays, or arrays that NumPy can
             read in place. Not copied as a whole; do not change them during the call. None in the place of an array: the
-            leaf, its slots and its count of updates stay as they are, where the optimizer is in ``per_leaf``.
+            leaf, its slots and its count of updates stay as they are, where the optimizer is in ``per_leaf``. ``Rows``
+            in the place of an array: gradients of some of its rows; the reply has ``Rows`` there, too, the new values
+            of these rows in the order of their indices.
           base_step: the step of the parameters that the gradients were computed on, where that is not ``step_count``.
           loss: the loss of the batch, a finite number, exactly where the optimizer asks for it (``describe().extras``).
           grad_scale: what the gradients were multiplied by (loss scaling); the update divides by it first.
@@ -138,6 +153,9 @@ class Session:
           late: what becomes of gradients that come too late, as their step was made without them. "raise":
             ``StaleStepError``, most often ``StepClosedError``. "params": they are dropped and counted in
             ``late_count``, and the newest parameters are returned, for the next step to build on.
+          rows: what becomes of rows that ``Rows`` do not name. "lazy": they and their slots stay as they are, where the
+            optimizer treats each element by itself. "exact": they are updated as by gradients of zero, which takes the
+            server as long as whole gradients.
           out: a nest of the session's structure whose arrays are filled with the reply: NumPy's, writable, apart from
             those of ``grads``, such as ``param_buffers()``. Saves the time that new memory costs. After an error they
             hold anything.
@@ -162,7 +180,8 @@ class Session:
           LimitError: too large for the transport "unary", or for the server.
           SessionFailedError: the session lost its state in a failed update.
         """
-        arrays = trees.match_present(self._tree, grads)
+        arrays = trees.match_present(self._tree, grads, other=_rows.Rows)
+        sparse = _rows.gradients(self._tree, arrays)
         present = [array for array in arrays if array is not None]
         content = _options.reply(reply)
         if content is sessions.ReplyContent.PRESENT and len(present) == len(arrays):
@@ -175,6 +194,8 @@ class Session:
             telemetry=bool(telemetry),
             reply=content,
             weight=_options.positive("weight", weight),
+            rows=sparse.counts if sparse else (),
+            rows_exact=_rows.exactness(rows) and sparse is not None,
         )
         wanted = options.reply is not sessions.ReplyContent.NONE
         may_drop = _options.late(late, options.reply)
@@ -186,20 +207,23 @@ class Session:
                 got=type(out).__name__,
             )
         left_out = options.absent if content is sessions.ReplyContent.PRESENT else ()
-        filled = self._targets(out, present, left_out) if wanted else []
+        _rows.refuse_out(out, options)
+        filled = [] if not wanted else sparse.targets() if sparse else self._targets(out, present, left_out)
         with self._using():
             base = self._step if base_step is None else _step_number(base_step)
             try:
-                answer = self._push(arrays, options, base, filled)
+                answer = self._push(arrays, sparse, options, base, filled)
             except errors.StaleStepError:
                 if not may_drop:
                     raise
-                answer = self._read(filled) if wanted else []
+                answer = self._read(filled, wanted=sparse.wanted if sparse else ()) if wanted else []
                 self._late += 1
         if not wanted:
             return None
         if out is not None:
             return out
+        if sparse is not None:
+            return trees.unflatten(self._tree, sparse.answer(answer), self._types)
         rest = iter(answer)
         leaves = [None if index in left_out else next(rest) for index in range(len(arrays))] if left_out else answer
         return trees.unflatten(self._tree, leaves, self._types)
@@ -207,6 +231,7 @@ class Session:
     def _push(
         self,
         arrays: Sequence[tensors.Array | None],
+        sparse: _rows.Gradients | None,
         options: sessions.PushOptions,
         base_step: int,
         filled: list[tensors.Array],
@@ -227,10 +252,10 @@ class Session:
         is_present = options.reply is sessions.ReplyContent.PRESENT
         is_params = is_present or options.reply is sessions.ReplyContent.PARAMS
         down = self._downs.of(options.absent if is_present else ())
-        receive = down.receiving(filled, is_params=is_params)
+        receive = sparse.receiving(filled) if sparse else down.receiving(filled, is_params=is_params)
         with self._route.sharing.settled():
-            push = self._route.way(deadline)
-            payload = self._up.outgoing(arrays, options.grad_scale)
+            push = self._route.way(deadline, sparse.payload.length if sparse else None)
+            payload = sparse.payload if sparse else self._up.outgoing(arrays, options.grad_scale)
 
             def attempt(_: int) -> tuple[sessions.Ack, list[tensors.Array]]:
                 # What the reply may differ from: an earlier try may have changed it.
@@ -333,12 +358,44 @@ class Session:
             arrays = self._read(filled, which)
         return trees.unflatten(self._tree, arrays, self._types) if out is None else out
 
-    def _read(self, filled: list[tensors.Array], which: str = "") -> list[tensors.Array]:
+    def rows(self, indices: Mapping[str, Any], *, which: str = "") -> dict[str, Any]:
+        """Some rows of the newest parameters, and whole leaves, all of one step; nothing else travels.
+
+        The next ``step`` builds on them, as on ``params``.
+
+        Example:
+          >>> session.rows({"table": [7, 3, 7], "dense/w": None})  # doctest: +SKIP
+
+        Args:
+          indices: by name of a leaf, which rows along its first axis, in any order, and the same row may come again;
+            None: all of the leaf.
+          which: as in ``params``.
+
+        Returns:
+          New NumPy arrays by name of their leaf: the rows, in the order of the indices.
+
+        Raises:
+          InvalidArgumentError: a name of no leaf, indices that are none of its rows; the spec keeps no such parameters.
+          LimitError: more indices than fit one message, a million.
+        """
+        if not isinstance(which, str):
+            raise _options.wrong("which", "text", which)
+        wanted = _rows.Wanted(self._tree, indices)
+        filled = wanted.targets()
+        with self._using():
+            return wanted.answer(self._read(filled, which, wanted.sent))
+
+    def _read(self, filled: list[tensors.Array], which: str = "", wanted: _rows.Sent = ()) -> list[tensors.Array]:
         """The newest parameters, which the next push builds on; under the lock."""
         deadline = self._deadline(self._tree.payload_bytes)
         info, seq, arrays = _deadlines.retried(
             lambda _: self._channel.read_params(
-                deadline, id=self._id, worker=self._worker, incoming=_payload.Incoming(filled), which=which
+                deadline,
+                id=self._id,
+                worker=self._worker,
+                incoming=_payload.Incoming(filled),
+                which=which,
+                wanted=wanted,
             ),
             deadline,
             f"params of {self}",
@@ -430,9 +487,10 @@ class Session:
         """
         self._check_open()
         deadline = self._deadline()
-        return _deadlines.retried(
+        _, workers = _deadlines.retried(
             lambda _: self._channel.workers(deadline, id=self._id), deadline, f"workers of {self}"
         )
+        return workers
 
     def describe(self) -> sessions.OptimizerInfo:
         """The session's optimizer as its next step will run it, and what every leaf gets."""
@@ -496,7 +554,8 @@ class Session:
     def close(self) -> None:
         """Releases the handle; the session lives on and can be attached to. Waits for a call under way; idempotent.
 
-        A worker leaves its session: the others' steps do not wait for it any more. What ``step_async`` was asked for and has not begun ends with ``DetachedError``.
+        A worker leaves its session: the others' steps do not wait for it any more. What ``step_async`` was asked for
+        and has not begun ends with ``DetachedError``.
         """
         with self._asking:
             self._closed = True  # from here on nothing begins

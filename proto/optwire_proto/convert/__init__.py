@@ -19,8 +19,8 @@ from optwire_proto.convert.pushes import (
     slot_into,
     stage_from_proto,
     stage_to_proto,
-    wanted_rows_from_proto,
-    wanted_rows_to_proto,
+    wanted_from_proto,
+    wanted_to_proto,
 )
 from optwire_proto.convert.served import refuse_unknown_fields, served
 from optwire_proto.convert.sessions import (
@@ -107,8 +107,8 @@ __all__ = [
     "tree_to_proto",
     "value_from_proto",
     "value_to_proto",
-    "wanted_rows_from_proto",
-    "wanted_rows_to_proto",
+    "wanted_from_proto",
+    "wanted_to_proto",
     "worker_from_proto",
     "worker_to_proto",
 ]

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Final
 
-from optwire_proto import codecs, errors, limits, sessions, specs
+from optwire_proto import codecs, errors, limits, rows, sessions, specs
 from optwire_proto.convert.served import served
 from optwire_proto.convert.sessions import codec_from_proto, codec_to_proto
 from optwire_proto.convert.specs import changes_from_proto, value_from_proto, value_to_proto
@@ -116,10 +116,10 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-def _rows(message: pb.PushBegin) -> tuple[tuple[int, int], ...]:
-    rows = tuple((leaf.leaf, leaf.count) for leaf in message.rows)
-    if rows:
-        _ascending("rows", [leaf for leaf, _ in rows])
+def _rows(message: pb.PushBegin) -> rows.Counts:
+    counts = tuple((leaf.leaf, leaf.count) for leaf in message.rows)
+    if counts:
+        _ascending("rows", [leaf for leaf, _ in counts])
     elif message.rows_exact:
         raise errors.InvalidArgumentError(
             "push.rows_exact: true without rows, expected rows",
@@ -127,7 +127,7 @@ def _rows(message: pb.PushBegin) -> tuple[tuple[int, int], ...]:
             expected="rows, or false",
             got="true",
         )
-    return rows
+    return counts
 
 
 def _absent(positions: Sequence[int]) -> tuple[int, ...]:
@@ -146,13 +146,21 @@ def _ascending(name: str, positions: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def wanted_rows_to_proto(wanted: Sequence[tuple[int, bytes]]) -> list[pb.LeafIndices]:
-    """Rows to be read: the position of a leaf, and their indices as they travel."""
-    return [pb.LeafIndices(leaf=leaf, indices=indices) for leaf, indices in wanted]
+def wanted_to_proto(wanted: rows.Wanted) -> list[pb.LeafIndices]:
+    return [pb.LeafIndices(leaf=leaf, indices=data or b"", whole=data is None) for leaf, data in wanted]
 
 
-def wanted_rows_from_proto(message: pb.ReadParamsRequest) -> tuple[tuple[int, bytes], ...]:
-    return tuple((rows.leaf, rows.indices) for rows in message.rows)
+def wanted_from_proto(message: pb.ReadParamsRequest) -> rows.Wanted:
+    """The rows to be read; raises InvalidArgumentError where a whole leaf has indices."""
+    for found in message.rows:
+        if found.whole and found.indices:
+            raise errors.InvalidArgumentError(
+                f"ReadParams.rows: {len(found.indices)} bytes of indices of leaf {found.leaf}, which is read whole",
+                subject="rows",
+                expected="either indices or whole",
+                got="both",
+            )
+    return tuple((found.leaf, None if found.whole else found.indices) for found in message.rows)
 
 
 def stage_to_proto(session_id: str, incarnation: int) -> pb.PushStage:

@@ -1540,7 +1540,7 @@ class ReadParamsRequest(google.protobuf.message.Message):
 
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LeafIndices]:
-        """Only these rows of these leaves, ascending by leaf: the payload has them in this order. Empty: all parameters."""
+        """Only these rows of these leaves, ascending by leaf: the payload has them in this order. None: all parameters."""
 
     def __init__(
         self,
@@ -1565,17 +1565,21 @@ class LeafIndices(google.protobuf.message.Message):
 
     LEAF_FIELD_NUMBER: builtins.int
     INDICES_FIELD_NUMBER: builtins.int
+    WHOLE_FIELD_NUMBER: builtins.int
     leaf: builtins.int
     """Position of the leaf in the session's tree."""
     indices: builtins.bytes
     """Little-endian indices of the rows, strictly increasing: i32 where the leaf has fewer than 2^31 rows, i64 otherwise."""
+    whole: builtins.bool
+    """Whether all of the leaf is read; without indices."""
     def __init__(
         self,
         *,
         leaf: builtins.int = ...,
         indices: builtins.bytes = ...,
+        whole: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["indices", b"indices", "leaf", b"leaf"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["indices", b"indices", "leaf", b"leaf", "whole", b"whole"]) -> None: ...
 
 global___LeafIndices = LeafIndices
 

@@ -18,15 +18,20 @@ class Departure:
     """The parameters of one update, in payload order, each segment as soon as it and all before it are there.
 
     The thread that updates fills it, and never waits for the one that takes from it.
+
+    Attributes:
+      has_begun: whether there is an update whose parameters leave this way.
     """
 
     def __init__(self) -> None:
+        self.has_begun = False
         self._left: collections.deque[cut.Piece] = collections.deque()
         self._there: dict[tuple[int, int], list[tensors.Array]] = {}  # parts of updated blocks, by span and block
         self._segments: queue.SimpleQueue[tensors.Array | None] = queue.SimpleQueue()
 
     def begin(self, pieces: Sequence[cut.Piece]) -> None:
         """An update begins, whose parameters are these pieces of its blocks, in payload order."""
+        self.has_begun = True
         self._left.extend(pieces)
 
     def updated(self, span: int, block: int, parts: list[tensors.Array]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, ahead, build, cache, departure, device, held, landing, program
+from optwire_server.engine import admission, ahead, build, cache, departure, device, held, landing, program, rows
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Engine:
         holding: Held,
         variant: program.Variant,
         operands: program.Operands,
-        lent: landing.Landing,
+        lent: landing.Landing | rows.Sparse,
         out: np.ndarray | departure.Departure | None = None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, yielding between blocks. In the session's turn only.
@@ -121,7 +121,7 @@ class Engine:
           holding: the session's arrays.
           variant: which of its program's updates to run; prepared.
           operands: what it takes beside gradients.
-          lent: holds the gradients, in the session's layout; is read until this returns.
+          lent: holds the gradients, in the session's layout or by rows; is read until this returns.
           out: where the new parameters go, each block as soon as it is there: memory that they are written to in the
             session's layout, shape=(layout.nbytes,), uint8; a departure, which none goes to where the program rejects
             the gradients; None: nowhere.
@@ -132,7 +132,30 @@ class Engine:
         Raises:
           UpdateError: nothing or everything of the old state is left, as it says.
         """
-        return holding.update(variant, operands, lent.memory, out)
+        grads = rows.sparse_of(lent)
+        return holding.update(variant, operands, lent.memory if isinstance(lent, landing.Landing) and grads is None else grads, out)
+
+    def update_lazily(
+        self,
+        holding: Held,
+        variant: program.Variant,
+        operands: program.Operands,
+        lent: landing.Landing | rows.Sparse,
+    ) -> device.Work[Mapping[str, float]]:
+        """As ``update``, of those elements only that have gradients, which come by rows; gives notes alone."""
+        return holding.update_lazily(variant, operands, rows.sparse_of(lent))
+
+    def read(
+        self, holding: Held, which: str, selected: Sequence[rows.Selected | None]
+    ) -> device.Work[list[np.ndarray]]:
+        """Parts of the parameters, or of a view that was prepared, yielding between blocks: flat copies, in order.
+
+        Args:
+          holding: the session's arrays.
+          which: as in ``params``.
+          selected: of each leaf; None: nothing.
+        """
+        return holding.read(which, selected)
 
     def served(self, holding: Held) -> None:
         """To be told once an update was made: what sessions of other shapes may need is compiled, where it is to be."""

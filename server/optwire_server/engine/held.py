@@ -13,20 +13,14 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
-from optwire_proto import errors, limits, tensors
-from optwire_server.engine import cut, departure, device, kernel, lazy, reductions, rows, slots, telemetry
+from optwire_proto import limits, tensors
+from optwire_server.engine import cut, departure, device, division, kernel, lazy, reductions, rows, slots, telemetry
 from optwire_server.engine import program as programs
 from optwire_server.engine.layout import Layout
 
 _NOBODY: Final = frozenset[int]()
-# Programs and variants whose work on a session is remembered.
-_KEPT_MAX = 16
-# A state may grow by so much, or by its own size, as leaves part ways: each of them in blocks of its own at last.
-_GROWTH_BYTES_MAX = 64 * limits.MIB
 # Asks for so many bytes of memory more, for all sessions together; raises LimitError.
 Room = Callable[[int], None]
-# Of some spans, by position, the leaves of each: in groups that part ways.
-_Groups = dict[int, list[list[int]]]
 
 
 class UpdateError(Exception):
@@ -37,33 +31,6 @@ class UpdateError(Exception):
         self.state_lost = state_lost
 
 
-class SpanState(NamedTuple):
-    """The arrays of a span: common ones, and the own ones of each block."""
-
-    common: list[Any]
-    blocks: list[list[Any]]
-
-
-class _Job(NamedTuple):
-    """One block of an update.
-
-    Attributes:
-      at: position of its span.
-      number: its position there.
-      block: what is updated.
-      kernel: what updates it.
-      step: how; None: it stays as it is.
-      is_gone: whether its leaves have no gradients.
-    """
-
-    at: int
-    number: int
-    block: cut.Block
-    kernel: kernel.Kernel
-    step: kernel.Step | None
-    is_gone: bool
-
-
 class _Given(NamedTuple):
     """What all blocks of an update are given: operands one by one, sums over all leaves, and gradients in memory."""
 
@@ -71,46 +38,6 @@ class _Given(NamedTuple):
     reduced: list[Any]
     memory: np.ndarray | rows.Sparse
     gone: frozenset[int]
-
-
-class _Division:
-    """The spans of a state, and what is looked up in them over and over again.
-
-    Attributes:
-      spans: in order.
-      held_bytes: of their state in memory.
-      jobs: what an update does, by program and variant.
-    """
-
-    def __init__(self, program: programs.Program, spans: tuple[cut.Span, ...]) -> None:
-        self.spans = spans
-        self.held_bytes = sum(map(program.span_bytes, spans))
-        self.jobs: dict[tuple[programs.Program, programs.Variant | None], list[_Job]] = {}
-        self._leaves = len(program.tree.leaves)
-
-    @functools.cached_property
-    def pieces(self) -> list[tuple[cut.Piece, ...]]:
-        """Where each leaf is."""
-        return cut.pieces(self.spans, self._leaves)
-
-    @functools.cached_property
-    def members(self) -> dict[tuple[int, int], list[rows.Member]]:
-        """What each block of a span has of leaves."""
-        return {
-            (at, number): found
-            for at, span in enumerate(self.spans)
-            for number, found in rows.members(span, self.pieces)
-        }
-
-    @functools.cached_property
-    def reading(self) -> tuple[cut.Piece, ...]:
-        """The pieces of all leaves in payload order."""
-        return cut.merged(self.pieces)
-
-    @functools.cached_property
-    def span_of(self) -> dict[int, int]:
-        """Position of each leaf's span."""
-        return {leaf: at for at, span in enumerate(self.spans) for leaf in span.leaves}
 
 
 class Held:
@@ -124,10 +51,10 @@ class Held:
 
     def __init__(self, program: programs.Program) -> None:
         self.program = program
-        self.state: list[SpanState] | None = None
+        self.state: list[division.SpanState] | None = None
         self.lane = device.Lane()
         self._scratch: dict[int, np.ndarray] = {}
-        self._divided = _Division(program, program.cut.spans)
+        self._divided = division.Division(program, program.cut.spans)
 
     @property
     def spans(self) -> tuple[cut.Span, ...]:
@@ -161,11 +88,11 @@ class Held:
         """
         given = _Given([], [], memory, frozenset())
         made = []
-        for job in self._jobs(programs.Variant(), frozenset()):
+        for job in self._divided.jobs(self.program, programs.Variant()):
             parts = [self._grad(given, job, at) for at in range(len(job.block.parts))]
             own, common = job.kernel.init(parts, rates, seed)
             if job.number == 0:
-                made.append(SpanState(common, []))
+                made.append(division.SpanState(common, []))
             made[-1].blocks.append(own)
         self.state = jax.block_until_ready(made)
 
@@ -193,14 +120,14 @@ class Held:
         Raises:
           UpdateError: nothing or everything of the old state is left, as it says.
         """
-        results: list[tuple[_Job, list[Any]]] = []
+        results: list[tuple[division.Job, list[Any]]] = []
         common: dict[int, list[Any]] = {}
         try:
             gone = _gone(operands)
-            if groups := self._without(gone, self._divided):
-                self._divided, self.state = yield from self._parted(groups)
+            if groups := self._divided.without(gone):
+                self._divided, self.state = yield from self._divided.parted(self._state, groups)
             state = self._state
-            jobs = self._jobs(variant, gone)
+            jobs = self._divided.jobs(self.program, variant, gone)
             if operands.present is not None and not self.program.is_tree:
                 operands = operands._replace(present=None)
             given = _Given(jax.tree.leaves(operands), [], memory, gone)
@@ -248,13 +175,10 @@ class Held:
           UpdateError: nothing or everything of the old state is left, as it says.
         """
         given = jax.tree.leaves(operands)
-        update = lazy.Update(self.program, variant, given, sparse, self._divided.pieces, self._memory)
+        update = lazy.Update(self.program, variant, given, sparse, self._memory)
         try:
-            parts = [
-                lazy.Part(span, state.common, state.blocks)
-                for span, state in zip(self.spans, self._state, strict=True)
-            ]
-            yield from update.run(parts)
+            spans = zip(self.spans, self._divided.members, self._state, strict=True)
+            yield from update.run([lazy.Part(span, members, *state) for span, members, state in spans])
         except Exception as exc:
             if update.has_written:
                 self.state = None
@@ -263,36 +187,16 @@ class Held:
 
     def write_params(self, out: np.ndarray) -> device.Work[None]:
         """Writes the parameters to memory of the layout's length, yielding between blocks."""
-        for job in self._jobs(None, frozenset()):
+        for job in self._divided.jobs(self.program, None):
             self._write(job, self._state[job.at].common, out)
             yield
 
     @property
-    def _state(self) -> list[SpanState]:
+    def _state(self) -> list[division.SpanState]:
         assert self.state is not None, "the session's state is gone"
         return self.state
 
-    def _jobs(self, variant: programs.Variant | None, gone: frozenset[int]) -> list[_Job]:
-        """What an update does, block by block; None: nothing."""
-        key = (self.program, variant)
-        kept = self._divided.jobs
-        if not gone and key in kept:
-            return kept[key]
-        jobs = []
-        for at, span in enumerate(self.spans):
-            is_gone = not self.program.is_tree and span.leaves[0] in gone
-            for number, block in enumerate(span.blocks):
-                each = self.program.kernel(span, block)
-                variants = self.program.variants(each, variant) if variant else ()
-                own = variants[is_gone] if is_gone < len(variants) else None
-                jobs.append(_Job(at, number, block, each, each.step(own) if own else None, is_gone))
-        if not gone:
-            if len(kept) > _KEPT_MAX:
-                kept.clear()
-            kept[key] = jobs
-        return jobs
-
-    def _reduce(self, jobs: Sequence[_Job], given: _Given) -> device.Work[None]:
+    def _reduce(self, jobs: Sequence[division.Job], given: _Given) -> device.Work[None]:
         """Takes the sums over all leaves, one after the other, each of the parts of all blocks in their order."""
         steps = [(job, job.step) for job in jobs if job.step is not None]
         for at in range(max((len(step.partials) for _, step in steps), default=0)):
@@ -307,7 +211,7 @@ class Held:
             with self.program.precision():
                 given.reduced.append(reductions.combine(parts, reductions.dtype()))
 
-    def _applied(self, job: _Job, step: kernel.Step, given: _Given) -> list[Any]:
+    def _applied(self, job: division.Job, step: kernel.Step, given: _Given) -> list[Any]:
         """Updates a block; what ``kernel.Step.apply`` gives, sums included."""
         sums = self._call(step.figures, job, given) if step.figures else []
         made = self._call(step.apply, job, given)
@@ -315,7 +219,7 @@ class Held:
         made[first:first] = sums
         return made
 
-    def _call(self, call: kernel.Call, job: _Job, given: _Given) -> list[Any]:
+    def _call(self, call: kernel.Call, job: division.Job, given: _Given) -> list[Any]:
         """Runs an executable for a block."""
         common, blocks = self._state[job.at]
         own = blocks[job.number]
@@ -323,7 +227,7 @@ class Held:
         arguments = call.arguments(given.operands, given.reduced, job.block.valid, grad, common, own)
         return self.program.run(call, arguments)
 
-    def _grad(self, given: _Given, job: _Job, at: int) -> np.ndarray:
+    def _grad(self, given: _Given, job: division.Job, at: int) -> np.ndarray:
         """A gradient, or parameters at first: a view where they lie in memory as the block has them."""
         part = job.block.parts[at]
         if job.is_gone or (given.gone and self.program.is_tree and at in given.gone):
@@ -340,7 +244,7 @@ class Held:
         gathered[job.block.valid :] = 0
         return gathered
 
-    def _sparse_grad(self, sparse: rows.Sparse, job: _Job, at: int) -> np.ndarray:
+    def _sparse_grad(self, sparse: rows.Sparse, job: division.Job, at: int) -> np.ndarray:
         """A gradient that is zero where no rows came."""
         part = job.block.parts[at]
         if not self.program.cut.is_flat:
@@ -349,7 +253,7 @@ class Held:
             return whole.reshape(part.shape)
         gathered = self._memory(part.size * part.dtype.itemsize).view(part.dtype)
         gathered[:] = 0
-        sparse.fill_block(self._divided.members.get((job.at, job.number), []), gathered)
+        sparse.fill_block(self._divided.members[job.at][job.number], gathered)
         return gathered
 
     def _memory(self, size: int) -> np.ndarray:
@@ -358,15 +262,15 @@ class Held:
             self._scratch[size] = _aligned(size)
         return self._scratch[size]
 
-    def _params(self, job: _Job, common: list[Any]) -> list[np.ndarray]:
+    def _params(self, job: division.Job, common: list[Any]) -> list[np.ndarray]:
         """The parameters of a block, each part flat."""
         return self._read("", job.kernel, common, self._state[job.at].blocks[job.number])
 
-    def _may_be_refused(self, results: Sequence[tuple[_Job, list[Any]]]) -> bool:
+    def _may_be_refused(self, results: Sequence[tuple[division.Job, list[Any]]]) -> bool:
         """Whether an update turns out to be none: any block knows, as what is not finite was looked for in all."""
         return self.program.rejects and not (results and _notes(*results[0]).get("finite"))
 
-    def _write(self, job: _Job, common: list[Any], out: np.ndarray) -> None:
+    def _write(self, job: division.Job, common: list[Any], out: np.ndarray) -> None:
         """Writes the parameters of a block where they belong."""
         arrays = self._params(job, common)
         for run in job.block.runs:
@@ -374,7 +278,7 @@ class Held:
             out[run.offset : run.offset + segment.nbytes] = segment
 
     def _told(
-        self, variant: programs.Variant, results: Sequence[tuple[_Job, list[Any]]]
+        self, variant: programs.Variant, results: Sequence[tuple[division.Job, list[Any]]]
     ) -> tuple[Mapping[str, float], list[np.ndarray]]:
         """What an update tells, of what its blocks gave beside their state."""
         if not any(rest for _, rest in results):
@@ -417,17 +321,21 @@ class Held:
             segments.append(arrays[at.part][at.start : at.stop])
         return segments
 
-    def rows(self, which: str, wanted: Mapping[int, rows.Selected]) -> device.Work[list[np.ndarray]]:
-        """Some rows of the parameters, or of a view that was prepared: copies, flat, in the order of the leaves.
+    def read(self, which: str, selected: Sequence[rows.Selected | None]) -> device.Work[list[np.ndarray]]:
+        """Parts of the parameters, or of a view that was prepared, yielding between blocks: flat copies, in order.
 
-        Yields between blocks.
+        Args:
+          which: the view; empty: the parameters.
+          selected: of each leaf; None: nothing.
         """
         out = []
-        for leaf, selected in wanted.items():
-            low, found = 0, np.empty(selected.size, tensors.numpy_dtype(self.program.tree.leaves[leaf].dtype))
+        for leaf, wanted in enumerate(selected):
+            if wanted is None:
+                continue
+            low, found = 0, np.empty(wanted.size, tensors.numpy_dtype(self.program.tree.leaves[leaf].dtype))
             for piece in self._divided.pieces[leaf]:
                 high = low + piece.stop - piece.start
-                inside, chosen = selected.within(low, high)
+                inside, chosen = wanted.within(low, high)
                 if inside.size:
                     common, blocks = self._state[piece.span]
                     span = self.spans[piece.span]
@@ -464,7 +372,7 @@ class Held:
 
     def _segments(self, place: programs.Place) -> list[np.ndarray]:
         at = 0 if place.leaf is None else self._divided.span_of[place.leaf]
-        each, holder = self._holder(at, place)
+        each, holder = self._divided.kernel(self.spans[at]), self._state[at]
         is_common, index = each.where[place.array]
         if is_common or not self.program.cut.is_flat or place.leaf is None:
             array = holder.common[index] if is_common else holder.blocks[0][index]
@@ -473,14 +381,6 @@ class Held:
             np.asarray(holder.blocks[piece.block][index])[piece.start : piece.stop]
             for piece in self._divided.pieces[place.leaf]
         ]
-
-    def _holder(self, at: int, place: programs.Place) -> tuple[kernel.Kernel, SpanState]:
-        """The kernel and the arrays of a span."""
-        return self._kernel(self.spans[at]), self._state[at]
-
-    def _kernel(self, span: cut.Span) -> kernel.Kernel:
-        """That of a span's first block."""
-        return self.program.kernel(span, span.blocks[0])
 
     # ------------------------------------------------------------------------------------------- writing
 
@@ -497,15 +397,18 @@ class Held:
           LimitError: there is no room for it.
         """
         places = {self.program.places[position]: array for position, array in arrays.items()}
-        groups = self._unlike(places) if self.program.cut.is_flat else {}
-        if grown := self._growth(groups, self._divided):
+        groups = self._divided.unlike(self._state, places)
+        if grown := self._divided.growth(groups):
             room(grown)
-        divided, state = yield from self._parted(groups)
+        divided, state = yield from self._divided.parted(self._state, groups)
         yield from self._put(divided, state, places)
         self._divided, self.state = divided, jax.block_until_ready(state)
 
     def _put(
-        self, divided: _Division, state: list[SpanState], places: Mapping[programs.Place, tensors.Array]
+        self,
+        divided: division.Division,
+        state: list[division.SpanState],
+        places: Mapping[programs.Place, tensors.Array],
     ) -> device.Work[None]:
         """Writes arrays over those of a state that nobody else has; leaves of a span have the same common arrays."""
         touched: dict[tuple[int, int, int], np.ndarray] = {}
@@ -515,7 +418,7 @@ class Held:
                 yield
                 continue
             at = divided.span_of[place.leaf]
-            is_common, index = self._kernel(divided.spans[at]).where[place.array]
+            is_common, index = divided.kernel(divided.spans[at]).where[place.array]
             if is_common or not self.program.cut.is_flat:
                 holder = state[at].common if is_common else state[at].blocks[0]
                 self._set(holder, index, array)
@@ -535,11 +438,11 @@ class Held:
             yield
 
     def _put_everywhere(
-        self, divided: _Division, state: list[SpanState], place: programs.Place, array: tensors.Array
+        self, divided: division.Division, state: list[division.SpanState], place: programs.Place, array: tensors.Array
     ) -> None:
         """Writes an array that belongs to no leaf, in all spans."""
         for at, span in enumerate(divided.spans):
-            each = self._kernel(span)
+            each = divided.kernel(span)
             found = place.array if self.program.is_tree else each.position(place.name)
             if found is not None:
                 is_common, index = each.where[found]
@@ -549,6 +452,17 @@ class Held:
         """Puts a copy of an array in the place of an old one."""
         with self.program.precision(), self.program.placing():
             holder[index] = slots.from_numpy(array, holder[index])
+
+    def growth(self, gone: frozenset[int]) -> int:
+        """Bytes of memory that the state takes more once leaves that have no gradients are apart from the rest.
+
+        At any time, of the state as it is then.
+
+        Raises:
+          LimitError: more than any state may grow by.
+        """
+        divided = self._divided
+        return divided.growth(divided.without(gone))
 
     def carry(self, new: Held, pairs: Sequence[tuple[int, int]], room: Room) -> device.Work[None]:
         """Copies arrays to another state, by positions here and there, as ``replace`` does.
@@ -562,106 +476,8 @@ class Held:
                 yield
         yield from new.replace(arrays, room)
 
-    # ------------------------------------------------------------------------------------------- splitting
 
-    def growth(self, gone: frozenset[int]) -> int:
-        """Bytes of memory that the state takes more once leaves that have no gradients are apart from the rest.
-
-        At any time, of the state as it is then.
-
-        Raises:
-          LimitError: more than any state may grow by.
-        """
-        divided = self._divided
-        return self._growth(self._without(gone, divided), divided)
-
-    def _growth(self, groups: _Groups, divided: _Division) -> int:
-        grown = 0
-        for at, parts in groups.items():
-            sizes = (cut.sizes(self.program.tree, leaves) for leaves in parts)
-            grown += sum(self.program.span_bytes(divided.spans[at], each) for each in sizes)
-            grown -= self.program.span_bytes(divided.spans[at])
-        least = self.program.held_bytes
-        most = least + max(least, _GROWTH_BYTES_MAX)
-        if grown > 0 and divided.held_bytes + grown > most:
-            raise errors.LimitError(
-                f"state: {divided.held_bytes + grown} bytes in memory, expected at most {most}: leaves that have no "
-                "gradients while others have, or counts of their own, are held apart from these, each set of them in "
-                "blocks of its own; push zeros for some of them, or load equal counts",
-                subject="state",
-                expected=f"at most {most} bytes in memory",
-                got=str(divided.held_bytes + grown),
-            )
-        return max(grown, 0)
-
-    def _without(self, gone: frozenset[int], divided: _Division) -> _Groups:
-        """Spans that have gradients for some of their leaves only: these, and the others."""
-        if not gone or not self.program.cut.is_flat:
-            return {}
-        groups: _Groups = {}
-        for at in sorted({divided.span_of[leaf] for leaf in gone}):
-            leaves = divided.spans[at].leaves
-            if stay := [leaf for leaf in leaves if leaf not in gone]:
-                groups[at] = [stay, [leaf for leaf in leaves if leaf in gone]]
-        return groups
-
-    def _unlike(self, places: Mapping[programs.Place, tensors.Array]) -> _Groups:
-        """Spans whose leaves are to have other common arrays than one another: those with the same ones together."""
-        wanted: dict[int, dict[int, bytes]] = {}
-        for place, array in places.items():
-            if place.leaf is not None:
-                each, _ = self._holder(self._divided.span_of[place.leaf], place)
-                if each.where[place.array][0]:
-                    wanted.setdefault(place.leaf, {})[place.array] = np.asarray(array).tobytes()
-        groups: _Groups = {}
-        for at in sorted({self._divided.span_of[leaf] for leaf in wanted}):
-            arrays = (np.asarray(array).tobytes() for array in self._state[at].common)
-            there = dict(zip(self._kernel(self.spans[at]).common, arrays, strict=True))
-            alike: dict[tuple[tuple[int, bytes], ...], list[int]] = {}
-            for leaf in self.spans[at].leaves:
-                alike.setdefault(tuple((there | wanted.get(leaf, {})).items()), []).append(leaf)
-            if len(alike) > 1:
-                groups[at] = list(alike.values())
-        return groups
-
-    def _parted(self, groups: _Groups) -> device.Work[tuple[_Division, list[SpanState]]]:
-        """The spans, those with groups split into these, and a state of them; what is split is copied."""
-        spans: list[cut.Span] = []
-        state: list[SpanState] = []
-        for at, (span, old) in enumerate(zip(self.spans, self._state, strict=True)):
-            if at not in groups:
-                spans.append(span)
-                state.append(SpanState(list(old.common), [list(own) for own in old.blocks]))
-                continue
-            for part in cut.split(self.program.cut, span, self.program.tree, groups[at]):
-                spans.append(part)
-                state.append(SpanState(list(old.common), (yield from self._regathered(at, part))))
-        return (_Division(self.program, tuple(spans)) if groups else self._divided), state
-
-    def _regathered(self, at: int, part: cut.Span) -> device.Work[list[list[Any]]]:
-        """The own arrays of some leaves of a span, as the blocks of another one."""
-        blocks: list[list[Any]] = [[] for _ in part.blocks]
-        where = self._divided.pieces
-        for index in range(len(self._state[at].blocks[0])):
-            segments = [
-                np.asarray(self._state[at].blocks[piece.block][index])[piece.start : piece.stop]
-                for leaf in part.leaves
-                for piece in where[leaf]
-            ]
-            dtype = self._state[at].blocks[0][index].dtype
-            flat = np.zeros(sum(block.parts[0].size for block in part.blocks), dtype)
-            np.concatenate([*segments, np.empty(0, dtype)], out=flat[: part.starts[-1]])
-            start = 0
-            with self.program.precision(), self.program.placing():
-                for own, block in zip(blocks, part.blocks, strict=True):
-                    size = block.parts[0].size
-                    own.append(jax.numpy.array(flat[start : start + size], copy=True))
-                    start += size
-            yield
-        return blocks
-
-
-def _notes(job: _Job, rest: Sequence[Any]) -> dict[str, float]:
+def _notes(job: division.Job, rest: Sequence[Any]) -> dict[str, float]:
     """What an update tells in every block, of what one gave beside its state."""
     assert job.step is not None
     return {name: float(value) for name, value in zip(job.step.notes, rest, strict=False)}

@@ -47,9 +47,9 @@ class Landings:
         """Bytes of buffers lent now."""
         return self._lent_bytes
 
-    def land_as(self, kind: Callable[..., L], tree: trees.TreeSpec, layout: Layout, scratch_bytes: int) -> L:
+    def land_as(self, kind: Callable[..., L], tree: trees.TreeSpec, layout: Layout | None, scratch_bytes: int) -> L:
         """As ``land``, of a kind that needs memory beside the payload's: its ``memory`` has that at the end."""
-        return self._land(kind, tree, layout, is_first=True, scratch_bytes=scratch_bytes)
+        return self._land(kind, tree, layout or layouts.aligned(tree), is_first=True, scratch_bytes=scratch_bytes)
 
     def land(self, tree: trees.TreeSpec, layout: Layout | None = None) -> Landing:
         """Lends a buffer for one payload of ``tree``; the caller must ``close`` the landing.

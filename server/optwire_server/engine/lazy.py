@@ -17,9 +17,13 @@ Array = np.ndarray[Any, Any]
 
 
 class Part(NamedTuple):
-    """A span, and its arrays: common ones, and the own ones of each block. Both lists are written to."""
+    """A span, what its blocks have of leaves, and its arrays: common ones, and the own ones of each block.
+
+    The lists of arrays are written to.
+    """
 
     span: cut.Span
+    members: Sequence[Sequence[rows.Member]]
     common: list[Any]
     blocks: list[list[Any]]
 
@@ -37,12 +41,12 @@ def problem(compiled: program.Program, variant: recipe.Variant) -> str:
     return ""
 
 
-def prepare(compiled: program.Program, tree_counts: int) -> None:
+def prepare(compiled: program.Program, most: int) -> None:
     """Compiles what moves up to so many elements in and out of blocks; on the calling thread."""
     for span in compiled.cut.spans:
         for block in (span.blocks[0], span.blocks[-1]):
             size = block.parts[0].size
-            compiled.movers.prepare(compiled.kernel(span, block), size, tree_counts)
+            compiled.movers.prepare(compiled.kernel(span, block), size, most)
 
 
 class Update:
@@ -53,7 +57,6 @@ class Update:
       variant: which of its updates; prepared.
       operands: what it takes beside gradients, one by one.
       sparse: the gradients.
-      pieces: of each leaf.
       memory: gives so many bytes on a boundary; the same ones each time.
     """
 
@@ -63,14 +66,12 @@ class Update:
         variant: recipe.Variant,
         operands: list[Any],
         sparse: rows.Sparse,
-        pieces: Sequence[tuple[cut.Piece, ...]],
         memory: Callable[[int], Array],
     ) -> None:
         self._program = compiled
         self._variant = variant
         self._operands = operands
         self._sparse = sparse
-        self._pieces = pieces
         self._memory = memory
         self._reduced: list[Any] = []
         self.has_written = False
@@ -81,7 +82,7 @@ class Update:
         yield from self._reduce(parts)
         for part in parts:
             common = part.common
-            for group in self._groups(part.span):
+            for group in self._groups(part):
                 common = yield from self._group(part, group)
             part.common[:] = common
 
@@ -91,7 +92,7 @@ class Update:
         for at in range(len(self._program.kernel(first, first.blocks[0]).step(self._variant).partials)):
             found: list[Any] = []
             for part in parts:
-                for group in self._groups(part.span):
+                for group in self._groups(part):
                     partial = self._kernel(part.span, group)[1].step(self._variant).partials[at]
                     if isinstance(partial, float):
                         found.append(partial)
@@ -101,10 +102,10 @@ class Update:
             with self._program.precision():
                 self._reduced.append(reductions.combine(found, reductions.dtype()))
 
-    def _groups(self, span: cut.Span) -> Iterator[rows.Group]:
+    def _groups(self, part: Part) -> Iterator[rows.Group]:
         """The elements of a span that have gradients; none where there are none, as what belongs to none goes on."""
         is_empty = True
-        for group in self._sparse.groups(span, self._pieces):
+        for group in self._sparse.groups(part.span, part.members):
             is_empty = False
             yield group
         if is_empty:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from optwire_proto import rows, tensors, trees
-from optwire_server.engine import cut
+from optwire_proto import rows, sessions, tensors, trees
+from optwire_server.engine import cut, device, landing, mean
+from optwire_server.engine.layout import Layout
 
 
 class Selected(NamedTuple):
@@ -19,10 +19,12 @@ class Selected(NamedTuple):
     Attributes:
       starts: first element of each row, ascending; None: the whole leaf. shape=(count,), int64
       width: elements of a row.
+      size: how many elements.
     """
 
     starts: np.ndarray[Any, Any] | None
     width: int
+    size: int
 
     def within(self, low: int, high: int) -> tuple[np.ndarray[Any, Any], slice]:
         """The selected elements from ``low`` up to ``high``, less ``low``; and which of all that are selected they are.
@@ -44,9 +46,38 @@ class Selected(NamedTuple):
 def selected(leaf: trees.LeafSpec, indices: np.ndarray[Any, Any] | None) -> Selected:
     """The elements of some rows of a leaf; None: of all."""
     if indices is None:
-        return Selected(None, 0)
+        return Selected(None, 0, leaf.elements)
     width = leaf.elements // max(leaf.shape[0], 1)
-    return Selected(indices.astype(np.int64) * width, width)
+    return Selected(indices.astype(np.int64) * width, width, indices.size * width)
+
+
+class Member(NamedTuple):
+    """What a block has of a leaf: a piece, and where in the leaf that begins."""
+
+    leaf: int
+    piece: cut.Piece
+    low: int
+
+    @property
+    def high(self) -> int:
+        """Where in the leaf it ends."""
+        return self.low + self.piece.stop - self.piece.start
+
+
+def members(span: cut.Span, pieces: Sequence[tuple[cut.Piece, ...]]) -> list[list[Member]]:
+    """For each block of a span what it has of leaves, in the order of its elements.
+
+    Args:
+      span: of the session's.
+      pieces: of each leaf.
+    """
+    found: list[list[Member]] = [[] for _ in span.blocks]
+    for leaf in span.leaves:
+        low = 0
+        for piece in pieces[leaf]:
+            found[piece.block].append(Member(leaf, piece, low))
+            low = found[piece.block][-1].high
+    return found
 
 
 class Group(NamedTuple):
@@ -107,16 +138,24 @@ class Sparse:
         positions, chosen = self.selected[leaf].within(0, out.size)
         out[positions] = self.values[leaf][chosen]
 
-    def groups(self, span: cut.Span, pieces: Sequence[tuple[cut.Piece, ...]]) -> Iterator[Group]:
+    def fill_block(self, block: Sequence[Member], out: np.ndarray[Any, Any]) -> None:
+        """Writes the gradients of a flat block over zeros. shape=(size,)"""
+        for leaf, piece, low in block:
+            positions, chosen = self.selected[leaf].within(low, low + piece.stop - piece.start)
+            out[positions + piece.start] = self.values[leaf][chosen]
+
+    def groups(self, span: cut.Span, blocks: Sequence[Sequence[Member]]) -> Iterator[Group]:
         """The elements of a flat span that have gradients, in its order; small ones of several blocks together.
 
         Args:
           span: of the session's.
-          pieces: of each leaf.
+          blocks: what each of its blocks has of leaves.
         """
         few = Group([], [], 0)
-        for number, members in itertools.groupby(_placed(span, pieces), lambda member: member[1].block):
-            group = self._of_block(number, list(members), span.blocks[number].valid)
+        for number, block in enumerate(blocks):
+            if not block:
+                continue
+            group = self._of_block(number, block, span.blocks[number].valid)
             if group.is_whole or group.count > cut.SMALL:
                 yield group
                 continue
@@ -128,24 +167,91 @@ class Sparse:
         if few.count:
             yield few
 
-    def _of_block(self, number: int, members: Sequence[tuple[int, cut.Piece, int]], valid: int) -> Group:
+    def _of_block(self, number: int, block: Sequence[Member], valid: int) -> Group:
         """The elements of a block."""
-        positions, values = [], []
-        if all(self.selected[leaf].starts is None for leaf, _, _ in members):
-            found = [self.values[leaf][low : low + piece.stop - piece.start] for leaf, piece, low in members]
+        if all(self.selected[member.leaf].starts is None for member in block):
+            found = [self.values[member.leaf][member.low : member.high] for member in block]
             return Group([(number, None)], found, valid)
-        for leaf, piece, low in members:
-            inside, chosen = self.selected[leaf].within(low, low + piece.stop - piece.start)
-            positions.append(inside + piece.start)
-            values.append(self.values[leaf][chosen])
+        positions, values = [], []
+        for member in block:
+            inside, chosen = self.selected[member.leaf].within(member.low, member.high)
+            positions.append(inside + member.piece.start)
+            values.append(self.values[member.leaf][chosen])
         where = np.concatenate(positions)
         return Group([(number, None if where.size == valid else where)], values, where.size)
 
 
-def _placed(span: cut.Span, pieces: Sequence[tuple[cut.Piece, ...]]) -> Iterator[tuple[int, cut.Piece, int]]:
-    """The pieces of a span's leaves in the order of its elements: leaf, piece, and its first element in the leaf."""
-    for leaf in span.leaves:
-        low = 0
-        for piece in pieces[leaf]:
-            yield leaf, piece, low
-            low += piece.stop - piece.start
+def joined(
+    tree: trees.TreeSpec, pushes: Sequence[Sparse], factors: Sequence[float] = (), divisor: float = 0.0
+) -> device.Work[Sparse]:
+    """The sum of several workers' gradients, divided: of every row that one of them has; as ``mean.into_first``.
+
+    Leaves that come whole are written over those of the first; rows are in memory of their own, as long as all of the
+    pushes together at most. Yields between leaves.
+
+    Args:
+      tree: of the session.
+      pushes: in the order in which they are added; the same leaves come by rows in all of them.
+      factors: one for each; empty: 1.
+      divisor: of the sum; 0: the number of pushes.
+    """
+    arrays: list[tensors.Array] = []
+    counts: list[tuple[int, int]] = []
+    for position, leaf in enumerate(tree.leaves):
+        if position not in pushes[0].indices:
+            yield from mean.into_first([[push.values[position]] for push in pushes], factors, divisor)
+            arrays.append(pushes[0].values[position])
+            continue
+        union = np.unique(np.concatenate([push.indices[position] for push in pushes]))
+        dtype = pushes[0].values[position].dtype
+        total = np.zeros((union.size, *leaf.shape[1:]), np.promote_types(dtype, np.float32))
+        with np.errstate(all="ignore"):  # what is not finite, the update will see
+            for push, factor in zip(pushes, factors or [1.0] * len(pushes), strict=True):
+                indices = push.indices[position]
+                values = push.values[position].reshape((indices.size, *leaf.shape[1:])).astype(total.dtype)
+                total[np.searchsorted(union, indices)] += values * total.dtype.type(factor)
+                yield
+            arrays += [union, (total / total.dtype.type(divisor or len(pushes))).astype(dtype)]
+        counts.append((position, union.size))
+    return Sparse(tree, tuple(counts), arrays)
+
+
+class RowLanding(landing.Landing):
+    """The landing of a push whose gradients come by rows.
+
+    Args:
+      session_tree: of the session.
+      counts: of the leaves that come by rows.
+      tree: of the payload.
+      layout: as that of any landing, as are the others.
+      memory: as above.
+      give_back: as above.
+    """
+
+    def __init__(
+        self,
+        session_tree: trees.TreeSpec,
+        counts: rows.Counts,
+        tree: trees.TreeSpec,
+        layout: Layout,
+        memory: np.ndarray[Any, Any],
+        give_back: Callable[[], None],
+    ) -> None:
+        super().__init__(tree, layout, memory, give_back)
+        self.sparse = Sparse(session_tree, counts, self.arrays())
+
+    def finish(self, digest: sessions.Digest) -> None:
+        """Checks that all bytes came, and came unharmed, and that they have indices.
+
+        Raises:
+          PayloadError: the payload ended early, or its digest is another.
+          InvalidArgumentError: indices of rows are out of range, or not strictly increasing.
+        """
+        super().finish(digest)
+        self.sparse.check()
+
+    def close(self) -> None:
+        """Gives the memory back; may be called more than once."""
+        if self.is_open:
+            del self.sparse
+        super().close()

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from optwire_proto import aggregations, errors, sessions
+from optwire_proto import aggregations, errors, limits, sessions
 from optwire_server.session import effects, events, members, records
 
 _MODE = aggregations.Mode
@@ -21,9 +21,9 @@ def in_order(gathered: Mapping[str, events.Pushed]) -> list[events.Pushed]:
 
 
 def same(one: events.Pushed, other: events.Pushed) -> bool:
-    """Whether a push is another one again: the same bytes, with the same meaning."""
-    what = one.key, one.digest, one.options.meaning
-    return what == (other.key, other.digest, other.options.meaning)
+    """Whether a push is another one again: the same bytes, with the same meaning; perhaps from another process."""
+    key = dataclasses.replace(one.key, epoch=other.key.epoch)
+    return (key, one.digest, one.options.meaning) == (other.key, other.digest, other.options.meaning)
 
 
 def wishing(event: events.Pushed, before: events.Pushed) -> events.Pushed:
@@ -76,24 +76,20 @@ def apply(session: records.Session) -> effects.Apply:
 
 
 def factor(session: records.Session, pushed: events.Pushed) -> float:
-    """What the gradients of a push are multiplied by, for their staleness and their weight in a sum."""
-    aggregation = session.aggregation
-    damping = aggregation.damping.factor(session.step - pushed.key.base_step)
-    is_weighted = aggregation.combine is aggregations.Combine.SUM or aggregation.mode is _MODE.BUFFERED
-    return damping * pushed.options.weight if is_weighted else damping
+    """What the gradients of a push are multiplied by in a sum: its weight, less what it is too late by."""
+    damping = session.aggregation.damping.factor(session.step - pushed.key.base_step)
+    return damping * pushed.options.weight
 
 
 def _alone(session: records.Session, pushed: events.Pushed) -> effects.Apply:
-    """The update of one push: what it is multiplied by, the update divides by less."""
-    workers = () if pushed is session.pending else (pushed.key.worker,)
-    options, times = pushed.options, 1.0
-    if session.aggregation.takes_stale:
-        times = factor(session, pushed)
-        if session.aggregation.combine is aggregations.Combine.MEAN and session.aggregation.mode is _MODE.BUFFERED:
-            times /= options.weight
+    """The update of one push: what it is to be multiplied by, the update divides by less."""
+    aggregation, options = session.aggregation, pushed.options
+    times = aggregation.damping.factor(session.step - pushed.key.base_step)
+    if aggregation.combine is aggregations.Combine.SUM:
+        times *= options.weight
     if times != 1.0:
         options = dataclasses.replace(options, grad_scale=options.grad_scale / times)
-    return effects.Apply(session.step, options, workers)
+    return effects.Apply(session.step, options, () if pushed is session.pending else (pushed.key.worker,))
 
 
 def _closing(session: records.Session, pending: events.Pushed) -> effects.Apply:
@@ -109,7 +105,7 @@ def _closing(session: records.Session, pending: events.Pushed) -> effects.Apply:
 def replaced(name: str, step: int, worker: str) -> errors.StalePushError:
     """What those hear who wait for a push that another one of the same worker takes the place of."""
     return errors.StalePushError(
-        f"session {name!r}: another push of worker {int(worker, 16)} took the place of this one before step {step} was "
+        f"session {name!r}: another push of worker {_called(worker)} took the place of this one before step {step} was "
         "complete; do two processes have one rank?",
         subject="worker",
         expected="one process for each worker",
@@ -125,8 +121,8 @@ def check_agreement(name: str, step: int, event: events.Pushed, others: Iterable
         for what in before:
             if before[what] != now[what] and what not in _OWN:
                 raise errors.InvalidArgumentError(
-                    f"session {name!r}: {what} {str(now[what])[:200]} of worker {int(event.key.worker, 16)}, but "
-                    f"worker {int(other.key.worker, 16)} pushed with {str(before[what])[:200]}; workers of one step "
+                    f"session {name!r}: {what} {str(now[what])[:200]} of worker {_called(event.key.worker)}, but "
+                    f"worker {_called(other.key.worker)} pushed with {str(before[what])[:200]}; workers of one step "
                     "must agree",
                     subject=what,
                     expected=str(before[what])[:200],
@@ -147,6 +143,8 @@ def joined(pushes: Sequence[events.Pushed]) -> sessions.PushOptions:
         extras=tuple((name, _mean([values[name] for values in extras], weights)) for name in names),
         hyperparams=first.hyperparams,
         absent=first.absent,
+        rows=first.rows,
+        rows_exact=first.rows_exact,
         telemetry=any(pushed.options.telemetry for pushed in pushes),
         reply=_UPDATES if any(pushed.options.reply is _UPDATES for pushed in pushes) else first.reply,
     )
@@ -163,3 +161,9 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
         return math.fsum(value / len(values) for value in values)
     whole = math.fsum(weights)
     return math.fsum(value * (weight / whole) for value, weight in zip(values, weights, strict=True))
+
+
+def _called(worker: str) -> str:
+    """A worker as messages name it: by its rank, where its id is one."""
+    rank = int(worker, 16)
+    return str(rank) if rank < limits.WORKERS_MAX else worker

@@ -8,9 +8,11 @@ The whole promise of exactly-once stands here. A push carries (worker, seq, base
     seq <  L                      refused                                           StalePushError
     seq >  L + 1                  refused (a worker has one push under way)         FuturePushError
     B <  S                        refused: another push was faster                  StaleStepError
+         unless the mode takes it; where it gathers, its step was made without it   StepClosedError
     B >  S                        refused                                           FutureStepError
     otherwise                     applied: the session's step becomes S + 1         Apply, then Reply
-                                  of n workers: gathered until all have pushed      Hold, then Answer
+                                  or gathered until its step is complete            Hold, then Apply and Answer
+                                  or added to a sum of which step S + 1 will be     Add, then Reply
 
 A refused push changes nothing: it raises, and the caller keeps the session it had. A worker that the table does not
 know may start at any seq; `base_step` still admits each step once, so forgetting a worker applies no push twice.
@@ -18,9 +20,14 @@ know may start at any seq; `base_step` still admits each step once, so forgettin
 Loading a state rewrites history: a new incarnation begins, so that no push of the old one fits, and the workers start
 anew. A retry of the last load, told by its key, is answered and loads nothing; the key with another load is refused.
 
-In a session of ``sync(n)`` a push that fits is gathered instead, until one of each worker is there; the mean of them is
-one step, and whoever waits is answered then. What is gathered was not applied: the same push again waits like the
-first one, and another one of the same worker, restarted and computing anew, takes its place.
+In the modes that gather (``sync``, ``k_of_n``, ``quorum``) a push that fits waits for others of its step, and where
+bounded staleness waits, for slow workers (``pacing``). What is gathered was not applied: the same push again waits like
+the first one, and another one of the same worker, restarted and computing anew, takes its place. Whatever happens, what
+can be applied then is: an event may end with the update of pushes that came long before. What is ``buffered`` counts as
+applied.
+
+A worker that joins gets an epoch and a lease (``members``). A push of an earlier epoch is refused: another process has
+taken its place. Nobody waits for a worker whose lease is over, or that has left; what it has pushed before counts.
 
 The update donates its buffers, so there is no way back from one that fails half-way: the session then turns FAILED and
 says so to everybody, rather than serve what may be half a step.
@@ -29,75 +36,20 @@ says so to everybody, rather than serve what may be half a step.
 from __future__ import annotations
 
 import dataclasses
-import enum
+import math
 from collections.abc import Mapping
 
 from optwire_proto import aggregations, errors, limits, sessions
-from optwire_server.session import effects, events, gathering, loads
+from optwire_server.session import effects, events, gathering, loads, members, pacing, records
 
 # Workers remembered per session; the one that has been quiet longest is forgotten first.
 WORKERS_MAX = limits.WORKERS_MAX
 
-
-class Phase(enum.Enum):
-    """Where a session is in its life."""
-
-    OPEN = "open"
-    APPLYING = "applying"
-    FAILED = "failed"
-    DELETED = "deleted"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Applied:
-    """A worker's last applied push."""
-
-    seq: int
-    digest: sessions.Digest
-    step: int
-    learning_rate: float
-    options: sessions.PushOptions = sessions.PLAIN
-    metrics: tuple[tuple[str, float], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """All that the rules depend on.
-
-    Attributes:
-      id: 32 hexadecimal digits.
-      name: for messages.
-      incarnation: grows when history is rewritten.
-      loaded: the load that began this incarnation; None where none did.
-      step: number of updates applied.
-      phase: where the session is in its life.
-      skipped: how many of those left the parameters alone, since gradients were not finite.
-      changes: of hyperparameters, in the order in which they were made; the newest of them.
-      changed: how many there were in all.
-      workers: each worker's last applied push, the longest quiet first.
-      aggregation: how pushes become steps.
-      gathered: the pushes that wait for the others of their step, by worker.
-      pending: the push being applied, with those gathered; set exactly in phase APPLYING.
-      failure: what happened, in phase FAILED.
-    """
-
-    id: str
-    name: str
-    incarnation: int = 1
-    loaded: events.Loaded | None = None
-    step: int = 0
-    phase: Phase = Phase.OPEN
-    skipped: int = 0
-    changes: tuple[sessions.Change, ...] = ()
-    changed: int = 0
-    workers: Mapping[str, Applied] = dataclasses.field(default_factory=dict)
-    aggregation: aggregations.Aggregation = aggregations.SINGLE
-    gathered: Mapping[str, events.Pushed] = dataclasses.field(default_factory=dict)
-    pending: events.Pushed | None = None
-    failure: str = ""
-
-
-Outcome = tuple[Session, tuple[effects.Effect, ...]]
+Phase = records.Phase
+Applied = records.Applied
+Member = records.Member
+Session = records.Session
+Outcome = records.Outcome
 
 
 def advance(session: Session, event: events.Event) -> Outcome:
@@ -109,11 +61,29 @@ def advance(session: Session, event: events.Event) -> Outcome:
     Raises:
       OptwireError: the event is not legal now; nothing has changed.
     """
+    after, todo = _taken(session, event)
+    if after.phase is not Phase.OPEN or not after.gathered:
+        return after, todo
+    return _going_on(after, todo, getattr(event, "now_s", -math.inf))
+
+
+def next_deadline(session: Session) -> float | None:
+    """When ``Ticked`` should come, in the time that events tell; None: no need."""
+    if session.phase is not Phase.OPEN:
+        return None
+    earliest = min(members.next_lost_s(session), gathering.closes_s(session))
+    return earliest if earliest < math.inf else None
+
+
+def _taken(session: Session, event: events.Event) -> Outcome:
+    """The session and the effects of one event by itself."""
     match event:
         case events.Pushed():
             return _pushed(session, event)
         case events.Updated():
             return _updated(session, event)
+        case events.Added():
+            return _added(session, event)
         case events.UpdateFailed():
             return _update_failed(session, event)
         case events.UpdateRefused():
@@ -125,13 +95,59 @@ def advance(session: Session, event: events.Event) -> Outcome:
             return _loaded(session, event)
         case events.Deleted():
             return _deleted(session)
+    return _membership(session, event)
+
+
+def _membership(
+    session: Session, event: events.Joined | events.Beat | events.Left | events.Read | events.Ticked
+) -> Outcome:
+    """The session where a worker comes, goes or is heard of, or time passes."""
+    assert session.phase is not Phase.APPLYING, "one executor does one thing at a time"
+    if isinstance(event, events.Ticked):
+        return members.expired(session, event.now_s), ()
+    check_alive(session)
+    match event:
+        case events.Joined():
+            return _joined(session, event)
+        case events.Beat():
+            return members.heard(session, event.worker, event.epoch, event.now_s), ()
+        case events.Left():
+            return members.left(session, event.worker, event.epoch, event.now_s), ()
+        case events.Read():
+            return members.having(session, event.worker, session.step), ()
+
+
+def _joined(session: Session, event: events.Joined) -> Outcome:
+    """The session with a process in the place of one that may have pushed."""
+    after = members.joined(session, event.worker, event.join_key, event.now_s)
+    held = session.gathered.get(event.worker)
+    is_new = after.members[event.worker].epoch != (held.key.epoch if held else None)
+    if held is None or not is_new or session.aggregation.gathers:
+        return after, ()
+    rest = {worker: pushed for worker, pushed in session.gathered.items() if worker != event.worker}
+    error = gathering.replaced(session.name, session.step, event.worker)
+    return dataclasses.replace(after, gathered=rest), (effects.Answer(event.worker, effects.Fail(error)),)
+
+
+def _going_on(session: Session, todo: tuple[effects.Effect, ...], now_s: float) -> Outcome:
+    """The session when what waits and need not wait any more is being applied."""
+    if session.aggregation.gathers:
+        taken = tuple(sorted(session.gathered)) if gathering.is_complete(session, now_s) else ()
+    else:
+        due = pacing.next_due(session)
+        taken = () if due is None else (due,)
+    if not taken:
+        return session, todo
+    applying = dataclasses.replace(session, phase=Phase.APPLYING, taken=taken)
+    return applying, (*todo, gathering.apply(applying))
 
 
 def admit(session: Session, key: sessions.PushKey) -> None:
     """Raises what ``Pushed`` would raise for this key whatever its bytes: at its begin, before the bytes come."""
     check_alive(session)
     check_incarnation(session, key.incarnation)
-    gathering.check_member(session.name, session.step, session.aggregation, key.worker)
+    members.check_worker(session, key.worker)
+    members.check_epoch(session, key.worker, key.epoch)
     last = session.workers.get(key.worker)
     if last and key.seq == last.seq:
         return  # a retry: its digest decides
@@ -151,7 +167,8 @@ def admit(session: Session, key: sessions.PushKey) -> None:
             got=str(key.seq),
             step=session.step,
         )
-    _must_be_at(session, key.base_step)
+    members.check_room(session, key.worker)
+    _check_base(session, key)
     if session.step >= limits.STEP_MAX:
         raise errors.LimitError(
             f"session {session.name!r}: is at step {session.step}, the last there is; load a state of an earlier one",
@@ -224,7 +241,9 @@ def _loaded(session: Session, event: events.Loaded) -> Outcome:
         skipped=skipped,
         changes=tuple(changes),
         workers={},
+        members={worker: dataclasses.replace(member, base_step=step) for worker, member in session.members.items()},
         gathered={},
+        buffered=(),
     )
     rewritten = loads.rewritten(session.name, step, loaded.incarnation)
     return loaded, (effects.Replace(), *gathering.told(session.gathered, rewritten))
@@ -232,7 +251,7 @@ def _loaded(session: Session, event: events.Loaded) -> Outcome:
 
 def _pushed(session: Session, event: events.Pushed) -> Outcome:
     assert session.phase is not Phase.APPLYING, "one executor applies one push at a time"
-    key = event.key
+    key, mode = event.key, session.aggregation.mode
     admit(session, key)
     last = session.workers.get(key.worker)
     if last and key.seq == last.seq:
@@ -240,45 +259,59 @@ def _pushed(session: Session, event: events.Pushed) -> Outcome:
             raise _divergent(session, last, event)
         return session, (effects.Reply(last.seq, last.step, True, last.learning_rate, last.metrics),)
     others = {worker: pushed for worker, pushed in session.gathered.items() if worker != key.worker}
-    gathering.check_agreement(session.name, session.step, event, others)
-    if len(others) + 1 < session.aggregation.workers:
-        return _gathered(session, event, others)
-    applying = dataclasses.replace(session, phase=Phase.APPLYING, pending=event)
-    if not others:
-        return applying, (effects.Apply(session.step, event.options),)
-    pushes = gathering.in_order({**others, key.worker: event})
-    workers = tuple(pushed.key.worker for pushed in pushes)
-    return applying, (effects.Apply(session.step, gathering.joined(pushes), workers),)
+    if session.aggregation.gathers:
+        gathering.check_agreement(session.name, session.step, event, others.values())
+    gathering.check_agreement(session.name, session.step, event, session.buffered)
+    after = members.pushing(session, key.worker, key.epoch, key.base_step, event.now_s)
+    if mode is aggregations.Mode.BUFFERED and len(session.buffered) + 1 < session.aggregation.k:
+        adding = dataclasses.replace(after, phase=Phase.APPLYING, pending=event)
+        return adding, (effects.Add(gathering.factor(session, event), is_first=not session.buffered),)
+    if session.aggregation.waits and not _applies_now(after, event, others):
+        return _gathered(after, event, others)
+    taken = tuple(sorted(others)) if session.aggregation.gathers else ()
+    applying = dataclasses.replace(after, phase=Phase.APPLYING, gathered=others, pending=event, taken=taken)
+    replaced = _replaced(session, event)
+    return applying, (*replaced, gathering.apply(applying))
+
+
+def _applies_now(session: Session, event: events.Pushed, others: Mapping[str, events.Pushed]) -> bool:
+    """Whether a push that has just come need not wait, nor let another one go first."""
+    with_it = dataclasses.replace(
+        session, gathered={**others, event.key.worker: event}, opened_s=_opened_s(session, event)
+    )
+    if session.aggregation.gathers:
+        return gathering.is_complete(with_it, event.now_s)
+    return pacing.next_due(with_it) == event.key.worker
+
+
+def _opened_s(session: Session, event: events.Pushed) -> float:
+    return session.opened_s if session.gathered else event.now_s
 
 
 def _gathered(session: Session, event: events.Pushed, others: Mapping[str, events.Pushed]) -> Outcome:
     """The session with a push that waits for those of other workers."""
     worker = event.key.worker
     before = session.gathered.get(worker)
-    again = before is None or gathering.same(before, event)
-    if before and again:
+    is_again = before is not None and gathering.same(before, event)
+    if before and is_again:
         event = gathering.wishing(event, before)
-    waiting = dataclasses.replace(session, gathered={**others, worker: event})
-    if again:
-        return waiting, (effects.Hold(),)
-    replaced = gathering.replaced(session.name, session.step, worker)
-    return waiting, (effects.Answer(worker, effects.Fail(replaced)), effects.Hold())
+    gathered = {**(session.gathered if is_again else others), worker: event}  # the same one again keeps its place
+    waiting = dataclasses.replace(session, gathered=gathered, opened_s=_opened_s(session, event))
+    return waiting, (*_replaced(session, event), effects.Hold())
+
+
+def _replaced(session: Session, event: events.Pushed) -> tuple[effects.Effect, ...]:
+    """What tells those who wait for another push of a worker that this one took its place."""
+    before = session.gathered.get(event.key.worker)
+    if before is None or gathering.same(before, event):
+        return ()
+    replaced = gathering.replaced(session.name, session.step, event.key.worker)
+    return (effects.Answer(event.key.worker, effects.Fail(replaced)),)
 
 
 def _updated(session: Session, event: events.Updated) -> Outcome:
-    pushed = session.pending
-    assert session.phase is Phase.APPLYING and pushed is not None, "an update ends that did not begin"
-    step = session.step + 1
-    workers = dict(session.workers)
-    answers: list[effects.Effect] = []
-    for one in (*gathering.in_order(session.gathered), pushed):
-        worker, seq = one.key.worker, one.key.seq
-        workers.pop(worker, None)  # so that it moves to the end
-        if len(workers) >= WORKERS_MAX:
-            del workers[next(iter(workers))]
-        workers[worker] = Applied(seq, one.digest, step, event.learning_rate, one.options, event.metrics)
-        reply = effects.Reply(seq, step, False, event.learning_rate, event.metrics)
-        answers.append(reply if one is pushed else effects.Answer(worker, reply))
+    assert session.phase is Phase.APPLYING, "an update ends that did not begin"
+    step, pending = session.step + 1, session.pending
     advanced = dataclasses.replace(
         session,
         phase=Phase.OPEN,
@@ -286,11 +319,37 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
         skipped=session.skipped + event.skipped,
         changes=_with(session.changes, event.change) if event.change else session.changes,
         changed=session.changed + (event.change is not None),
-        workers=workers,
-        gathered={},
+        gathered={worker: pushed for worker, pushed in session.gathered.items() if worker not in session.taken},
+        buffered=(),
         pending=None,
+        taken=(),
     )
+    answers: list[effects.Effect] = []
+    for one in (*(session.gathered[worker] for worker in session.taken), *((pending,) if pending else ())):
+        reply = effects.Reply(one.key.seq, step, False, event.learning_rate, event.metrics)
+        answers.append(reply if one is pending else effects.Answer(one.key.worker, reply))
+        advanced = _counted(advanced, one, reply)
     return advanced, tuple(answers)
+
+
+def _added(session: Session, event: events.Added) -> Outcome:
+    pushed = session.pending
+    assert session.phase is Phase.APPLYING and pushed is not None, "a sum grew to which nothing was added"
+    reply = effects.Reply(pushed.key.seq, session.step + 1, False, event.learning_rate)
+    added = dataclasses.replace(session, phase=Phase.OPEN, pending=None, buffered=(*session.buffered, pushed))
+    return _counted(added, pushed, reply), (reply,)
+
+
+def _counted(session: Session, pushed: events.Pushed, reply: effects.Reply) -> Session:
+    """The session in which a push counts as applied, and its worker has the newest parameters."""
+    key, workers = pushed.key, dict(session.workers)
+    workers.pop(key.worker, None)  # so that it moves to the end
+    if len(workers) >= WORKERS_MAX:
+        del workers[next(iter(workers))]
+    workers[key.worker] = Applied(
+        key.seq, pushed.digest, reply.applied_step, reply.learning_rate, pushed.options, reply.metrics, key.epoch
+    )
+    return members.having(dataclasses.replace(session, workers=workers), key.worker, session.step)
 
 
 def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
@@ -302,20 +361,23 @@ def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
             step=session.step,
         )
         return _ended(session, error)
-    failed = dataclasses.replace(session, failure=event.problem)
+    failed = dataclasses.replace(session, failure=event.problem, taken=tuple(session.gathered))
     failed, told = _ended(failed, _failure(failed))
     return dataclasses.replace(failed, phase=Phase.FAILED), (*told, effects.Free())
 
 
 def _ended(session: Session, error: errors.OptwireError) -> Outcome:
     """The session after an update that changed nothing: all whose pushes it was of hear why."""
-    ended = dataclasses.replace(session, phase=Phase.OPEN, gathered={}, pending=None)
-    return ended, (*gathering.told(session.gathered, error), effects.Fail(error))
+    over = {worker: session.gathered[worker] for worker in session.taken}
+    rest = {worker: pushed for worker, pushed in session.gathered.items() if worker not in over}
+    ended = dataclasses.replace(session, phase=Phase.OPEN, gathered=rest, buffered=(), pending=None, taken=())
+    last = (effects.Fail(error),) if session.pending else ()
+    return ended, (*gathering.told(over, error), *last)
 
 
 def _deleted(session: Session) -> Outcome:
     _must_exist(session)
-    deleted = dataclasses.replace(session, phase=Phase.DELETED, gathered={}, pending=None)
+    deleted = dataclasses.replace(session, phase=Phase.DELETED, gathered={}, buffered=(), pending=None)
     return deleted, (*gathering.told(session.gathered, _gone(session)), effects.Free())
 
 
@@ -338,7 +400,10 @@ def _with(changes: tuple[sessions.Change, ...], change: sessions.Change) -> tupl
     return (*changes, change)[-limits.HYPERPARAM_CHANGES_MAX :]
 
 
-def _divergent(session: Session, last: Applied, event: events.Pushed) -> errors.DivergentRetryError:
+def _divergent(session: Session, last: Applied, event: events.Pushed) -> errors.OptwireError:
+    """What a push hears that has the number of one that was applied, and is another one."""
+    if event.key.epoch > last.epoch:
+        return _too_late(session, event.key.base_step, "a push of the process before this one counted")
     before = {"bytes": last.digest, **last.options.meaning}
     now = {"bytes": event.digest, **event.options.meaning}
     what = next(name for name in before if before[name] != now[name])
@@ -373,6 +438,33 @@ def _failure(session: Session) -> errors.SessionFailedError:
         f"session {session.name!r} failed at step {session.step} and lost its state: {session.failure}; delete it and "
         "create it anew",
         subject=session.name,
+        step=session.step,
+    )
+
+
+def _check_base(session: Session, key: sessions.PushKey) -> None:
+    """Raises unless gradients of a step can be taken now."""
+    aggregation, staleness = session.aggregation, session.step - key.base_step
+    if staleness < 0 or not aggregation.takes_stale:
+        if staleness > 0 and aggregation.gathers:
+            raise _too_late(session, key.base_step, "that step was made without this push")
+        _must_be_at(session, key.base_step)
+        return
+    if aggregation.staleness_max is not None and staleness > aggregation.staleness_max:
+        raise _too_late(session, key.base_step, f"{staleness} steps ago, more than {aggregation.staleness_max}")
+    waits = aggregation.policy is aggregations.Policy.WAIT
+    if waits and not pacing.keeps(session, key.worker, key.base_step):
+        raise _too_late(session, key.base_step, "others would be too late after this one")
+
+
+def _too_late(session: Session, base_step: int, why: str) -> errors.StaleStepError:
+    kind = errors.StepClosedError if session.aggregation.gathers else errors.StaleStepError
+    return kind(
+        f"session {session.name!r}: gradients of step {base_step}, but the session is at {session.step}: {why}; read "
+        "the parameters and compute again",
+        subject="base_step",
+        expected=str(session.step),
+        got=str(base_step),
         step=session.step,
     )
 

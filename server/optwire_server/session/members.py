@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from optwire_proto import aggregations, errors, limits, sessions
 from optwire_server.session import pacing, records
@@ -33,13 +34,18 @@ def check_epoch(session: records.Session, worker: str, epoch: int) -> None:
     member = session.members.get(worker, records.Member(state=_LEFT))
     if epoch == member.epoch and (member.state is not _LEFT or not epoch):
         return
-    problem = "has left" if epoch == member.epoch else f"is in epoch {member.epoch}, as another process has joined"
-    if epoch > member.epoch:
+    if epoch > member.epoch or worker not in session.members:
         problem = "is not known to have joined"
-    raise errors.ReplacedError(
+    else:
+        problem = "has left" if epoch == member.epoch else f"is in epoch {member.epoch}: another process has joined"
+    raise _not_it(session, worker, epoch, problem)
+
+
+def _not_it(session: records.Session, worker: str, epoch: int, problem: str) -> errors.ReplacedError:
+    return errors.ReplacedError(
         f"session {session.name!r}: worker {worker} of epoch {epoch} {problem}; attach again",
         subject="worker",
-        expected=f"epoch {member.epoch}" if epoch != member.epoch else "a worker that has not left",
+        expected="the process that joined last",
         got=f"epoch {epoch}",
         step=session.step,
     )
@@ -95,8 +101,10 @@ def heard(session: records.Session, worker: str, epoch: int, now_s: float) -> re
     """
     check_worker(session, worker)
     check_epoch(session, worker, epoch)
+    if worker not in session.members:
+        raise _not_it(session, worker, epoch, "is not known to have joined")
     check_room(session, worker)
-    before = session.members.get(worker) or records.Member(base_step=session.step)
+    before = session.members[worker]
     base_step = before.base_step
     if session.aggregation.policy is aggregations.Policy.WAIT and not before.is_live:
         # Others have gone on without it, and need not wait for parameters that are too old.
@@ -120,6 +128,13 @@ def left(session: records.Session, worker: str, epoch: int, now_s: float) -> rec
     if (before.state, before.epoch) != (_LEFT, epoch):
         check_epoch(session, worker, epoch)
     return _with(session, worker, dataclasses.replace(before, state=_LEFT, heard_s=now_s))
+
+
+def after(old: records.Session, aggregation: aggregations.Aggregation) -> Mapping[str, records.Member]:
+    """The workers of a session that takes the place of an old one; all must join anew where its rule is another."""
+    if aggregation == old.aggregation:
+        return {worker: dataclasses.replace(member, base_step=old.step) for worker, member in old.members.items()}
+    return {worker: dataclasses.replace(member, state=_LEFT) for worker, member in old.members.items()}
 
 
 def having(session: records.Session, worker: str, base_step: int) -> records.Session:

@@ -78,7 +78,7 @@ class Session:
       workers: each worker's last applied push, the longest quiet first.
       aggregation: how pushes become steps.
       members: workers that have joined or pushed, the longest quiet first.
-      gathered: the pushes that wait, for others of their step or for slow workers, by worker; the first that came first.
+      gathered: the pushes that wait, for others of their step or for slow workers, by worker, in the order of arrival.
       opened_s: when the first of them came, of the open step.
       buffered: the pushes whose gradients are in the sum, in the order in which they were added.
       pending: the push just made that is being applied or added, in phase APPLYING only.

@@ -95,7 +95,8 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
     def GetSession(self, request: pb.GetSessionRequest, context: grpc.ServicerContext) -> pb.GetSessionResponse:
         id_, name = convert.ref_from_proto(request.session)
         info, seq = self._registry.info(id_=id_, name=name, worker=request.worker)
-        return pb.GetSessionResponse(session=convert.session_to_proto(info), worker_seq=seq)
+        workers = map(convert.worker_to_proto, self._registry.workers(id_=info.id))
+        return pb.GetSessionResponse(session=convert.session_to_proto(info), worker_seq=seq, workers=workers)
 
     def ListSessions(self, request: pb.ListSessionsRequest, context: grpc.ServicerContext) -> pb.ListSessionsResponse:
         if request.page_size > 1000:
@@ -145,20 +146,18 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
 
     def JoinSession(self, request: pb.JoinSessionRequest, context: grpc.ServicerContext) -> pb.JoinSessionResponse:
         id_, name = convert.ref_from_proto(request.session)
-        worker = sessions.check_id(request.worker, "worker")
-        join_key = sessions.check_id(request.join_key, "join_key")
-        info, seq, epoch, lease_s = self._registry.join(worker, join_key, id_=id_, name=name)
+        info, seq, epoch, lease_s = self._registry.join(request.worker, request.join_key, id_=id_, name=name)
         session = _without_tree(info)
         return pb.JoinSessionResponse(session=session, worker_seq=seq, epoch=epoch, lease_s=lease_s)
 
     def Heartbeat(self, request: pb.HeartbeatRequest, context: grpc.ServicerContext) -> pb.HeartbeatResponse:
-        id_, worker = sessions.check_id(request.session_id, "session_id"), sessions.check_id(request.worker, "worker")
-        step, incarnation, awaited = self._registry.beat(id_, worker, request.epoch)
-        return pb.HeartbeatResponse(step=step, incarnation=incarnation, awaited=awaited[: limits.AWAITED_MAX])
+        id_ = sessions.check_id(request.session_id, "session_id")
+        step, incarnation, awaited = self._registry.beat(id_, request.worker, request.epoch)
+        return pb.HeartbeatResponse(step=step, incarnation=incarnation, awaited=awaited)
 
     def LeaveSession(self, request: pb.LeaveSessionRequest, context: grpc.ServicerContext) -> pb.LeaveSessionResponse:
-        id_, worker = sessions.check_id(request.session_id, "session_id"), sessions.check_id(request.worker, "worker")
-        self._registry.leave(id_, worker, request.epoch)
+        id_ = sessions.check_id(request.session_id, "session_id")
+        self._registry.leave(id_, request.worker, request.epoch)
         return pb.LeaveSessionResponse()
 
     def ReadParams(
@@ -169,7 +168,13 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
         with (
             self._streams.open(context.cancel) as stream,
             stream.busy(),
-            self._registry.reading(id_=id_, name=name, worker=request.worker, which=request.which) as read,
+            self._registry.reading(
+                id_=id_,
+                name=name,
+                worker=request.worker,
+                which=request.which,
+                rows=convert.wanted_from_proto(request),
+            ) as read,
             stream.transferring(),
         ):
             begin = pb.ParamsBegin(session=_without_tree(read.info), worker_seq=read.worker_seq)

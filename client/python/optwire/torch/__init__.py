@@ -10,7 +10,8 @@ docs/pytorch.md has the arguments, and what holds for checkpoints, mixed precisi
 and neither JAX nor the server.
 """
 
+from optwire.torch.local_steps import LocalSteps, tree_of
 from optwire.torch.optimizer import RemoteOptimizer
 from optwire.torch.ranks import no_allreduce_hook
 
-__all__ = ["RemoteOptimizer", "no_allreduce_hook"]
+__all__ = ["LocalSteps", "RemoteOptimizer", "no_allreduce_hook", "tree_of"]

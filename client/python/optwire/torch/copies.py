@@ -26,6 +26,8 @@ _KEPT: Final = (
     "_recipe",
     "_telemetry",
     "_given",
+    "_rank",
+    "_late",
 )
 
 
@@ -42,6 +44,8 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
     _pending: dict[str, Any] | None
     _rejoined: dict[str, Any] | None
     _last: ranks.Outcome
+    _rank: int | None
+    _late_count: int
 
     @abc.abstractmethod
     def _show_handles(self) -> None:
@@ -131,7 +135,9 @@ class Detachable(torch.optim.Optimizer, abc.ABC):
         super().__setstate__(state)
         amps.mark(self, self._amp, self._distributed)
         self._last = ranks.Outcome()
-        self._remote = remote.Remote(self._recipe, way, client=None, name=name, workers=self._distributed == "workers")
+        self._late_count = 0
+        workers = self._distributed == "workers"
+        self._remote = remote.Remote(self._recipe, way, client=None, name=name, workers=workers, rank=self._rank)
         self._remote.loaded, self._remote.hyperparams.known = loaded, known
         self._remote.origin, self._remote.unsent = origin, unsent
         self._pending = self._rejoined = None

@@ -35,7 +35,14 @@ class Link:
     """
 
     def __init__(
-        self, recipe: recipes.Recipe, way: ways.Way, *, client: _client.Client | None, name: str | None, workers: bool
+        self,
+        recipe: recipes.Recipe,
+        way: ways.Way,
+        *,
+        client: _client.Client | None,
+        name: str | None,
+        workers: bool,
+        rank: int | None = None,
     ) -> None:
         self.way = way
         self.name = None if name is None else sessions.check_name(name)
@@ -46,7 +53,8 @@ class Link:
         self.loaded: Mapping[str, Mapping[str, Any]] | None = None
         self._recipe = recipe
         self._client = client
-        self._workers = workers
+        self._workers = workers  # whether every process of `torch.distributed` is one
+        self._rank = rank  # that the user gave this one
         self._tree: trees.TreeSpec | None = None
         self.hyperparams = hyperparams.Hyperparams(recipe)
         self._fixed: list[dict[str, Any]] = []
@@ -103,7 +111,7 @@ class Link:
 
     @property
     def _worker(self) -> int | None:
-        return ranks.rank() if self._workers else None
+        return ranks.rank() if self._workers else self._rank
 
     @contextlib.contextmanager
     def _unsure(self) -> Iterator[None]:

@@ -36,6 +36,11 @@ class RemoteOptimizer(copies.Detachable):
         model gets its parameters. None: the server makes a name.
       distributed: where several processes train together: "replicated" (gradients are averaged; rank 0 pushes) or
         "workers" (each rank pushes its own, the server averages).
+      worker: the rank of this process in a session of several workers that do not train by ``torch.distributed``, as in
+        ``optwire.Client.attach``; None: a worker of its own.
+      late: what becomes of gradients that come too late, as their step was made without them, or the session is beyond
+        it: "raise" ``StaleStepError``, or "params": they are dropped, counted in ``late_count``, and the model gets the
+        newest parameters.
       overlap: whether gradients go up while backward runs, and parameters come down until they are needed.
       amp: who divides by the scale of a ``GradScaler``: the "client", as torch does, or the "server".
       missing_grad: what None in the place of a gradient means: "skip" leaves parameter and slots alone; "error".
@@ -66,6 +71,8 @@ class RemoteOptimizer(copies.Detachable):
         client: _client.Client | None = None,
         session: str | None = None,
         distributed: str | None = None,
+        worker: int | None = None,
+        late: str = "raise",
         overlap: bool = False,
         amp: str = "client",
         missing_grad: str = "skip",
@@ -86,6 +93,17 @@ class RemoteOptimizer(copies.Detachable):
                 "they would have gone up already; leave overlap out, or use distributed='workers'",
                 subject="overlap",
             )
+        if worker is not None and self._distributed is not None:
+            raise _options.wrong("worker", "None with distributed=, by which processes have ranks", worker)
+        if late == "params" and (overlap or self._distributed is not None):
+            raise errors.UnsupportedError(
+                "late='params' with overlap=True or distributed=: others go on with gradients that this process drops, "
+                "or with parameters that it does not have yet; leave one of them out",
+                subject="late",
+            )
+        self._rank = worker
+        self._late = _one_of("late", late, ("raise", "params"))
+        self._late_count = 0
         self._overlap = None
         self._form = _one_of("state", state, _FORMS)
         self._amp = _one_of("amp", amp, amps.CHOICES)
@@ -104,6 +122,7 @@ class RemoteOptimizer(copies.Detachable):
             client=client,
             name=session,
             workers=self._distributed == "workers",
+            rank=worker,
         )
         amps.mark(self, self._amp, self._distributed)
         super().__init__(params, dict(self._recipe.defaults))
@@ -115,13 +134,14 @@ class RemoteOptimizer(copies.Detachable):
     # ---------------------------------------------------------------------------------------------------- stepping
 
     @torch._disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:
         """Pushes the gradients and writes the new parameters in place; one step of the session.
 
         Nothing is pushed where no parameter has a gradient, or a ``GradScaler`` found one that is not finite.
 
         Args:
           closure: evaluates the model again and returns the loss; called once.
+          weight: what the gradients count among those of other workers, such as the number of samples behind them.
 
         Returns:
           What the closure returned.
@@ -147,10 +167,10 @@ class RemoteOptimizer(copies.Detachable):
                 return loss
             told = gradients.loss(loss, is_wanted=self._recipe.wants_loss)
             if self._distributed == "replicated":
-                outcome = ranks.from_rank_0(lambda: self._push(scale, told), self._parameters())
+                outcome = ranks.from_rank_0(lambda: self._push(scale, told, weight), self._parameters())
                 self._remote.name = self._remote.name or outcome.session or None
             else:
-                outcome = self._push(scale, told)
+                outcome = self._push(scale, told, weight)
         if outcome.ack is not None:
             self._last = outcome
         return loss
@@ -189,6 +209,11 @@ class RemoteOptimizer(copies.Detachable):
         return self._last.ack
 
     @property
+    def late_count(self) -> int:
+        """Steps whose gradients came too late, and were dropped for the newest parameters: ``late="params"``."""
+        return self._late_count
+
+    @property
     def resent_bytes(self) -> int:
         """Bytes of gradients that ``overlap=True`` sent in vain so far, as they were changed before ``step``."""
         return self._overlap.resent_bytes if self._overlap is not None else 0
@@ -198,7 +223,7 @@ class RemoteOptimizer(copies.Detachable):
         """Whether another process has the session, and this one gets parameters from it."""
         return self._distributed == "replicated" and ranks.rank() > 0
 
-    def _push(self, scale: tuple[float, float], loss: float | None) -> ranks.Outcome:
+    def _push(self, scale: tuple[float, float], loss: float | None, weight: float) -> ranks.Outcome:
         self._settle()
         factor, grad_scale = scale
         if [id(parameter) for group in self.param_groups for parameter in group["params"]] != self._ids:
@@ -211,11 +236,19 @@ class RemoteOptimizer(copies.Detachable):
         is_new = self._remote.session is None
         if self._overlap is not None and not is_new:
             self._outlive_client()
-            self._overlap.push(self.param_groups, grads, grad_scale=grad_scale, loss=loss, telemetry=self._telemetry)
+            self._overlap.push(
+                self.param_groups, grads, grad_scale=grad_scale, loss=loss, weight=weight, telemetry=self._telemetry
+            )
             return ranks.Outcome()
-        written = self._remote.push(
-            self.param_groups, grads, grad_scale=grad_scale, loss=loss, telemetry=self._telemetry
-        )
+        try:
+            written = self._remote.push(
+                self.param_groups, grads, grad_scale=grad_scale, loss=loss, weight=weight, telemetry=self._telemetry
+            )
+        except errors.StaleStepError:
+            if self._late == "raise":
+                raise
+            written = self._remote.pull()
+            self._late_count += 1
         session = self._open()
         if self._overlap is not None:
             self._overlap.stepped(is_made=True)

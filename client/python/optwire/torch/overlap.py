@@ -118,6 +118,7 @@ class Overlap:
         *,
         grad_scale: float = 1.0,
         loss: float | None = None,
+        weight: float = 1.0,
         telemetry: bool = False,
     ) -> None:
         """Starts what ``Remote.push`` does; ends it too where it is not known who will use the parameters."""
@@ -141,7 +142,13 @@ class Overlap:
                 names=grads,
                 groups=groups,
                 edits=edits,
-                arguments={"loss": loss, "grad_scale": grad_scale, "hyperparams": changes, "telemetry": telemetry},
+                arguments={
+                    "loss": loss,
+                    "grad_scale": grad_scale,
+                    "hyperparams": changes,
+                    "weight": weight,
+                    "telemetry": telemetry,
+                },
             )
             self._pushed = new  # before it is made: some of it may come at once
             try:

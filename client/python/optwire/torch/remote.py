@@ -33,7 +33,7 @@ class Remote(link.Link):
         if self._workers and not self._from_rank_0(self._exists):
             return ()
         try:
-            session = self.client.attach(self.name, worker=ranks.rank() if self._workers else None)
+            session = self.client.attach(self.name, worker=self._worker)
         except errors.SessionNotFoundError:
             return ()
         with self._or_as_before(groups, session):
@@ -147,7 +147,7 @@ class Remote(link.Link):
                 self.loaded = checkpoints.copied(self.client, self.origin, self._by_name())
             spec = self._recipe.spec(groups, self._kinds())
             self._session = self.client.create_session(
-                self._params(), spec, name=self.name, grads_codec=self.way.grads_codec, **options
+                self._params(), spec, name=self.name, worker=self._rank, grads_codec=self.way.grads_codec, **options
             )
         except errors.SessionExistsError:  # somebody was faster
             if not self._join(groups):
@@ -161,7 +161,7 @@ class Remote(link.Link):
         if self.name is None:
             return False
         try:
-            session = self.client.attach(self.name)
+            session = self.client.attach(self.name, worker=self._rank)
         except errors.SessionNotFoundError:
             return False
         with self._or_as_before(groups, session):
@@ -243,6 +243,7 @@ class Remote(link.Link):
         *,
         grad_scale: float = 1.0,
         loss: float | None = None,
+        weight: float = 1.0,
         telemetry: bool = False,
     ) -> tuple[int, ...]:
         """One step: changed parameters and edits go up with the gradients, the new parameters are written in place.
@@ -252,6 +253,7 @@ class Remote(link.Link):
           grads: by name; leaves that are not in it have no gradient.
           grad_scale: what they were multiplied by.
           loss: of the batch, where the optimizer asks for it.
+          weight: what they count among those of other workers.
           telemetry: whether the ack is to have metrics.
 
         Returns:
@@ -264,7 +266,9 @@ class Remote(link.Link):
         session, tree, edits, changes = self.prepare(groups)
         nest = trees.unflatten(tree, [grads.get(leaf.name) for leaf in tree.leaves])
         self.hyperparams.sent(edits)
-        pushed = session.step(nest, loss=loss, grad_scale=grad_scale, hyperparams=changes, telemetry=telemetry)
+        pushed = session.step(
+            nest, loss=loss, grad_scale=grad_scale, hyperparams=changes, weight=weight, telemetry=telemetry
+        )
         written = self._write(trees.match(tree, pushed, "params"), only=grads.keys())
         self.follow(groups, edits)
         return written
