@@ -112,7 +112,7 @@ class Aggregation:
         for name, (least, most) in self._bounds().items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-                expected = f"{least:g} to {most:g}" if most > least else f"{least:g}"
+                expected = f"{least:g} to {most:g}" if most > least else f"{least:g}" if least < math.inf else "none"
                 raise errors.InvalidArgumentError(
                     f"aggregation.{name}: {value}, expected {expected} in mode {self.mode}",
                     subject=f"aggregation.{name}",

@@ -58,9 +58,7 @@ def payload_tree(tree: trees.TreeSpec, counts: Counts) -> trees.TreeSpec:
 def reply_leaves(tree: trees.TreeSpec, counts: Counts) -> list[trees.LeafSpec]:
     """The arrays of the reply to such a push: of leaves that came by rows, those rows."""
     by_leaf = dict(counts)
-    return [
-        part(leaf, by_leaf[position]) if position in by_leaf else leaf for position, leaf in enumerate(tree.leaves)
-    ]
+    return [part(leaf, by_leaf[position]) if position in by_leaf else leaf for position, leaf in enumerate(tree.leaves)]
 
 
 def check(tree: trees.TreeSpec, counts: Counts, what: str = "push.rows") -> None:

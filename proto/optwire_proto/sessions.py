@@ -238,6 +238,11 @@ class ReplyContent(enum.StrEnum):
     NONE = "none"
     PRESENT = "present"
 
+    @property
+    def brings_params(self) -> bool:
+        """Whether it carries parameters, of all leaves or of some."""
+        return self in (ReplyContent.PARAMS, ReplyContent.PRESENT)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions:

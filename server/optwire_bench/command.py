@@ -1,4 +1,4 @@
-"""The command line: `optwire bench step|limits|fairness|cold`."""
+"""The command line: `optwire bench step|workers|limits|fairness|cold`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from optwire_bench import cases, cold, fairness, folders, models, processes, reports, stepping, transfers
+from optwire_bench import (
+    cases,
+    cold,
+    fairness,
+    folders,
+    models,
+    processes,
+    reports,
+    scaling,
+    stepping,
+    stragglers,
+    transfers,
+)
 from optwire_proto import codecs, errors
 
 # What takes turns when nothing is asked for: up to so many parameters, and beyond.
 _USUAL = (("stream", "f32"), ("stream", "bf16"), ("stream", "int8"), ("unix", "f32"), ("shared_memory", "f32"))
 _USUAL_LARGE = (("shared_memory", "f32"), ("stream", "f32"))
 _USUAL_MAX = 25_000_000
+_USUAL_WORKERS = (("stream", "f32"), ("stream", "bf16"), ("shared_memory", "f32"))
 # Of `limits`, each way: one float32; and what two sessions and raw TCP have room for.
 _BYTES_MIN, _BYTES_MAX = 4, 8_000_000_000
 _CODECS = ("f32", "bf16", "f16", "int8", "top_k(0.01)", "sign")
@@ -97,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds = root.add_subparsers(dest="kind", required=True)
     _add_step(kinds.add_parser("step", help="steps, remote and local, in turns; parameters checked after every round"))
+    _add_workers(kinds.add_parser("workers", help="several workers beside one, and fast ones beside a slow one"))
     _add_limits(kinds.add_parser("limits", help="one way and both ways at once, beside raw TCP and memcpy"))
     _add_fairness(kinds.add_parser("fairness", help="a tiny session beside one that keeps the server busy"))
     _add_cold(kinds.add_parser("cold", help="the first session of a fresh server, and what it compiles"))
@@ -147,11 +161,48 @@ def _add_step(step: argparse.ArgumentParser) -> None:
     )
     step.add_argument("--no-extras", action="store_true", help="measure no bytes on the wire and no memory")
     _add_shared(step, rounds=9)
-    step.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="also draw the steps into this PNG file")
+    _add_plot(step)
     step.add_argument(
         "--update", action="store_true", help="keep what the --json file has of sizes that are not measured now"
     )
     step.set_defaults(run=_step)
+
+
+def _add_workers(workers: argparse.ArgumentParser) -> None:
+    workers.add_argument("--params", type=_model, metavar="SIZE", help="number of parameters (default 25M)")
+    workers.add_argument(
+        "--workers", type=_list_of(_whole(2, 64)), metavar="N,...", help="how many there are, beside one (default 2,4)"
+    )
+    workers.add_argument(
+        "--transport",
+        type=_list_of(_choice("transport", cases.TRANSPORTS)),
+        metavar="NAME,...",
+        help=f"of {', '.join(cases.TRANSPORTS)} (default stream,shared_memory)",
+    )
+    workers.add_argument(
+        "--grads-codec", type=_list_of(_codec), metavar="CODEC,...", help=f"of {', '.join(_CODECS)} (default f32)"
+    )
+    workers.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        type=_beside,
+        metavar="NAME=COMMAND",
+        help="a program that speaks the lines of optwire_bench.roles takes turns too; repeatable",
+    )
+    workers.add_argument(
+        "--steps", type=_whole(1, 10_000), default=0, metavar="N", help="steps of a turn (default: by the size)"
+    )
+    workers.add_argument(
+        "--gradient-ms", type=_whole(1, 10_000), metavar="MS", help="that a fast worker takes for one (default 50)"
+    )
+    workers.add_argument(
+        "--slower", type=_whole(2, 100), default=5, metavar="X", help="times as long takes the slow one (default 5)"
+    )
+    workers.add_argument("--only", choices=("scaling", "stragglers"), help="one half of it (default: both)")
+    _add_shared(workers, rounds=7)
+    _add_plot(workers)
+    workers.set_defaults(run=_workers)
 
 
 def _add_limits(limits: argparse.ArgumentParser) -> None:
@@ -197,6 +248,10 @@ def _add_shared(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.set_defaults(usual_rounds=rounds)
 
 
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="also draw the figures into this PNG file")
+
+
 def _step(flags: argparse.Namespace) -> dict[str, Any]:
     labels = flags.params or (["100k"] if flags.quick else ["1k", "1M", "25M", "100M", "gpt2"])
     result: dict[str, Any] = {}
@@ -228,6 +283,26 @@ def _usual_against(label: str, *, quick: bool) -> list[str]:
     if label == "gpt2":
         return ["local-optax", "local-optax-common"]
     return [] if models.model(label).parameters > _USUAL_MAX else ["naive"] if quick else list(cases.NAIVE)
+
+
+def _workers(flags: argparse.Namespace) -> dict[str, Any]:
+    pairs: Sequence[tuple[str, str]] = _USUAL_WORKERS
+    if flags.transport or flags.grads_codec:
+        pairs = [(w, c) for w in flags.transport or ["stream"] for c in flags.grads_codec or ["f32"]]
+    plan = scaling.Plan(
+        label=flags.params or ("100k" if flags.quick else "25M"),
+        counts=tuple(flags.workers or ([2] if flags.quick else [2, 4])),
+        cases=(*(cases.remote(way, codec) for way, codec in pairs), *flags.beside),
+        rounds=_rounds(flags),
+        steps=flags.steps,
+    )
+    gradient_s, window_s = (flags.gradient_ms or (20 if flags.quick else 50)) / 1e3, 0.6 if flags.quick else 5.0
+    result: dict[str, Any] = {}
+    if flags.only != "stragglers":
+        result["scaling"] = scaling.run(plan, _progress(flags))
+    if flags.only != "scaling":
+        result["stragglers"] = stragglers.run(gradient_s, flags.slower, window_s, plan.rounds, _progress(flags))
+    return result
 
 
 def _limits(flags: argparse.Namespace) -> dict[str, Any]:

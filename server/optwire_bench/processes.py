@@ -212,6 +212,11 @@ def _child(cores: Sequence[int]) -> list[str]:
     return [sys.executable, "-S", "-c", _FIRST, str(os.getpid()), ",".join(map(str, cores))]
 
 
+def spent(pids: Sequence[int]) -> float:
+    """CPU seconds of some processes so far, all their threads; those that are gone count nothing."""
+    return sum(found[0] for pid in pids if (found := _spent(pid)))
+
+
 def _spent(pid: int) -> tuple[float, int] | None:
     """CPU seconds and minor page faults of a process so far, all its threads; None once it is gone."""
     try:

@@ -9,12 +9,15 @@ from typing import Any
 
 from optwire_bench import fairness, processes, stepping
 
+# Columns that are no numbers.
+_WORDS = ("model", "step", "checked", "way", "transport", "session", "mode", "group")
 _OURS, _LOCAL, _PEER = "#1f77b4", "#777777", "#d98c3f"
 
 
 def text(result: Mapping[str, Any]) -> str:
     """The whole report in Markdown: the machine, a table, and what there is to say about it."""
-    body = {"step": _step, "limits": _limits, "fairness": _fairness, "cold": _cold}[result["kind"]]
+    bodies = {"step": _step, "workers": _workers, "limits": _limits, "fairness": _fairness, "cold": _cold}
+    body = bodies[result["kind"]]
     return "\n".join([_machine(result["machine"]), "", *body(result)])
 
 
@@ -54,11 +57,18 @@ def read_steps(path: pathlib.Path, machine: Mapping[str, Any]) -> dict[str, Any]
 
 
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draws the steps of each model as bars, the median of the rounds, with whiskers to the fastest and the slowest.
+    """Draws the figures as bars, the median of the rounds, with whiskers to the least and the greatest, as a PNG file.
 
     Raises:
       ModuleNotFoundError: there is no matplotlib.
     """
+    picture = {"step": _step_plot, "workers": _workers_plot}[result["kind"]](result)
+    picture.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=130)
+
+
+def _step_plot(result: Mapping[str, Any]) -> Any:
     from matplotlib import figure
 
     entries = result["models"]
@@ -84,9 +94,40 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
                 f" {row['ratio']:.2f}×", (max(row["rounds_ms"]), place), va="center", fontsize=7, annotation_clip=False
             )
         axis.margins(x=0.15)
-    picture.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(path, dpi=130)
+    return picture
+
+
+def _workers_plot(result: Mapping[str, Any]) -> Any:
+    from matplotlib import figure
+
+    halves = [name for name in ("scaling", "stragglers") if name in result]
+    picture = figure.Figure(figsize=(6.5 * len(halves), 5))
+    for axis, half in zip(picture.subplots(1, len(halves), squeeze=False)[0], halves, strict=True):
+        found = result[half]
+        if half == "scaling":
+            axis.set_title(f"{found['model']} parameters, Adam: ms a step of all workers", fontsize=10)
+            rows = [(f"{r['case']}, {r['workers']}", r) for r in _once(found["rows"])][::-1]
+            values = [row["median_ms"] for _, row in rows]
+            least, greatest = ([of(row["rounds_ms"]) for _, row in rows] for of in (min, max))
+            axis.set_xscale("log")
+        else:
+            axis.set_title(f"fast workers beside one {found['slower']}× slower: share of their pushes", fontsize=10)
+            rows = [(row["mode"], row) for row in found["rows"]][::-1]
+            values, least, greatest = ([row[name] for _, row in rows] for name in ("share", "share_min", "share_max"))
+            axis.axvline(0.9, color=_LOCAL, linestyle=":")
+        spread = [[v - low for v, low in zip(values, least, strict=True)]]
+        spread.append([high - v for v, high in zip(values, greatest, strict=True)])
+        colours = [
+            _LOCAL if row.get("case") == "local" else _OURS if row.get("ours", True) else _PEER for _, row in rows
+        ]
+        axis.barh([name for name, _ in rows], values, xerr=spread, color=colours, ecolor="#333333", capsize=2)
+        axis.tick_params(labelsize=8)
+    return picture
+
+
+def _once(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows without those that another group has as well."""
+    return list({(row["case"], row["workers"]): row for row in reversed(rows)}.values())[::-1]
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -96,13 +137,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
-    yield (
-        "|"
-        + "|".join(
-            "---" if name in ("model", "step", "checked", "way", "transport", "session") else "---:" for name in head
-        )
-        + "|"
-    )
+    yield ("|" + "|".join("---" if name in _WORDS else "---:" for name in head) + "|")
     for row in rows:
         yield "| " + " | ".join(row) + " |"
 
@@ -153,6 +188,90 @@ def _step(result: Mapping[str, Any]) -> Iterator[str]:
             )
         for line in entry["left_out"]:
             yield f"* Left out: {line}"
+
+
+def _workers(result: Mapping[str, Any]) -> Iterator[str]:
+    if "scaling" in result:
+        yield from _scaling(result["scaling"])
+    if len(result.keys() & {"scaling", "stragglers"}) == 2:
+        yield ""
+    if "stragglers" in result:
+        yield from _stragglers(result["stragglers"])
+
+
+def _scaling(found: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"Adam on {found['model']} parameters, float32, the mean of all workers' gradients; {found['rounds']} rounds "
+        f"in which all of a group take turns of {found['steps_a_turn']} steps. A step ends when every worker has its "
+        "parameters; ratios are formed within a round."
+    )
+    yield ""
+    peers = [row["case"] for row in _once(found["rows"]) if not row["ours"] and row["case"] != stepping.REFERENCE]
+    peers = list(dict.fromkeys(peers))
+    over = ["one worker", *peers]
+    rows = []
+    for row in found["rows"]:
+        ratios = [row["over"].get(name) for name in over]
+        rows.append(
+            (
+                f"{row['of']}, {row['group'] + 1}",
+                row["case"],
+                str(row["workers"]),
+                f"{row['median_ms']:.3g}",
+                f"{row['best_ms']:.3g}",
+                f"{row['worst_ms']:.3g}",
+                *(f"{r['median']:.2f} ({r['min']:.2f}–{r['max']:.2f})" if r else "–" for r in ratios),
+                f"{row['cpu_s_a_step']:.2g}",
+                row["check"],
+            )
+        )
+    head = (
+        "group",
+        "step",
+        "workers",
+        "median ms",
+        "best",
+        "worst",
+        *(f"/ {name}" for name in over),
+        "CPU s",
+        "checked",
+    )
+    yield from _table(head, rows)
+    yield ""
+    for case, says in {row["case"]: row["says"] for row in found["rows"] if row["says"]}.items():
+        yield f"* {case}: {says}."
+    for count in found["disturbed"]:
+        yield (
+            f"* {count} workers: **disturbed**: a local step's median is over {stepping.DISTURBED} times its best. "
+            "Something else used the machine; measure again."
+        )
+    for line in found["left_out"]:
+        yield f"* Left out: {line}"
+
+
+def _stragglers(found: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"{found['fast']} workers whose gradient takes {found['gradient_ms']:g} ms, and one {found['slower']:g} times "
+        f"slower; {found['model']} parameters; {found['rounds']} rounds of windows of {found['window_s']:g} s. Pushes "
+        "a second that became part of a step, of the fast workers beside the slow one and without it, and the share "
+        "of the two, formed within a round."
+    )
+    yield ""
+    rows = [
+        (
+            row["mode"],
+            f"{row['steps_a_s']:.1f}",
+            f"{row['fast_a_s']:.1f}",
+            f"{row['fast_alone_a_s']:.1f}",
+            f"{row['share']:.2f} ({row['share_min']:.2f}–{row['share_max']:.2f})",
+            f"{row['slow_a_s']:.1f}",
+            f"{row['slow_late_a_s']:.1f}",
+        )
+        for row in found["rows"]
+    ]
+    yield from _table(
+        ("mode", "steps/s", "fast", "without the slow one", "share (min–max)", "slow", "slow, too late"), rows
+    )
 
 
 def _limits(result: Mapping[str, Any]) -> Iterator[str]:

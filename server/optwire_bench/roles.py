@@ -8,8 +8,8 @@ lock is counted against another. A program of anyone's that speaks the same line
                                                       "path": how far it may be from that, as in ``cases.Check``
     {"do": "open", ..., "rank": 0, "workers": 4,   -> the same, as one of several workers, whose gradients are averaged;
      "meeting": "/tmp/..."}                           "meeting": a folder in which those of one group find each other
-    {"do": "step", "count": 3}                     -> {"seconds": [...], "cpu_s": 0.1, "faults": 12}; "starts": when each
-                                                      began, by the clock that processes share; of workers only
+    {"do": "step", "count": 3}                     -> {"seconds": [...], "cpu_s": 0.1, "faults": 12}; "starts": when
+                                                      each began, by the clock that processes share; of workers only
     {"do": "save", "path": "...", "what": ""}      -> null; parameters of all leaves, one after the other, float32;
                                                       "reference": what they should be, where it brings that
     {"do": "close"}                                -> null
@@ -34,12 +34,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from optwire_bench import models
-
 
 # How long workers wait for the first of them.
 _MEETING_S = 120.0
@@ -99,6 +98,7 @@ class Stepping(Protocol):
         ...
 
 
+@runtime_checkable
 class Working(Stepping, Protocol):
     """What takes steps together with others."""
 
@@ -210,7 +210,7 @@ class Remote:
 
         self._client = optwire.connect(target, transport=transport, timeout=120.0)
         self._client.server_info()
-        self._codecs = {"grads_codec": grads_codec, "params_codec": params_codec}
+        self._codecs: dict[str, Any] = {"grads_codec": grads_codec, "params_codec": params_codec}
 
     def open(self, model: models.Model) -> dict[str, Any]:
         self._owns = True
@@ -264,7 +264,7 @@ class Remote:
 
 
 def measured(step: Callable[[], None], count: int, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """When each of ``count`` steps began, and its seconds; CPU seconds and minor page faults of this process in all of them."""
+    """When each of ``count`` steps began, and its seconds; CPU seconds and minor page faults of this process in all."""
     starts, seconds, cpu_s, faults = [], [], 0.0, 0
     for _ in range(count):
         before, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
@@ -314,10 +314,9 @@ def _opened(role: Stepping, command: Mapping[str, Any]) -> dict[str, Any]:
     model = models.model(command["model"], command["tensors"])
     if "workers" not in command:
         return role.open(model)
-    join = getattr(role, "join", None)
-    if join is None:
+    if not isinstance(role, Working):
         sys.exit(f"{type(role).__name__} works alone")
-    return dict(join(model, Place(command["rank"], command["workers"], command["meeting"])))
+    return role.join(model, Place(command["rank"], command["workers"], command["meeting"]))
 
 
 def end_with_input() -> None:

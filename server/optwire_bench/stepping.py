@@ -21,9 +21,9 @@ DISTURBED = 1.5
 # Steps that compile and warm up, not counted; and one more at the start of every turn.
 WARM_UP = 2
 # Parameters up to -> steps of a turn.
-_STEPS = ((10_000, 100), (2_000_000, 10), (50_000_000, 4), (2_000_000_000, 2))
+STEPS = ((10_000, 100), (2_000_000, 10), (50_000_000, 4), (2_000_000_000, 2))
 # Of the memory that is free, how much processes may be started for at a time.
-_MEMORY_SHARE = 0.75
+MEMORY_SHARE = 0.75
 # Memory of a process beside its arrays.
 _PROCESS_BYTES = 350 << 20
 
@@ -94,7 +94,7 @@ def run(plan: Plan, progress: Progress) -> dict[str, Any]:
 
 def steps_of(plan: Plan, model: models.Model) -> int:
     """Steps of one turn."""
-    return plan.steps or next(steps for most, steps in _STEPS if model.parameters <= most)
+    return plan.steps or next(steps for most, steps in STEPS if model.parameters <= most)
 
 
 class _Rounds:
@@ -217,7 +217,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 def groups(taken: Sequence[cases.Case], model: models.Model, available_bytes: int) -> list[list[cases.Case]]:
     """Cases that fit in memory at the same time, beside the local one; as few groups as the order allows."""
-    room = available_bytes * _MEMORY_SHARE
+    room = available_bytes * MEMORY_SHARE
     found: list[list[cases.Case]] = [[]]
     shared = cases.against(REFERENCE).payloads + _SCRATCH_PAYLOADS
     used = base = shared * model.payload_bytes + 2 * _PROCESS_BYTES

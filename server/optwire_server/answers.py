@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable
-from typing import Final
 
 import numpy as np
 
@@ -19,8 +18,6 @@ from optwire_server.engine import device, landing
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Params, Push, Reply
 from optwire_server.session import effects
-
-_PARAMS: Final = (sessions.ReplyContent.PARAMS, sessions.ReplyContent.PRESENT)
 
 
 def reply(
@@ -54,7 +51,7 @@ def reply(
         if claim is not None and not is_written:
             yield from engine.write_params(live.held, claim.params)
         return Reply(live.ack(effect, live.tree.payload_bytes), [])
-    if options.rows and content in _PARAMS:
+    if options.rows and content.brings_params:
         arrays = yield from row_pushes.params(engine, live, lent)
     else:
         arrays = yield from _arrays(engine, live, options, effect.applied_step)
@@ -99,7 +96,7 @@ def departure(live: LiveSession, options: sessions.PushOptions) -> departures.De
 def encoded(push: Push, reply: Reply) -> Reply:
     """A reply as it travels; on the thread of the call, which waits for others of the session that are at it."""
     live, how = push.session, push.session.params_codec
-    if push.claim is not None or push.options.reply not in _PARAMS:
+    if push.claim is not None or not push.options.reply.brings_params:
         return reply
     size = sum(map(how.encoded_bytes, _tree(push).leaves))
     if how.casts:
@@ -174,7 +171,7 @@ def _arrays(engine: engines.Engine, live: LiveSession, options: sessions.PushOpt
     """The arrays that a reply carries to the push that became ``step``; in a list of its own, as sending empties it."""
     if options.reply is sessions.ReplyContent.NONE:
         return []
-    if options.reply in _PARAMS:
+    if options.reply.brings_params:
         segments = yield from engine.params(live.held)
         return _without(segments, live.tree, options.absent) if _left_out(options) else segments
     if live.added is None or live.added[0] != step:

@@ -12,10 +12,10 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from optwire_proto import aggregations, codecs, errors, limits, sessions, specs
+from optwire_proto import aggregations, codecs, errors, limits, rows, sessions, specs
 from optwire_server import answers, creations, row_pushes, runner, segments, states, table, updates
 from optwire_server import plans as planning
 from optwire_server.config import ServerConfig
@@ -319,17 +319,17 @@ class Registry:
         name: str = "",
         worker: str = "",
         which: str = "",
-        rows: Sequence[tuple[int, bytes]] = (),
+        wanted: rows.Wanted = (),
     ) -> Iterator[Read]:
         """The session, the worker's last applied seq, and the parameters or a view of them, all of one step.
 
         As long as they are being read they count as bytes in flight, since updates meanwhile must leave them alone.
-        ``rows`` are those of some leaves that are to be read, and nothing else, as they travel: copies.
+        With ``wanted`` the rows that it names, and nothing else: copies.
         """
         live = self._table.find(id_=id_, name=name)
         machine.check_alive(live.machine)
         live.prepare_view(which)
-        selected = row_pushes.selected(live, rows)
+        selected = row_pushes.selected(live, wanted)
 
         def look() -> device.Work[Read]:
             machine.check_alive(live.machine)

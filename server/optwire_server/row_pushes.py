@@ -12,8 +12,6 @@ from optwire_server.engine import engine as engines
 from optwire_server.engine import rows as sparse
 from optwire_server.live import LiveSession, Params
 
-_ALONE = (aggregations.Mode.SINGLE, aggregations.Mode.ASYNC, aggregations.Mode.BOUNDED_STALENESS)
-
 
 def check(live: LiveSession, options: sessions.PushOptions) -> None:
     """Raises InvalidArgumentError, or UnsupportedError, unless a session can take such a push."""
@@ -28,8 +26,8 @@ def check(live: LiveSession, options: sessions.PushOptions) -> None:
         raise _refused(live, "telemetry", "an exact update, or no telemetry")
     if used:
         raise _refused(live, f"codecs ({', '.join(used)})", "a session of f32 both ways")
-    if aggregation.mode not in _ALONE or aggregation.compensation:
-        raise _refused(live, f"aggregation {aggregation}", "pushes that are steps by themselves, without compensation")
+    if aggregation.mode is aggregations.Mode.BUFFERED or aggregation.compensation:
+        raise _refused(live, f"aggregation {aggregation}", "another, or one without compensation")
 
 
 def refuse_way(live: LiveSession, what: str) -> NoReturn:
@@ -53,7 +51,7 @@ def prepare(live: LiveSession, options: sessions.PushOptions, variant: program.V
     compiled = live.plan.program
     if why := lazy.problem(compiled, variant):
         raise errors.UnsupportedError(
-            f"session {live.machine.name!r}: a lazy update of rows, but its optimizer {why}; push with exact=True, or "
+            f"session {live.machine.name!r}: a lazy update of rows, but its optimizer {why}; push with rows='exact', or "
             "whole gradients",
             subject="rows",
             expected="an exact update",
@@ -63,7 +61,7 @@ def prepare(live: LiveSession, options: sessions.PushOptions, variant: program.V
     for position, count in options.rows:
         leaf = live.tree.leaves[position]
         whole[position] = count * (leaf.elements // max(leaf.shape[0], 1))
-    lazy.prepare(compiled, sum(whole))
+    lazy.prepare(compiled, sum(whole) * max(live.machine.aggregation.workers, 1))
 
 
 def land(landings: landing.Landings, live: LiveSession, options: sessions.PushOptions) -> landing.Landing:
@@ -74,13 +72,26 @@ def land(landings: landing.Landings, live: LiveSession, options: sessions.PushOp
 
 def params(engine: engines.Engine, live: LiveSession, lent: landing.Landing) -> device.Work[Params]:
     """What the reply to such a push carries: of leaves that came by rows, those rows; copies."""
+    return engine.read(live.held, "", _sparse(lent).selected)
+
+
+def joined(
+    live: LiveSession, lent: Sequence[landing.Landing], factors: Sequence[float], divisor: float
+) -> device.Work[sparse.Sparse]:
+    """The gradients of several pushes by rows that make one step; as ``engine.rows.joined``."""
+    return sparse.joined(live.tree, list(map(_sparse, lent)), factors, divisor)
+
+
+def grads(lent: landing.Landing | sparse.Sparse) -> Sequence[tensors.Array]:
+    """The gradients of a push, or of several, one array for each leaf that has any."""
+    if isinstance(lent, sparse.Sparse):
+        return lent.values
+    return _sparse(lent).values if isinstance(lent, sparse.RowLanding) else lent.arrays()
+
+
+def _sparse(lent: landing.Landing) -> sparse.Sparse:
     assert isinstance(lent, sparse.RowLanding), "a push by rows has a landing of its own"
-    return (yield from engine.read(live.held, "", lent.sparse.selected))
-
-
-def grads(lent: landing.Landing) -> Sequence[tensors.Array]:
-    """The gradients of a push, one array for each leaf that has any."""
-    return lent.sparse.values if isinstance(lent, sparse.RowLanding) else lent.arrays()
+    return lent.sparse
 
 
 def selected(live: LiveSession, wanted: rows.Wanted) -> list[sparse.Selected | None] | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from optwire_proto import aggregations, errors, sessions
 from optwire_server import compensation, plans, row_pushes
-from optwire_server.engine import departure, device, landing, mean, program
+from optwire_server.engine import departure, device, landing, mean, program, rows
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Push
 from optwire_server.session import effects, events
@@ -190,7 +190,8 @@ def run(
         operands = _operands(plan, apply, len(live.tree.leaves))
         variant = _variant(apply.options, closing=_closes(plan, live, apply))
         if apply.options.rows and not apply.options.rows_exact:
-            notes, added = (yield from engine.update_lazily(live.held, variant, operands, lent)), []
+            notes = yield from engine.update_lazily(live.held, variant, operands, lent)
+            added: list[np.ndarray] = []
         else:
             notes, added = yield from engine.update(live.held, variant, operands, lent, _out(push))
     except errors.OutOfStepError as exc:
@@ -226,7 +227,7 @@ def _out(push: Push | None) -> np.ndarray | departure.Departure | None:
     """Where the new parameters go while the update is under way."""
     if push is None:
         return None
-    is_shared = push.claim is not None and push.options.reply is sessions.ReplyContent.PARAMS
+    is_shared = push.claim is not None and push.options.reply.brings_params
     return push.claim.params if push.claim is not None and is_shared else push.departure
 
 

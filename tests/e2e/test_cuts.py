@@ -65,6 +65,15 @@ IN_PART: dict[str, str] = {
 }
 
 
+def is_copied_for_telemetry(compiled: program.Program) -> bool:
+    """Figures need parameters before and after. Of flat blocks they are taken first, in another executable.
+
+    Where leaves keep their shapes a step may be products of matrices, which are not computed twice: parameters are
+    copied.
+    """
+    return compiled.granularity != "element"
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[engine.Engine]:
     made = engine.Engine(allow_programs=True)
@@ -150,6 +159,8 @@ def test_blocks_take_the_steps_of_all_leaves_at_once_and_are_written_in_place(
     if compiled.granularity == "element":
         assert max(len(span.blocks) for span in compiled.cut.spans) > 1
     assert (entry in IN_PART) == bool(compiled.flaws), compiled.flaws
+    compiled.prepare(program.Variant(telemetry=True))
+    assert (entry in IN_PART or is_copied_for_telemetry(compiled)) == bool(compiled.flaws), compiled.flaws
     if compiled.granularity == "tree":
         return  # one program for all leaves
     largest = [np.abs(leaf).max() for leaf in params]
@@ -165,3 +176,14 @@ def test_blocks_take_the_steps_of_all_leaves_at_once_and_are_written_in_place(
         assert apart.max() <= ULPS_PER_STEP * (step + 1)
         if entry in SEED:
             assert got.tobytes() == flat.tobytes()
+
+
+@pytest.mark.parametrize("entry", sorted(SEED))
+def test_pushes_without_some_gradients_are_written_in_place_too(running: engine.Engine, entry: str) -> None:
+    tree, _, _ = arrays(scalars=True)
+    compiled = running.compile(running.check(opt.per_leaf(catalogue_samples.sample(entry, "float32").spec)), tree)
+    for variant in (program.Variant(absent=True), program.Variant(absent=True, updates=True)):
+        compiled.prepare(variant)
+        assert compiled.flaws == ()
+    compiled.prepare(program.Variant(absent=True, telemetry=True))
+    assert bool(compiled.flaws) == is_copied_for_telemetry(compiled), compiled.flaws

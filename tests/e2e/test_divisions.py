@@ -1,4 +1,4 @@
-"""Sessions whose leaves have parted ways go on as any other: oracles in 64 bits, leaf by leaf, know nothing of blocks."""
+"""Sessions whose leaves have parted ways go on as any other: the oracles, in 64 bits, know leaves and no blocks."""
 
 from __future__ import annotations
 

@@ -58,12 +58,12 @@ def test_a_push_of_all_leaves_gets_all_parameters(client: optwire.Client) -> Non
 
 
 def test_other_leaves_are_not_sent(server: testing.Serving) -> None:
-    with proxies.Proxy(server.target) as proxy, optwire.connect(proxy.target, transport="stream") as client:
+    with proxies.before(server.target) as proxy, optwire.connect(proxy.target, transport="stream") as client:
         session = client.create_session(tree(0), SPEC)
         session.step(only(tree(1), "a"), reply="present")
-        before = proxy.passed[proxies.DOWN]
+        before = proxy.bytes[proxies.DOWN]
         session.step(only(tree(2), "a"), reply="present")
-        assert proxy.passed[proxies.DOWN] - before < 1000
+        assert proxy.bytes[proxies.DOWN] - before < 1000
         assert session.last_ack is not None
         assert session.last_ack.payload_bytes == 28
 
@@ -112,7 +112,7 @@ def test_a_set_that_shares_leaves_with_an_earlier_one_is_sent_whole(client: optw
 
 
 def test_a_replica_of_leaves_survives_a_load_and_a_lost_answer(server: testing.Serving) -> None:
-    with proxies.Proxy(server.target) as proxy, optwire.connect(proxy.target, transport="stream") as client:
+    with proxies.before(server.target) as proxy, optwire.connect(proxy.target, transport="stream") as client:
         session = client.create_session(tree(0), SPEC, params_codec="int8")
         other = client.attach(session.name)
         session.step(only(tree(1), "b"), reply="present")

@@ -37,6 +37,8 @@ def serving() -> Iterator[testing.Serving]:
 def client(serving: testing.Serving) -> Iterator[optwire.Client]:
     with optwire.connect(serving.target, timeout=20) as client:
         yield client
+        for info in client.list_sessions():  # what workers pushed that were killed is kept as long
+            client.delete_session(info.name)
 
 
 def session(client: optwire.Client, aggregation: str) -> str:

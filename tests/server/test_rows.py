@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optwire_proto import checks, errors, rows, spec_text, trees
-from optwire_server.engine import build, cut, device, held, landing, lazy, program
+from optwire_server.engine import build, cut, device, held, landing, lazy, movers, program
 from optwire_server.engine import rows as engine_rows
 from optwire_server.engine.program import Operands, Variant
 
@@ -106,8 +106,10 @@ def choices(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     yield np.arange(rows_)
 
 
-@pytest.mark.parametrize("text", ELEMENTWISE)
-@pytest.mark.parametrize("size", SHAPES)
+CASES = [(text, size) for text in ELEMENTWISE for size in ("small", "across")] + [("adam(0.1)", "large")]
+
+
+@pytest.mark.parametrize(("text", "size"), CASES)
 def test_exact_is_the_dense_update_and_lazy_is_it_on_touched_rows(text: str, size: str) -> None:
     shapes = SHAPES[size]
     params = trees.flatten(tree_of(shapes))
@@ -121,7 +123,7 @@ def test_exact_is_the_dense_update_and_lazy_is_it_on_touched_rows(text: str, siz
         before = arrays_of(dense)
         # A lazy update of what the dense one starts from.
         alone = holding(made, params.arrays)
-        done(alone.replace({at: array for at, array in enumerate(before.values())}, lambda _: None))
+        done(alone.replace(dict(enumerate(before.values())), lambda _: None))
         done(dense.update(Variant(), operands, memory_of(made, whole), None))
         done(exact.update(Variant(), operands, sparse, None))
         done(alone.update_lazily(Variant(), operands, sparse))
@@ -134,6 +136,25 @@ def test_exact_is_the_dense_update_and_lazy_is_it_on_touched_rows(text: str, siz
                 gone = np.setdiff1d(np.arange(len(array)), chosen)
                 expected[gone] = before[name][gone]
             np.testing.assert_array_equal(array, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("is_host", [True, False])
+@pytest.mark.parametrize("count", [1, 512, 513, 16_384, 40_000])
+def test_movers_gather_and_scatter_as_numpy_does(count: int, is_host: bool) -> None:
+    made = compiled("adam(0.1)", trees.flatten({"table": np.zeros(300_000, np.float32)}).spec)
+    each = made.kernel_of(0)
+    mover = movers.Movers(made._recipe, is_host=is_host)
+    rng = np.random.default_rng(count)
+    positions = np.sort(rng.choice(cut.BLOCK, count, replace=False))
+    arrays = [rng.standard_normal(cut.BLOCK, np.float32) for _ in each.own]
+    values = [rng.standard_normal(count, np.float32) for _ in each.own]
+    own = [jax.numpy.array(array) for array in arrays]
+    for got, array in zip(mover.gather(each, own, positions), arrays, strict=True):
+        np.testing.assert_array_equal(got, array[positions])
+    for got, array, value in zip(mover.scatter(each, own, positions, values), arrays, values, strict=True):
+        array[positions] = value
+        np.testing.assert_array_equal(got, array)
+    assert all(array.is_deleted() for array in own)
 
 
 def test_what_is_read_by_rows_is_what_all_parameters_have_there() -> None:
@@ -233,7 +254,9 @@ def test_the_second_lazy_update_of_any_size_compiles_nothing() -> None:
     there = dict(made.movers._made)
     for step, chosen in enumerate(choices((9_000, 7))):
         _, by_rows = gradients(SHAPES["across"], chosen, step)
-        done(found.update_lazily(Variant(), Operands(rates_of(made), step), sparse_of(params.spec, by_rows, chosen.size)))
+        done(
+            found.update_lazily(Variant(), Operands(rates_of(made), step), sparse_of(params.spec, by_rows, chosen.size))
+        )
     assert made.movers._made == there
 
 
@@ -271,5 +294,5 @@ def test_groups_hold_no_more_than_fits_a_kernel() -> None:
     sparse = engine_rows.Sparse(params.spec, ((0, chosen.size),), [chosen.astype(np.int32), params.arrays[0][chosen]])
     (span,) = made.cut.spans
     groups = list(sparse.groups(span, found._divided.members[0]))
-    assert sum(group.count for group in groups) == chosen.size * 7
-    assert all(group.count <= cut.SMALL or len(group.members) == 1 for group in groups)
+    assert sum(group.size for group in groups) == chosen.size * 7
+    assert all(group.size <= cut.SMALL or len(group.members) == 1 for group in groups)

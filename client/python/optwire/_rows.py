@@ -85,7 +85,7 @@ class Wanted:
       LimitError: more than fit one message.
     """
 
-    def __init__(self, tree: trees.TreeSpec, indices: Mapping[str, Any]) -> None:
+    def __init__(self, tree: trees.TreeSpec, indices: object) -> None:
         names = {leaf.name: position for position, leaf in enumerate(tree.leaves)}
         if not isinstance(indices, Mapping) or not indices:
             raise _options.wrong("rows", "indices by name of a leaf", indices)

@@ -132,8 +132,7 @@ class Engine:
         Raises:
           UpdateError: nothing or everything of the old state is left, as it says.
         """
-        grads = rows.sparse_of(lent)
-        return holding.update(variant, operands, lent.memory if isinstance(lent, landing.Landing) and grads is None else grads, out)
+        return holding.update(variant, operands, rows.given(lent), out)
 
     def update_lazily(
         self,
@@ -143,7 +142,9 @@ class Engine:
         lent: landing.Landing | rows.Sparse,
     ) -> device.Work[Mapping[str, float]]:
         """As ``update``, of those elements only that have gradients, which come by rows; gives notes alone."""
-        return holding.update_lazily(variant, operands, rows.sparse_of(lent))
+        sparse = rows.given(lent)
+        assert isinstance(sparse, rows.Sparse), "gradients that are whole leave no element out"
+        return holding.update_lazily(variant, operands, sparse)
 
     def read(
         self, holding: Held, which: str, selected: Sequence[rows.Selected | None]

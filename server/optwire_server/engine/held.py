@@ -180,9 +180,10 @@ class Held:
             spans = zip(self.spans, self._divided.members, self._state, strict=True)
             yield from update.run([lazy.Part(span, members, *state) for span, members, state in spans])
         except Exception as exc:
-            if update.has_written:
+            lost = update.has_written or any(array.is_deleted() for array in jax.tree.leaves(self.state))
+            if lost:
                 self.state = None
-            raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=update.has_written) from exc
+            raise UpdateError(f"{type(exc).__name__}: {exc}", state_lost=lost) from exc
         return update.notes
 
     def write_params(self, out: np.ndarray) -> device.Work[None]:

@@ -117,9 +117,9 @@ class Update:
         step, count = each.step(self._variant), len(each.own)
         if group.is_whole:
             (number, _), *_ = group.members
-            self.has_written = True
             made = self._call(step.apply, part, group, part.blocks[number])
             part.blocks[number] = made[:count]
+            self.has_written = True
             made[0].block_until_ready()
         else:
             own = [np.zeros(size, each.arrays[at].dtype) for at in each.own]
@@ -135,7 +135,7 @@ class Update:
         if group.is_whole:
             block = span.blocks[group.members[0][0]]
             return block.parts[0].size, self._program.kernel(span, block)
-        return self._program.kernel_for(span, group.count)
+        return self._program.kernel_for(span, group.size)
 
     def _call(self, call: kernel.Call, part: Part, group: rows.Group, own: Sequence[Any]) -> list[Any]:
         size, _ = self._kernel(part.span, group)
@@ -150,7 +150,7 @@ class Update:
             memory[start:] = 0
             return memory
 
-        arguments = call.arguments(self._operands, self._reduced, group.count, grad, part.common, own)
+        arguments = call.arguments(self._operands, self._reduced, group.size, grad, part.common, own)
         return self._program.run(call, arguments)
 
     def _gather(self, part: Part, group: rows.Group, each: kernel.Kernel, own: Sequence[Array]) -> None:
@@ -166,11 +166,11 @@ class Update:
         self, part: Part, group: rows.Group, each: kernel.Kernel, values: Sequence[Array]
     ) -> device.Work[None]:
         start = 0
-        self.has_written = True
         for number, positions in group.members:
             assert positions is not None, "a whole block is in a group of its own"
             few = [array[start : start + positions.size] for array in values]
             part.blocks[number] = self._program.movers.scatter(each, part.blocks[number], positions, few)
+            self.has_written = True
             part.blocks[number][0].block_until_ready()
             start += positions.size
             yield

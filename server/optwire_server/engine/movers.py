@@ -19,12 +19,16 @@ Array = np.ndarray[Any, Any]
 
 
 class Movers:
-    """The movers of one program. Thread-safe; compiles on the calling thread."""
+    """The movers of one program. Thread-safe; compiles on the calling thread.
 
-    def __init__(self, given: recipe.Recipe) -> None:
+    Args:
+      given: what the program's kernels have in common.
+      is_host: whether arrays are in the host's memory, where NumPy reads them in less time than a call takes.
+    """
+
+    def __init__(self, given: recipe.Recipe, *, is_host: bool) -> None:
         self._recipe = given
-        # Arrays are views of the state there, and NumPy takes less time than a call.
-        self._is_host = given.device.platform == "cpu"
+        self._is_host = is_host
         self._lock = threading.Lock()
         self._made: dict[tuple[tuple[Any, ...], int, int], tuple[Any, Any]] = {}
 
@@ -40,18 +44,20 @@ class Movers:
         if self._is_host:
             return [np.asarray(array)[positions] for array in own]
         padded = _padded(positions, own[0].size)
-        taken = self._get(each, own[0].size, padded.size)[0](padded, *own)
+        take = self._get(each, own[0].size, padded.size)[0]
+        with self._recipe.precision():
+            taken = take(padded, *own)
         return [np.asarray(array)[: positions.size] for array in taken]
 
-    def scatter(
-        self, each: kernel.Kernel, own: Sequence[Any], positions: Array, values: Sequence[Array]
-    ) -> list[Any]:
+    def scatter(self, each: kernel.Kernel, own: Sequence[Any], positions: Array, values: Sequence[Array]) -> list[Any]:
         """A block's own arrays with other values at some positions, ascending; written over the old ones."""
         padded = _padded(positions, own[0].size)
         given = [np.zeros(padded.size, array.dtype) for array in own]
         for array, value in zip(given, values, strict=True):
             array[: positions.size] = value
-        made: list[Any] = self._get(each, own[0].size, padded.size)[1](padded, *given, *own)
+        put = self._get(each, own[0].size, padded.size)[1]
+        with self._recipe.precision():
+            made: list[Any] = put(padded, *given, *own)
         return made
 
     def _get(self, each: kernel.Kernel, size: int, count: int) -> tuple[Any, Any]:

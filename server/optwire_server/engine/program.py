@@ -16,7 +16,7 @@ import jax
 from optwire_proto import checks, errors, patterns, specs, trees
 from optwire_server.engine import build, cut, executables, kernel, movers, rates, recipe, slots
 from optwire_server.engine.granularity import Granularity
-from optwire_server.engine.kernel import LEAF, Kernel
+from optwire_server.engine.kernel import LEAF, Call, Kernel
 from optwire_server.engine.layout import Layout
 
 Variant = recipe.Variant
@@ -161,7 +161,7 @@ class Program:
         sizes = (size for size in (1, cut.SMALL, cut.BLOCK) if size >= count)
         return next((size, self._kernels[span.kind, size]) for size in sizes if (span.kind, size) in self._kernels)
 
-    def run(self, call: kernel.Call, arguments: Sequence[Any]) -> list[Any]:
+    def run(self, call: Call, arguments: Sequence[Any]) -> list[Any]:
         """Runs an executable of one of its kernels."""
         if self.is_wide == jax.config.read("jax_enable_x64"):
             made: list[Any] = call.run(*arguments)
@@ -173,7 +173,7 @@ class Program:
     @functools.cached_property
     def movers(self) -> movers.Movers:
         """What moves elements in and out of its blocks."""
-        return movers.Movers(self._recipe)
+        return movers.Movers(self._recipe, is_host=self._recipe.device.platform == "cpu")
 
     def kernel_of(self, leaf: int) -> Kernel:
         """What updates the first block of a leaf."""

@@ -86,12 +86,12 @@ class Group(NamedTuple):
     Attributes:
       members: of each block its number in the span, and the elements; None: all.
       values: their gradients, in order.
-      count: how many elements.
+      size: how many elements.
     """
 
     members: list[tuple[int, np.ndarray[Any, Any] | None]]
     values: list[np.ndarray[Any, Any]]
-    count: int
+    size: int
 
     @property
     def is_whole(self) -> bool:
@@ -156,15 +156,15 @@ class Sparse:
             if not block:
                 continue
             group = self._of_block(number, block, span.blocks[number].valid)
-            if group.is_whole or group.count > cut.SMALL:
+            if group.is_whole or group.size > cut.SMALL:
                 yield group
                 continue
-            if few.count + group.count > cut.SMALL:
+            if few.size + group.size > cut.SMALL:
                 yield few
                 few = Group([], [], 0)
-            if group.count:
-                few = Group(few.members + group.members, few.values + group.values, few.count + group.count)
-        if few.count:
+            if group.size:
+                few = Group(few.members + group.members, few.values + group.values, few.size + group.size)
+        if few.size:
             yield few
 
     def _of_block(self, number: int, block: Sequence[Member], valid: int) -> Group:
@@ -255,3 +255,10 @@ class RowLanding(landing.Landing):
         if self.is_open:
             del self.sparse
         super().close()
+
+
+def given(lent: landing.Landing | Sparse) -> np.ndarray[Any, Any] | Sparse:
+    """What holds gradients: memory in the session's layout, or some rows."""
+    if isinstance(lent, Sparse):
+        return lent
+    return lent.sparse if isinstance(lent, RowLanding) else lent.memory

@@ -10,8 +10,8 @@ from optwire_proto import aggregations, errors, limits, sessions
 from optwire_server.session import effects, events, members, records
 
 _MODE = aggregations.Mode
-# A loss is the worker's own, and the step has the mean of them; so is its weight.
-_OWN = frozenset({"loss", "weight"})
+# A loss is the worker's own, and the step has the mean of them; so is its weight, and which rows it has.
+_OWN = frozenset({"loss", "weight", "numbers of rows"})
 _UPDATES = sessions.ReplyContent.UPDATES
 
 

@@ -173,7 +173,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 name=name,
                 worker=request.worker,
                 which=request.which,
-                rows=convert.wanted_from_proto(request),
+                wanted=convert.wanted_from_proto(request),
             ) as read,
             stream.transferring(),
         ):
