@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, metavar="R", help="the highest learning rate")
     parser.add_argument("--cases", default=",".join(f"{name}" for name in CASES if "," not in name), metavar="NAMES")
     parser.add_argument("--all", action="store_true", help="all cases")
+    parser.add_argument("--outer", metavar="SPEC", help="another optimizer of the session, where there are local steps")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also writes the figures to this file")
     options = parser.parse_args()
     chosen = list(CASES) if options.all or options.json else options.cases.split(",")
@@ -141,7 +142,8 @@ def measured(target: str, case: Case, options: argparse.Namespace) -> dict[str, 
 def spec(case: Case, options: argparse.Namespace) -> opt.Spec:
     """The session's optimizer: the outer one, or the one that local steps have to themselves."""
     if case.every:
-        return opt.per_leaf(case.outer) if case.fragments > 1 else case.outer
+        outer = opt.parse(options.outer) if options.outer else case.outer
+        return opt.per_leaf(outer) if case.fragments > 1 else outer
     adamw = optwire.optax.adamw(diloco_worker.schedule(options.rate, options.steps), **diloco_worker.DECAY)
     return opt.chain(optwire.optax.clip_by_global_norm(1.0), adamw)
 

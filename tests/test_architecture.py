@@ -29,6 +29,7 @@ LONG_MODULES: dict[str, str] = {
     "optwire._rpc": "the client's only room for gRPC",
     "optwire._session": "what a user may ask of a handle, half of it docstrings; how pushes travel is in _route",
     "optwire.optimizers": "one constructor with its docstring for each entry that is not optax's",
+    "optwire.torch.optimizer": "what torch asks of an optimizer, half of it docstrings; the session is in remote",
     "optwire_server.engine.build": "one method for each constructor that is not optax's",
     "optwire_server.engine.held": "what is done with one session's arrays, all of it block by block",
     "optwire_server.engine.kernel": "one rule traced for one block, and the four things that are compiled of the trace",

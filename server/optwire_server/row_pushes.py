@@ -51,8 +51,7 @@ def prepare(live: LiveSession, options: sessions.PushOptions, variant: program.V
     compiled = live.plan.program
     if why := lazy.problem(compiled, variant):
         raise errors.UnsupportedError(
-            f"session {live.machine.name!r}: a lazy update of rows, but its optimizer {why}; push with rows='exact', or "
-            "whole gradients",
+            f"session {live.machine.name!r}: a lazy update of rows, but its optimizer {why}; push with rows='exact'",
             subject="rows",
             expected="an exact update",
             got="a lazy one",
@@ -72,7 +71,8 @@ def land(landings: landing.Landings, live: LiveSession, options: sessions.PushOp
 
 def params(engine: engines.Engine, live: LiveSession, lent: landing.Landing) -> device.Work[Params]:
     """What the reply to such a push carries: of leaves that came by rows, those rows; copies."""
-    return engine.read(live.held, "", _sparse(lent).selected)
+    assert isinstance(lent, sparse.RowLanding), "a push by rows has a landing of its own"
+    return engine.read(live.held, "", lent.selected)
 
 
 def joined(

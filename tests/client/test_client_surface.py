@@ -30,12 +30,15 @@ def test_the_package_exports_exactly_these_names():
             "InternalError",
             "InvalidArgumentError",
             "LimitError",
+            "LocalSteps",
             "MalformedRequestError",
             "NonFiniteError",
             "OptimizerInfo",
             "OptwireError",
             "OutOfStepError",
             "PayloadError",
+            "ReplacedError",
+            "Rows",
             "ServerInfo",
             "Session",
             "SessionExistsError",
@@ -46,10 +49,13 @@ def test_the_package_exports_exactly_these_names():
             "StalePushError",
             "StaleStepError",
             "State",
+            "StepClosedError",
             "TreeError",
             "TreeMismatchError",
             "UnavailableError",
             "UnsupportedError",
+            "WorkerInfo",
+            "WorkerState",
             "__version__",
             "connect",
             "from_bf16",
@@ -85,8 +91,9 @@ def test_every_error_of_the_protocol_is_exported():
         (
             optwire.Session.step,
             "(self, grads: Any, base_step: int | None = None, *, loss: float | None = None, grad_scale: float = 1.0, "
-            "hyperparams: Mapping[str, float | specs.Spec] | None = None, telemetry: bool = False, "
-            "reply: str = params, out: Any = None) -> Any",
+            "hyperparams: Mapping[str, float | specs.Spec] | None = None, weight: float = 1.0, "
+            "telemetry: bool = False, reply: str = params, late: str = raise, rows: str = lazy, out: Any = None) "
+            "-> Any",
         ),
         (
             optwire.Session.step_async,
@@ -97,6 +104,7 @@ def test_every_error_of_the_protocol_is_exported():
         (optwire.Session.params, "(self, which: str = , *, out: Any = None) -> Any"),
         (optwire.Session.describe, "(self) -> sessions.OptimizerInfo"),
         (optwire.Session.info, "(self) -> sessions.SessionInfo"),
+        (optwire.Session.workers, "(self) -> tuple[sessions.WorkerInfo, ...]"),
         (optwire.Session.state, "(self) -> _state.State"),
         (
             optwire.Session.load_state,
@@ -134,15 +142,18 @@ def test_classes_have_no_public_names_beyond_the_promised_ones():
         "id",
         "info",
         "last_ack",
+        "late_count",
         "load_state",
         "name",
         "param_buffers",
         "params",
+        "rows",
         "set_hyperparams",
         "state",
         "step",
         "step_async",
         "step_count",
+        "workers",
     }
 
 

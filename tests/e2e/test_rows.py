@@ -368,6 +368,27 @@ def test_workers_of_one_step_have_the_mean_on_all_their_rows(plain: optwire.Clie
         np.testing.assert_array_equal(after[never], params()["table"][never])
 
 
+def test_two_calls_that_wait_with_one_push_both_get_its_rows(
+    serving: testing.Serving, plain: optwire.Client, peer: wire.Peer
+) -> None:
+    first = plain.create_session(TABLE, opt.sgd(1.0), aggregation="sync(2)")
+    session = pb.Session(id=first.id, incarnation=1)
+    room = serving.server.registry._table.by_name[first.name].room
+    begins = [message(session, 1, 0, {0: 2}, worker=f"{rank:032x}") for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = []
+        for count in (1, 2):  # the second takes the place of the first
+            waiting.append(pool.submit(peer.step, begins[0], payload([4, 9])))
+            wire.until(lambda count=count: len(room._waiting.get(f"{0:032x}", ())) == count, "it waits")
+        second = peer.step(begins[1], payload([9, 11]))
+        answers = [future.result() for future in waiting]
+    assert answers[0].payload == answers[1].payload
+    table = first.params()["table"]
+    assert answers[0].payload == table[[4, 9]].tobytes()
+    assert second.payload == table[[9, 11]].tobytes()
+    np.testing.assert_array_equal(table[[4, 9, 11]], params()["table"][[4, 9, 11]] - np.float32([[0.5], [1], [0.5]]))
+
+
 def test_workers_of_one_step_agree_on_what_comes_by_rows(plain: optwire.Client) -> None:
     one, two = ranked(plain, "sync(2)", opt.sgd(0.1), 2)
     sparse, whole = batch(0)

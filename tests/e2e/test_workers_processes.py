@@ -103,6 +103,20 @@ def test_what_a_killed_worker_had_pushed_counts(serving: testing.Serving, client
             assert (said["step"], said["value"]) == (1, -mean(0, 1, 2))
 
 
+def test_what_a_frozen_worker_had_pushed_counts_and_it_hears_of_it_when_it_thaws(
+    serving: testing.Serving, client: optwire.Client
+) -> None:
+    name = session(client, f"sync(2, lease_s={LEASE_S})")
+    with worker_processes.started(serving.target, name, 0, 1) as (zero, one):
+        one.begin()
+        wire.until(lambda: states(client, name)[1].has_pushed, "it has pushed")
+        one.freeze()
+        assert zero.step()["value"] == -mean(0, 1)
+        one.thaw()
+        said = one.result()
+        assert (said["step"], said["value"]) == (1, -mean(0, 1))
+
+
 def test_a_frozen_worker_is_released_and_goes_on_when_it_thaws(
     serving: testing.Serving, client: optwire.Client
 ) -> None:

@@ -141,10 +141,16 @@ def test_what_an_optimizer_does_survives_the_wire():
             grad_scale=65536.0, extras=(("loss", 0.25),), telemetry=True, reply=sessions.ReplyContent.UPDATES
         ),
         sessions.PushOptions(weight=1 / 3, reply=sessions.ReplyContent.PRESENT),
+        sessions.PushOptions(rows=((0, 0), (3, 2**40)), rows_exact=True),
     ],
 )
 def test_what_a_push_says_beside_its_gradients_survives_the_wire(options: sessions.PushOptions):
     assert convert.push_from_proto(sent(convert.push_to_proto(KEY, options))) == (KEY, options)
+
+
+def test_what_is_to_be_read_by_rows_survives_the_wire():
+    wanted = ((0, b""), (2, b"1234"), (7, None))
+    assert convert.wanted_from_proto(sent(pb.ReadParamsRequest(rows=convert.wanted_to_proto(wanted)))) == wanted
 
 
 @pytest.mark.parametrize("entry", catalogue.CATALOGUE.values(), ids=catalogue.CATALOGUE)

@@ -1,7 +1,7 @@
 """What each mode of aggregation should do, said as plainly as possible: the reference that the machine must match.
 
 Written from the description of the modes and not from the machine: state is a few dicts that are changed in place, what
-may be applied is searched for by brute force, and nothing is kept that can be worked out. Small numbers of workers only.
+may be applied is searched for by brute force, and nothing is kept that can be worked out. For a few workers only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from optwire_proto import aggregations, errors
 Kind = type[errors.OptwireError]
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An event that is refused, with the error that says so."""
 
     def __init__(self, kind: Kind) -> None:
@@ -65,7 +65,7 @@ Happening = tuple[object, ...]
 
 
 class Simulator:
-    """One session. Each method is an event; it gives what happened, or raises Refused and changes nothing."""
+    """One session. Each method is an event; it gives what happened, or raises RefusedError and changes nothing."""
 
     def __init__(self, aggregation: aggregations.Aggregation, endings: list[str]) -> None:
         self.rule = aggregation
@@ -119,38 +119,40 @@ class Simulator:
 
     def alive(self) -> None:
         if self.ended:
-            raise Refused({"failed": errors.SessionFailedError, "deleted": errors.SessionNotFoundError}[self.ended])
+            raise RefusedError(
+                {"failed": errors.SessionFailedError, "deleted": errors.SessionNotFoundError}[self.ended]
+            )
 
     def known(self, worker: int, epoch: int) -> None:
         """Refuses a process that another one has replaced, that has left, or that never joined as it says."""
         found = self.workers.get(worker)
         if epoch != (found.epoch if found else 0) or (found and found.state == "left" and epoch > 0):
-            raise Refused(errors.ReplacedError)
+            raise RefusedError(errors.ReplacedError)
 
     def admitted(self, worker: int) -> None:
         there = self.live() | set(self.waiting)
         if worker not in there and len(there) >= self.places():
-            raise Refused(errors.LimitError)
+            raise RefusedError(errors.LimitError)
 
     # ------------------------------------------------------------------------------------------------------- events
 
     def push(self, push: Push, now: float, incarnation: int) -> list[Happening]:
         self.alive()
         if incarnation != self.incarnation:
-            raise Refused(errors.IncarnationError)
+            raise RefusedError(errors.IncarnationError)
         if not self.may_come(push.worker):
-            raise Refused(errors.InvalidArgumentError)
+            raise RefusedError(errors.InvalidArgumentError)
         self.known(push.worker, push.epoch)
         last = self.counted.get(push.worker)
         if last and push.seq < last.push.seq:
-            raise Refused(errors.StalePushError)
+            raise RefusedError(errors.StalePushError)
         if last and push.seq > last.push.seq + 1:
-            raise Refused(errors.FuturePushError)
+            raise RefusedError(errors.FuturePushError)
         if last and push.seq == last.push.seq:
             return self.again(last, push) + self.go_on(now)
         self.admitted(push.worker)
         if push.base > self.step:
-            raise Refused(errors.FutureStepError)
+            raise RefusedError(errors.FutureStepError)
         self.check_base(push)
         return self.take(push, now)
 
@@ -158,8 +160,8 @@ class Simulator:
         if (last.push.data, last.push.weight) == (push.data, push.weight):
             return [("told", push.worker, push.seq, last.step)]
         if push.epoch > last.push.epoch:
-            raise Refused(errors.StepClosedError if self.rule.gathers else errors.StaleStepError)
-        raise Refused(errors.DivergentRetryError)
+            raise RefusedError(errors.StepClosedError if self.rule.gathers else errors.StaleStepError)
+        raise RefusedError(errors.DivergentRetryError)
 
     def take(self, push: Push, now: float) -> list[Happening]:
         """A push that fits waits, until it is its turn: perhaps at once."""
@@ -183,7 +185,7 @@ class Simulator:
     def join(self, name: int, key: int, now: float) -> list[Happening]:
         self.alive()
         if not self.may_come(name):
-            raise Refused(errors.InvalidArgumentError)
+            raise RefusedError(errors.InvalidArgumentError)
         found = self.workers.get(name)
         if found and found.key == key:
             return self.beat(name, found.epoch, now)
@@ -198,10 +200,10 @@ class Simulator:
     def beat(self, name: int, epoch: int, now: float) -> list[Happening]:
         self.alive()
         if not self.may_come(name):
-            raise Refused(errors.InvalidArgumentError)
+            raise RefusedError(errors.InvalidArgumentError)
         self.known(name, epoch)
         if name not in self.workers:
-            raise Refused(errors.ReplacedError)
+            raise RefusedError(errors.ReplacedError)
         self.admitted(name)
         self.returned(name)
         self.heard(name, now)
@@ -213,7 +215,7 @@ class Simulator:
     def leave(self, name: int, epoch: int, now: float) -> list[Happening]:
         self.alive()
         if not self.may_come(name):
-            raise Refused(errors.InvalidArgumentError)
+            raise RefusedError(errors.InvalidArgumentError)
         found = self.workers.get(name)
         if not (found and found.state == "left" and found.epoch == epoch):
             self.known(name, epoch)
@@ -245,7 +247,7 @@ class Simulator:
 
     def delete(self) -> list[Happening]:
         if self.ended == "deleted":
-            raise Refused(errors.SessionNotFoundError)
+            raise RefusedError(errors.SessionNotFoundError)
         gone, self.waiting, self.ended = self.waiting, {}, "deleted"
         self.sum = []
         return [("told", name, errors.SessionNotFoundError) for name in gone]
@@ -290,7 +292,7 @@ class Single(Simulator):
 
     def check_base(self, push: Push) -> None:
         if push.base < self.step:
-            raise Refused(errors.StaleStepError)
+            raise RefusedError(errors.StaleStepError)
 
     def ready(self, now: float) -> list[int]:
         return list(self.waiting)[:1]
@@ -311,7 +313,7 @@ class Gathering(Simulator):
 
     def check_base(self, push: Push) -> None:
         if push.base < self.step:
-            raise Refused(errors.StepClosedError)
+            raise RefusedError(errors.StepClosedError)
 
 
 class Ranked(Gathering):
@@ -350,7 +352,7 @@ class Asynchronous(Simulator):
 
     def check_base(self, push: Push) -> None:
         if self.rule.staleness_max is not None and self.step - push.base > self.rule.staleness_max:
-            raise Refused(errors.StaleStepError)
+            raise RefusedError(errors.StaleStepError)
 
     def ready(self, now: float) -> list[int]:
         return list(self.waiting)[:1]
@@ -385,7 +387,7 @@ class Pacing(Asynchronous):
     def check_base(self, push: Push) -> None:
         super().check_base(push)
         if not self.can_all(list({**self.bases(), push.worker: push.base}.values()), self.step):
-            raise Refused(errors.StaleStepError)
+            raise RefusedError(errors.StaleStepError)
 
     def ready(self, now: float) -> list[int]:
         for name in self.waiting:
@@ -407,9 +409,7 @@ class Pacing(Asynchronous):
 
     def returned(self, name: int) -> None:
         worker = self.workers[name]
-        if worker.state != "live" and not self.can_all(
-            list({**self.bases(), name: worker.base}.values()), self.step
-        ):
+        if worker.state != "live" and not self.can_all(list({**self.bases(), name: worker.base}.values()), self.step):
             worker.base = self.step
 
 
@@ -418,7 +418,7 @@ class Buffered(Simulator):
 
     def check_base(self, push: Push) -> None:
         if self.rule.staleness_max is not None and self.step - push.base > self.rule.staleness_max:
-            raise Refused(errors.StaleStepError)
+            raise RefusedError(errors.StaleStepError)
 
     def ready(self, now: float) -> list[int]:
         return list(self.waiting)[:1]

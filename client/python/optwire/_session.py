@@ -178,6 +178,7 @@ class Session:
           FutureStepError: ``base_step`` lies beyond the session's step.
           DivergentRetryError: an earlier push of unknown outcome was applied, with other gradients; call ``params``.
           LimitError: too large for the transport "unary", or for the server.
+          UnsupportedError: gradients by rows that the optimizer or the session cannot take; docs/rows.md has which.
           SessionFailedError: the session lost its state in a failed update.
         """
         arrays = trees.match_present(self._tree, grads, other=_rows.Rows)

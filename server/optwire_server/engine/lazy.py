@@ -42,11 +42,11 @@ def problem(compiled: program.Program, variant: recipe.Variant) -> str:
 
 
 def prepare(compiled: program.Program, most: int) -> None:
-    """Compiles what moves up to so many elements in and out of blocks; on the calling thread."""
+    """Compiles what moves up to so many elements in and out of blocks, also of spans that are split; on this thread."""
     for span in compiled.cut.spans:
-        for block in (span.blocks[0], span.blocks[-1]):
-            size = block.parts[0].size
-            compiled.movers.prepare(compiled.kernel(span, block), size, most)
+        largest = span.blocks[0].parts[0].size
+        for size in {largest, min(largest, cut.SMALL)}:
+            compiled.movers.prepare(compiled.kernel_for(span, size)[1], size, most)
 
 
 class Update:

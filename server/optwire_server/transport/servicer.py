@@ -67,6 +67,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 "stream",
                 "unary",
                 *(mode for mode in aggregations.Mode if mode is not aggregations.Mode.SINGLE),
+                "rows",
                 *(f"codec.{kind.name.lower()}" for kind in codecs.Kind if kind is not codecs.Kind.RAW),
                 *(("shared_memory",) if self._handover_path else ()),
                 *(("programs",) if self._config.allow_programs else ()),
