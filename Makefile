@@ -143,6 +143,12 @@ bench-peers: .venv/.demo .venv-peers/.ready ## the same beside Ray, torch.distri
 	--beside 'Ray actor=$(PEER)/ray_actor.py' --beside 'Flower=$(PEER)/flower.py' \
 	--beside 'torch rpc=$(PEER)/torch_rpc.py' --beside 'torch rpc TCP=$(PEER)/torch_rpc.py tcp'
 
+.PHONY: bench-workers
+bench-workers: .venv/.demo .venv-peers/.ready ## several workers beside one and beside peers, and beside slow ones
+	@.venv/bin/optwire bench workers $(call RESULT,workers) $(if $(BENCH),,--plot docs/workers.png) \
+	--beside 'torch rpc=$(PEER)/torch_rpc.py' --beside 'torch rpc TCP=$(PEER)/torch_rpc.py tcp' \
+	--beside 'Ray actor=$(PEER)/ray_actor.py'
+
 .PHONY: image
 image: ## build the container images $(IMAGE) and $(IMAGE)-client (VARIANT=cuda12 or cuda13: for NVIDIA's GPUs)
 	@$(BUILD) --target client -t $(call CLIENT_OF,$(IMAGE)) .

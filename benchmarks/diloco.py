@@ -4,7 +4,8 @@
     python benchmarks/diloco.py --steps 300 --cases 'every step,DiLoCo'
 
 Four workers, two in torch and two in JAX, train the character-level transformer of the examples, each on a quarter of
-Python's standard library and for as many steps in every case. Bytes are those that passed through a forwarder in front
+Python's standard library and for as many steps in every case, from parameters that one process had trained for a while
+(``--before``), as DiLoCo's paper does. Bytes are those that passed through a forwarder in front
 of the server, both ways, all of them: the protocol's own, and the first parameters, too. The loss is that of the
 session's parameters at the end, on text that nobody trained on.
 """
@@ -39,6 +40,7 @@ import diloco_worker  # noqa: E402
 
 FRAMEWORKS = ("torch", "torch", "jax", "jax")
 WORKER_S = 3600.0
+BEFORE_RATE = 3e-3
 EVALUATED, ROWS = 32, 64  # batches of held-out text, and rows in each
 
 
@@ -58,7 +60,7 @@ class Case:
     fragments: int = 1
     delay: int = 0
     mixing: float = 0.0
-    outer: opt.Spec = dataclasses.field(default_factory=lambda: opt.torch_sgd(0.7, momentum=0.9, nesterov=True))
+    outer: opt.Spec = dataclasses.field(default_factory=lambda: opt.nesterov(0.7, 0.9))
 
 
 CASES = {
@@ -73,6 +75,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of every worker")
+    parser.add_argument("--before", type=int, default=500, metavar="N", help="steps of one process, before all cases")
     parser.add_argument("--rate", type=float, default=3e-3, metavar="R", help="the highest learning rate")
     parser.add_argument("--cases", default=",".join(f"{name}" for name in CASES if "," not in name), metavar="NAMES")
     parser.add_argument("--all", action="store_true", help="all cases")
@@ -82,12 +85,18 @@ def main() -> None:
     chosen = list(CASES) if options.all or options.json else options.cases.split(",")
     torch.set_num_threads(1)
     figures: dict[str, dict[str, Any]] = {}
+    data, alphabet = diloco_worker.text()
+    model = begun(data, len(alphabet), options.before)
+    start = tree_of(model.named_parameters())
+    before = evaluated(model, start, data)
+    print(f"after {options.before} steps of one process: loss {before:.4f}", flush=True)
     with processes.server() as server:
         for name in chosen:
-            figures[name] = measured(server.target, CASES[name], options)
+            figures[name] = measured(server.target, CASES[name], options, model, start, data)
             show(name, figures)
     if options.json:
         facts = {"machine": machine(), "workers": FRAMEWORKS, "steps": options.steps, "rate": options.rate}
+        facts |= {"before": options.before, "loss_before": before}
         reports.write_json({**facts, "cases": figures}, options.json)
 
 
@@ -109,14 +118,39 @@ def show(name: str, figures: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def measured(target: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    data, alphabet = diloco_worker.text()
+def begun(data: np.ndarray, characters: int, steps: int) -> torch.nn.Module:
+    """What all cases start with: some steps of one process."""
     torch.manual_seed(0)
-    model = demo_torch.Transformer(len(alphabet))
+    model = demo_torch.Transformer(characters)
+    decay = diloco_worker.DECAY
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=BEFORE_RATE, betas=(decay["b1"], decay["b2"]), weight_decay=decay["weight_decay"]
+    )
+    rng = np.random.default_rng(2)
+    for step in range(steps):
+        for group in adamw.param_groups:
+            group["lr"] = BEFORE_RATE * min(1.0, (step + 1) / diloco_worker.WARM_UP)
+        rows = diloco_worker.drawn(data[: -diloco_worker.HELD_OUT], rng, diloco_worker.BATCH)
+        batch = torch.from_numpy(rows).long()
+        adamw.zero_grad()
+        functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+    return model
+
+
+def measured(
+    target: str,
+    case: Case,
+    options: argparse.Namespace,
+    model: torch.nn.Module,
+    start: dict[str, np.ndarray],
+    data: np.ndarray,
+) -> dict[str, Any]:
     began_s = time.monotonic()
     with optwire.connect(target, timeout=300) as client:
         session = client.create_session(
-            tree_of(model.named_parameters()),
+            start,
             spec(case, options),
             aggregation=f"sync({len(FRAMEWORKS)})",
             grads_codec=case.codec,

@@ -18,7 +18,7 @@ from optwire_bench import reports
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
 DOCUMENTS = (HERE.parent / "docs" / "performance.md", HERE.parent / "README.md")
-KINDS = ("step", "peers", "bytes", "limits", "fairness", "cold")
+KINDS = ("step", "peers", "workers", "bytes", "limits", "fairness", "cold")
 
 
 class Found:
@@ -43,6 +43,21 @@ class Found:
             raise LookupError(f"{kind}: {model}, {case} and {other} did not fit in memory at the same time")
         ratios = [a / b for a, b in zip(own["rounds_ms"], its["rounds_ms"], strict=True)]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+    def crew(self, count: int, case: str, over: str) -> str:
+        """A step of so many workers over another's; raises LookupError."""
+        for row in self.by_kind["workers"]["scaling"]["rows"]:
+            if (row["workers"], row["of"], row["case"]) == (count, count, case) and over in row["over"]:
+                ratio = row["over"][over]
+                return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+        raise KeyError(f"workers: {count}, {case} over {over}")
+
+    def beside_a_slow_one(self, mode: str) -> str:
+        """The share of fast workers' pushes; raises LookupError."""
+        for row in self.by_kind["workers"]["stragglers"]["rows"]:
+            if row["mode"] == mode:
+                return f"{mode} {row['share']:.2f} ({row['share_min']:.2f}–{row['share_max']:.2f})"
+        raise KeyError(f"workers: {mode}")
 
     def transfers(self, *ways: str) -> list[dict[str, Any]]:
         """What the stream made of the machine, in some ways, by size."""
@@ -152,6 +167,31 @@ GOALS: tuple[tuple[str, str, Callable[[Found], str]], ...] = (
         "tiny session's p99 beside 100 M / beside those",
         "none: the server's share",
         lambda f: fair(f, "beside_over_busy"),
+    ),
+    (
+        "two workers over shared memory / one, 25 M",
+        "≤ 1.6",
+        lambda f: f.crew(2, "shared_memory", "one worker"),
+    ),
+    (
+        "stream f32 / torch rpc, two and four workers, 25 M",
+        "≤ 1.2 [1.0]",
+        lambda f: "; ".join(f.crew(count, "stream", "torch rpc") for count in (2, 4)),
+    ),
+    (
+        "stream bf16 / torch rpc, two and four workers, 25 M",
+        "< 1",
+        lambda f: "; ".join(f.crew(count, "stream bf16", "torch rpc") for count in (2, 4)),
+    ),
+    (
+        "stream f32 / torch rpc over TCP only, two and four workers, 25 M",
+        "none: like with like",
+        lambda f: "; ".join(f.crew(count, "stream", "torch rpc TCP") for count in (2, 4)),
+    ),
+    (
+        "pushes of fast workers beside one 5 times slower / without it",
+        "≥ 0.9",
+        lambda f: "; ".join(f.beside_a_slow_one(mode) for mode in ("async", "k_of_n(3, 4)")),
     ),
     ("bytes / f32", "bf16 0.50, int8 ≤ 0.27, top-k 1 % ≤ 0.03, sign ≤ 0.04", wire),
 )

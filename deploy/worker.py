@@ -19,6 +19,7 @@ GOAL = np.array([1, -2, 3, -4], np.float32)
 
 
 def join(client: optwire.Client) -> optwire.Session:
+    """Whoever creates the session asks for no aggregation of its own: it gets the one of the server."""
     with contextlib.suppress(optwire.SessionExistsError):
         return client.create_session({"w": np.zeros(4, np.float32)}, opt.momentum(0.02, mass=0.8), name=NAME)
     return client.attach(NAME)
@@ -29,26 +30,22 @@ def gradients(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"w": params["w"] - GOAL}
 
 
-def train(session: optwire.Session) -> tuple[int, int]:
-    """Trains until the session, not this worker alone, has come to its last step."""
-    applied = late = 0
+def train(session: optwire.Session) -> int:
+    """Trains until the session, not this worker alone, has come to its last step; returns how often it pushed."""
+    pushes = 0
     params = session.params()
     while session.step_count < LAST_STEP:
-        try:
-            params = session.step(gradients(params))
-            applied += 1
-        except optwire.StaleStepError:  # another worker was faster: compute again, on what it left
-            params = session.params()
-            late += 1
-    return applied, late
+        params = session.step(gradients(params), late="params")
+        pushes += 1
+    return pushes
 
 
 def main(target: str) -> None:
     with optwire.connect(target) as client:
         session = join(client)
-        applied, late = train(session)
+        pushes = train(session)
         w = session.params()["w"]
-        counts = f"{applied} updates applied, {late} came too late"
+        counts = f"{pushes} pushes, {session.late_count} of them too late"
         print(f"{socket.gethostname()}: {counts}; step {session.step_count}, w = {w.round(3)}")
         assert np.allclose(w, GOAL, atol=1e-2), w
 

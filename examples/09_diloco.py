@@ -23,8 +23,8 @@ from optwire_server import testing
 
 WORKER = pathlib.Path(__file__).with_name("diloco_worker.py")
 FRAMEWORKS = ("torch", "torch", "jax", "jax") if importlib.util.find_spec("torch") else ("jax",) * 4
-STEPS, EVERY = 100, 25
-OUTER = opt.torch_sgd(0.7, momentum=0.9, nesterov=True)
+STEPS, EVERY = 75, 25
+OUTER = opt.nesterov(0.7, 0.9)
 
 
 def fresh(characters: int) -> diloco_worker.Params:
@@ -58,13 +58,13 @@ def fresh(characters: int) -> diloco_worker.Params:
 
 def main() -> None:
     _, alphabet = diloco_worker.text()
+    arguments = ["--steps", str(STEPS), "--every", str(EVERY)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
     with testing.serve() as server, optwire.connect(server.target) as client:
         session = client.create_session(fresh(len(alphabet)), OUTER, name="diloco", aggregation="sync(4)")
         workers = [
             subprocess.Popen(
-                [sys.executable, str(WORKER), server.target, "diloco", str(rank), framework]
-                + ["--steps", str(STEPS), "--every", str(EVERY)],
+                [sys.executable, str(WORKER), server.target, "diloco", str(rank), framework, *arguments],
                 env=environment,
                 stdout=subprocess.PIPE,
                 text=True,

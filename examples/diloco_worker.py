@@ -165,9 +165,7 @@ def jax_loss(params: Any, rows: Any) -> Any:
     def attended(x: Any, name: str) -> Any:
         batch, length, width = x.shape
         both = x @ params[f"{name}.in_proj_weight"].T + params[f"{name}.in_proj_bias"]
-        q, k, v = (
-            part.reshape(batch, length, HEADS, -1).transpose(0, 2, 1, 3) for part in jnp.split(both, 3, axis=-1)
-        )
+        q, k, v = (part.reshape(batch, length, HEADS, -1).transpose(0, 2, 1, 3) for part in jnp.split(both, 3, axis=-1))
         scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(width // HEADS)
         scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
         mixed = (jax.nn.softmax(scores) @ v).transpose(0, 2, 1, 3).reshape(batch, length, width)

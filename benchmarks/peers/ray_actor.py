@@ -14,10 +14,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from optwire_bench import models, roles
+
+# What `ray.init` chooses when it begins; a process that joins later must have it from the beginning.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+import ray
 
 
 class Server:

@@ -124,11 +124,15 @@ class Role:
             pass
         raise BenchError(f"{self.name}: answered {str(turn)[:80]}, expected seconds, cpu_s and faults")
 
-    def end(self) -> None:
-        """Ends the process, if need be by force."""
+    def finish(self) -> None:
+        """Tells the process that nothing else is asked for, and waits for nothing."""
         with contextlib.suppress(OSError):
             assert self.process.stdin is not None
             self.process.stdin.close()
+
+    def end(self) -> None:
+        """Ends the process, if need be by force."""
+        self.finish()
         self._wait()
         assert self.process.stdout is not None
         self.process.stdout.close()

@@ -10,7 +10,7 @@ from typing import Any
 from optwire_bench import fairness, processes, stepping
 
 # Columns that are no numbers.
-_WORDS = ("model", "step", "checked", "way", "transport", "session", "mode", "group")
+_WORDS = ("model", "step", "checked", "way", "transport", "session", "mode", "crews")
 _OURS, _LOCAL, _PEER = "#1f77b4", "#777777", "#d98c3f"
 
 
@@ -214,7 +214,7 @@ def _scaling(found: Mapping[str, Any]) -> Iterator[str]:
         ratios = [row["over"].get(name) for name in over]
         rows.append(
             (
-                f"{row['of']}, {row['group'] + 1}",
+                f"1 and {row['of']}" + (f" ({row['group'] + 1})" if row["group"] else ""),
                 row["case"],
                 str(row["workers"]),
                 f"{row['median_ms']:.3g}",
@@ -226,7 +226,7 @@ def _scaling(found: Mapping[str, Any]) -> Iterator[str]:
             )
         )
     head = (
-        "group",
+        "crews",
         "step",
         "workers",
         "median ms",

@@ -68,11 +68,13 @@ def run(plan: Plan, progress: stepping.Progress) -> dict[str, Any]:
         "steps_a_turn": steps,
         "rows": rows,
         "left_out": left_out,
-        "disturbed": [
-            row["of"]
-            for row in rows
-            if row["case"] == stepping.REFERENCE and row["median_ms"] > stepping.DISTURBED * row["best_ms"]
-        ],
+        "disturbed": sorted(
+            {
+                row["of"]
+                for row in rows
+                if row["case"] == stepping.REFERENCE and row["median_ms"] > stepping.DISTURBED * row["best_ms"]
+            }
+        ),
     }
 
 
@@ -118,6 +120,7 @@ class Crew:
         for rank in range(size):
             self._roles.append(processes.Role(f"{case.name}, worker {rank}", case.command(server)))
             stack.callback(self._roles[-1].end)
+        stack.callback(self._finish)
         for rank, role in enumerate(self._roles):
             role.tell("open", model=model.label, tensors=0, rank=rank, workers=count, meeting=meeting)
         facts = [role.told() for role in self._roles]
@@ -129,6 +132,11 @@ class Crew:
     def roles(self) -> Sequence[processes.Role]:
         """By rank."""
         return self._roles
+
+    def _finish(self) -> None:
+        """Tells all of them, before one is waited for: a peer's may end together only."""
+        for role in self._roles:
+            role.finish()
 
     def steps(self, count: int) -> None:
         """So many steps, that are not kept."""

@@ -65,6 +65,7 @@ def reply(
 
 def tell(engine: engines.Engine, live: LiveSession, answer: effects.Answer) -> device.Work[None]:
     """Gives all who wait for what becomes of a worker's push their answer, and its payload back."""
+    live.brought.pop(answer.worker, None)
     for waiting in live.room.release(answer.worker):
         match answer.outcome:
             case effects.Reply():

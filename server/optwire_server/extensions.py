@@ -10,7 +10,7 @@ from optwire_server import states
 from optwire_server.engine import device, program
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession
-from optwire_server.session import machine, members
+from optwire_server.session import admission, members
 
 
 def check(old: LiveSession, extends: sessions.Extension, name: str, tree: trees.TreeSpec) -> None:
@@ -22,7 +22,7 @@ def check(old: LiveSession, extends: sessions.Extension, name: str, tree: trees.
       InvalidArgumentError: another name.
       TreeMismatchError: a leaf of the old session is missing, or has another shape or element type.
     """
-    machine.admit_extension(old.machine, extends)
+    admission.admit_extension(old.machine, extends)
     if name not in ("", old.machine.name):
         raise errors.InvalidArgumentError(
             f"name: {name!r}, expected {old.machine.name!r}, the name of the session that is extended, or none",
@@ -96,7 +96,7 @@ def take_over(
     Raises:
       OptwireError: as ``check``, where the old session has moved on meanwhile; the new one is as it was.
     """
-    machine.admit_extension(old.machine, extends)
+    admission.admit_extension(old.machine, extends)
     yield from engine.carry(old.held, new.held, pairs, check_growth)
     new.machine = dataclasses.replace(
         new.machine,

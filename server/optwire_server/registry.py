@@ -24,7 +24,7 @@ from optwire_server.engine import engine as engines
 from optwire_server.engine import stage as stages
 from optwire_server.engine.layout import Layout
 from optwire_server.live import LiveSession, Push, PushedChange, Read, Reply
-from optwire_server.session import events, machine, members
+from optwire_server.session import admission, events, machine, members
 from optwire_server.waiting import Waiting
 
 Plans = tuple[planning.Plan, ...]
@@ -87,7 +87,7 @@ class Registry:
         live = self._table.find(id_=key.session_id)
         if payload_bytes_max is not None and live.tree.payload_bytes > payload_bytes_max and not options.rows:
             raise creations.over("payload of a unary Step, in bytes", live.tree.payload_bytes, payload_bytes_max)
-        machine.admit(live.machine, key)
+        admission.admit(live.machine, key)
         updates.check_options(live, options)
         self._runner.check_growth(live, options, key.worker)
         updates.prepare(live, options)
@@ -140,7 +140,7 @@ class Registry:
         """
         self._refuse_when_draining()
         live = self._table.find(id_=session_id)
-        machine.check_alive(live.machine)
+        admission.check_alive(live.machine)
         check_incarnation(live.machine, incarnation)
         _check_way(live, "a stage", live.grads_codec)
         stage = self._landings.land_early(stages.Stage, live.tree, live.held.layout, give_way)
@@ -215,7 +215,7 @@ class Registry:
         """
         self._refuse_when_draining()
         live = self._table.find(id_=session_id)
-        machine.check_alive(live.machine)
+        admission.check_alive(live.machine)
         where = live.held.layout
         # What waits for other workers, or is summed with theirs, is not left where its client can write to it, and what
         # is written over must not be the client's own. Nor is left there what a program of the client's own reads: it
@@ -327,12 +327,12 @@ class Registry:
         With ``wanted`` the rows that it names, and nothing else: copies.
         """
         live = self._table.find(id_=id_, name=name)
-        machine.check_alive(live.machine)
+        admission.check_alive(live.machine)
         live.prepare_view(which)
         selected = row_pushes.selected(live, wanted)
 
         def look() -> device.Work[Read]:
-            machine.check_alive(live.machine)
+            admission.check_alive(live.machine)
             if not live.plan.program.has_view(which):
                 raise errors.UnavailableError(
                     f"session {live.machine.name!r}: its hyperparameters were changed meanwhile, and the reading of "
@@ -430,7 +430,7 @@ class Registry:
     def describe(self, *, id_: str = "", name: str = "") -> sessions.OptimizerInfo:
         """The session's optimizer as its next step will run it, and what every leaf gets."""
         live = self._table.find(id_=id_, name=name)
-        machine.check_alive(live.machine)
+        admission.check_alive(live.machine)
         return planning.describe(live.plan, live.tree, live.machine.step)
 
     def delete(self, *, id_: str = "", name: str = "") -> sessions.SessionInfo:
@@ -480,4 +480,4 @@ def _check_way(live: LiveSession, what: str, *of: codecs.Codec) -> None:
 def check_incarnation(session: machine.Session, incarnation: int) -> None:
     """Raises IncarnationError where a caller knows another incarnation; 0 stands for any."""
     if incarnation:
-        machine.check_incarnation(session, incarnation)
+        admission.check_incarnation(session, incarnation)

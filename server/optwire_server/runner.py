@@ -90,7 +90,6 @@ class Runner:
                     todo += self._advance(live, (yield from self._update(live, effect, mine)))
                 case effects.Answer():
                     yield from answers.tell(self._engine, live, effect)
-                    live.brought.pop(effect.worker, None)
                     if isinstance(effect.outcome, effects.Reply):
                         content = live.machine.workers[effect.worker].options.reply
                         yield from compensation.keep(self._engine, live, effect.worker, content)

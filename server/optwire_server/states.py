@@ -18,7 +18,7 @@ from optwire_server import plans as planning
 from optwire_server.engine import device, landing, layout, slots
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Load, StateRead
-from optwire_server.session import effects, events, loads, machine
+from optwire_server.session import admission, effects, events, loads, machine
 
 # How many pushes left the parameters alone: the machine's, where the optimizer skips what is not finite.
 _SKIPPED = trees.LeafSpec(slots.SKIPPED, (), "i64")
@@ -52,11 +52,11 @@ class States:
           LimitError: too many arrays, or too many bytes in flight.
         """
         live = self._find(id_=id_, name=name)
-        machine.check_alive(live.machine)
+        admission.check_alive(live.machine)
         tree = _tree(live)
 
         def look() -> StateRead:
-            machine.check_alive(live.machine)
+            admission.check_alive(live.machine)
             read = StateRead(live.info(), tree, self._engine.arrays(live.held))
             if live.plan.program.skips:
                 read.arrays.append(np.asarray(live.machine.skipped, np.int64))
@@ -82,7 +82,7 @@ class States:
         self._refuse_when_draining()
         live = self._find(id_=key.session_id)
         event = _event(live, key, tree)
-        machine.admit_load(live.machine, event)
+        admission.admit_load(live.machine, event)
         _check(tree, _leaves(live))
         if slots.SKIPPED not in event.names and not loads.is_retry(live.machine.loaded, event):
             _check_sums(live, event)

@@ -192,6 +192,19 @@ def test_a_push_that_comes_too_late_is_dropped_and_the_newest_parameters_are_tak
     assert (local.late_count, session.step_count) == (1, before + 1)
 
 
+def test_a_straggler_takes_what_the_others_made_without_it(client: optwire.Client) -> None:
+    fast = client.create_session(params(), opt.sgd(1.0), aggregation="k_of_n(1, 2)", worker=0)
+    slow = client.attach(fast.name, worker=1)
+    ahead, behind = (optwire.LocalSteps(session, every=1) for session in (fast, slow))
+    lost = inner(behind.params(), 1, 0)
+    ahead.step(inner(ahead.params(), 0, 0))
+    own = behind.step(lost)
+    assert (ahead.late_count, behind.late_count) == (0, 1)
+    assert all(np.array_equal(array, own[name]) for name, array in fast.params().items())
+    behind.step(inner(own, 1, 1))
+    assert (behind.late_count, slow.step_count) == (1, 2)
+
+
 @pytest.mark.parametrize("delay", [0, 1])
 def test_a_push_of_unknown_outcome_counts_once_however_often_it_is_made(server: Any, relay: Any, delay: int) -> None:
     with optwire.connect(relay.target, timeout=0.6, transport="stream") as client:

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from optwire_bench import cases, command, fairness, folders, models, processes, stepping
+from optwire_bench import cases, command, fairness, folders, models, processes, scaling, stepping
 
 # A local step at another learning rate.
 WRONG = """
@@ -200,6 +200,94 @@ def test_fairness_measures_a_tiny_session_in_four_states(tmp_path: pathlib.Path)
     assert line["p99 beside/busy (min–max)"].startswith(f"{row['beside_over_busy']:.2f} (")
 
 
+# A peer whose workers do not average: each goes on with its own gradients.
+ALONE = """
+from optwire_bench import roles
+class Alone(roles.Local):
+    def join(self, model, place):
+        return self.open(model)
+roles.serve(Alone())
+"""
+
+
+def test_several_workers_are_measured_beside_one_and_checked_against_their_mean(tmp_path: pathlib.Path):
+    program = tmp_path / "solitary.py"
+    program.write_text("from optwire_bench import naive, roles\nroles.serve(naive.Naive('tree'))")
+    done = bench(
+        *("workers", "--quick", "--no-progress", "--only", "scaling", "--workers", "2,3"),
+        *("--json", f"{tmp_path}/workers.json", "--plot", f"{tmp_path}/workers.png"),
+        *("--beside", f"solitary={sys.executable} {program}"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "workers.json").read_text())["scaling"]
+    rows = {(row["of"], row["workers"], row["case"]): row for row in found["rows"]}
+    ours = ["stream", "stream bf16", "shared_memory"]
+    ran = {case for _, _, case in rows} - {"local"}
+    assert ran == set(ours) or all(line.startswith(("solitary", "shared_memory")) for line in found["left_out"])
+    for count in (2, 3):
+        assert (
+            f"solitary, {count} workers: solitary, worker 0: its process ended with 1: Naive works alone"
+            in found["left_out"]
+        )
+        for case in ran:
+            row = rows[count, count, case]
+            assert 0 < row["best_ms"] <= row["median_ms"] <= row["worst_ms"]
+            assert len(row["rounds_ms"]) == 2
+            ratio = row["over"]["one worker"]
+            one = rows[count, 1, case]["rounds_ms"]
+            assert ratio["max"] == pytest.approx(max(a / b for a, b in zip(row["rounds_ms"], one, strict=True)))
+            assert ratio["min"] <= ratio["median"] <= ratio["max"]
+            assert row["cpu_s_a_step"] > 0
+    lines = table(done.stdout)
+    assert [(line["step"], line["workers"]) for line in lines] == [
+        (row["case"], str(row["workers"])) for row in found["rows"]
+    ]
+    assert (tmp_path / "workers.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_workers_that_do_not_average_fail_the_run(tmp_path: pathlib.Path):
+    program = tmp_path / "alone.py"
+    program.write_text(ALONE)
+    done = bench(
+        *("workers", "--quick", "--no-progress", "--only", "scaling", "--transport", "stream", "--params", "1k"),
+        *("--beside", f"alone={sys.executable} {program}"),
+    )
+    assert done.returncode == 1
+    assert "alone, worker 0: parameters differ from the reference after 2 steps: " in done.stderr
+
+
+def test_fast_workers_are_counted_beside_a_slow_one_and_without_it(tmp_path: pathlib.Path):
+    done = bench(
+        *("workers", "--quick", "--no-progress", "--only", "stragglers", "--rounds", "1", "--gradient-ms", "30"),
+        *("--json", f"{tmp_path}/workers.json", "--plot", f"{tmp_path}/workers.png"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "workers.json").read_text())["stragglers"]
+    rows = {row["mode"]: row for row in found["rows"]}
+    for row in rows.values():
+        assert row["fast_alone_a_s"] > 0
+        assert row["share"] == pytest.approx(row["fast_a_s"] / row["fast_alone_a_s"])
+    # Who waits for the slow one gets a fifth done; bounds that leave room for a busy machine.
+    assert rows["sync(4)"]["share"] < 0.6
+    assert rows["sync(4)"]["slow_late_a_s"] == rows["async"]["slow_late_a_s"] == 0.0
+    assert rows["async"]["share"] > rows["sync(4)"]["share"]
+    assert [line["mode"] for line in table(done.stdout)] == list(rows)
+
+
+def test_crews_that_do_not_fit_in_memory_are_measured_in_groups_with_the_first():
+    taken = [cases.remote(way) for way in ("stream", "unix", "shared_memory")] + [cases.beside("peer=true")]
+    model = models.model("25M")
+    grouped = scaling.groups(taken, model, 4, available_bytes=10 << 30)
+    assert [case.name for group in grouped for case in group if case is not taken[0]] == [
+        "unix",
+        "shared_memory",
+        "peer",
+    ]
+    assert len(grouped) > 1
+    assert all(group[0] is taken[0] and len(group) > 1 for group in grouped)
+    assert scaling.groups(taken, model, 4, available_bytes=1 << 40) == [taken]
+
+
 def test_processes_that_only_compute_do_so_until_they_are_ended():
     before = set(_children(os.getpid()))
     with fairness.computing(2):
@@ -241,6 +329,7 @@ def test_a_second_session_of_another_shape_compiles_nothing(tmp_path: pathlib.Pa
         ("limits --bytes 16MB", "expected a number such as"),
         ("fairness --params tiny", "expected a number such as"),
         ("cold --tensors 0", "expected a whole number from 1 to 65,536"),
+        ("workers --workers 1", "'1': expected a whole number from 2 to 64"),
         ("race", "invalid choice: 'race'"),
         ("", "required: kind"),
     ],

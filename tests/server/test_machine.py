@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optwire_proto import digests, errors, limits, sessions
-from optwire_server.session import effects, events, machine
+from optwire_server.session import admission, effects, events, machine
 
 ID = "0" * 32
 A, B, C = "a" * 32, "b" * 32, "c" * 32
@@ -306,7 +306,7 @@ def test_the_key_of_a_load_with_another_load_is_refused(other: dict[str, Any], w
     load = events.Loaded(1, LOAD, step=0, names=("params/a",), digest=digest(1))
     session, _ = machine.advance(applied(push()), load)
     assert machine.advance(session, load) == (session, ())
-    machine.admit_load(session, dataclasses.replace(load, digest=None))  # its bytes are still to come
+    admission.admit_load(session, dataclasses.replace(load, digest=None))  # its bytes are still to come
     refuses(session, dataclasses.replace(load, **other), errors.DivergentRetryError, f"a load of other {what}")
 
 
@@ -363,14 +363,14 @@ def test_a_change_in_effect_stays_so_and_one_to_come_still_comes(to: int, steps:
 
 def test_an_extension_must_know_where_the_session_is():
     session = applied(push())
-    machine.admit_extension(session, sessions.Extension(ID, 1, 1))
+    admission.admit_extension(session, sessions.Extension(ID, 1, 1))
     for known, kind in (
         (sessions.Extension(ID, 1, 0), errors.StaleStepError),
         (sessions.Extension(ID, 1, 2), errors.FutureStepError),
         (sessions.Extension(ID, 2, 1), errors.IncarnationError),
     ):
         with pytest.raises(kind) as caught:
-            machine.admit_extension(session, known)
+            admission.admit_extension(session, known)
         assert caught.value.step == 1
 
 
@@ -382,9 +382,9 @@ def test_an_update_that_did_not_begin_cannot_end(event: events.Event):
 
 def test_admission_refuses_what_the_push_would_and_lets_retries_pass():
     session = applied(push(A, seq=1, base=0), push(A, seq=2, base=1))
-    machine.admit(session, push(A, seq=3, base=2).key)
-    machine.admit(session, push(A, seq=2, base=1).key)
-    machine.admit(session, push(A, seq=2, base=1, data=99).key)  # its bytes are not known yet
+    admission.admit(session, push(A, seq=3, base=2).key)
+    admission.admit(session, push(A, seq=2, base=1).key)
+    admission.admit(session, push(A, seq=2, base=1, data=99).key)  # its bytes are not known yet
     for event, kind in (
         (push(A, seq=1), errors.StalePushError),
         (push(A, seq=4, base=2), errors.FuturePushError),
@@ -393,7 +393,7 @@ def test_admission_refuses_what_the_push_would_and_lets_retries_pass():
         (push(incarnation=2), errors.IncarnationError),
     ):
         with pytest.raises(kind):
-            machine.admit(session, event.key)
+            admission.admit(session, event.key)
 
 
 # ---------------------------------------------------------------------------------------------------- random histories

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.server.test_machine import ID, RATE, changed, digest, refuses
 
 from optwire_proto import aggregations, errors, sessions
-from optwire_server.session import effects, events, machine
+from optwire_server.session import admission, effects, events, machine
 
 OTHER = sessions.PushOptions(grad_scale=2.0)
 UPDATES = sessions.ReplyContent.UPDATES
@@ -227,7 +227,7 @@ def test_a_change_of_hyperparameters_leaves_those_who_wait_alone():
 def test_a_worker_of_no_rank_is_refused_before_its_bytes_come(worker: str):
     foreign = dataclasses.replace(push(0).key, worker=worker)
     for call in (
-        lambda: machine.admit(opened(), foreign),
+        lambda: admission.admit(opened(), foreign),
         lambda: machine.advance(opened(), events.Pushed(foreign, digest(7))),
     ):
         with pytest.raises(

@@ -181,7 +181,7 @@ class LocalSteps:
 
     Example:
       >>> session = client.create_session(  # doctest: +SKIP
-      ...     params, opt.torch_sgd(0.7, momentum=0.9, nesterov=True), name="run", aggregation="sync(4)"
+      ...     params, opt.nesterov(0.7, 0.9), name="run", aggregation="sync(4)"
       ... )
       >>> local = optwire.LocalSteps(session, every=50)  # doctest: +SKIP
       >>> params = local.params()  # doctest: +SKIP

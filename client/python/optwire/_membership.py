@@ -28,6 +28,7 @@ class Membership:
       worker: the handle's.
 
     Attributes:
+      beats: what keeps the lease alive, once it has joined; to be ended with the handle.
       epoch: for the keys of pushes; 0: it has not joined.
     """
 

@@ -58,11 +58,10 @@ def closes_s(session: records.Session) -> float:
 def apply(session: records.Session) -> effects.Apply:
     """The update that the pushes of a step are applied by: those that are ``taken``, and the ``pending`` one."""
     pending = session.pending
-    pushes = in_order({worker: session.gathered[worker] for worker in session.taken})
     if session.buffered and pending is not None:
         return _closing(session, pending)
-    if pending is not None:
-        pushes = in_order({pushed.key.worker: pushed for pushed in (*pushes, pending)})
+    found = {worker: session.gathered[worker] for worker in session.taken}
+    pushes = in_order(found | {pending.key.worker: pending} if pending else found)
     if not session.aggregation.gathers:
         return _alone(session, pushes[0])
     sums = session.aggregation.combine is aggregations.Combine.SUM

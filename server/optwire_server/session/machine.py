@@ -40,7 +40,7 @@ import math
 from collections.abc import Mapping
 
 from optwire_proto import aggregations, errors, limits, sessions
-from optwire_server.session import effects, events, gathering, loads, members, pacing, records
+from optwire_server.session import admission, effects, events, gathering, loads, members, pacing, records
 
 # Workers remembered per session; the one that has been quiet longest is forgotten first.
 WORKERS_MAX = limits.WORKERS_MAX
@@ -105,7 +105,7 @@ def _membership(
     assert session.phase is not Phase.APPLYING, "one executor does one thing at a time"
     if isinstance(event, events.Ticked):
         return members.expired(session, event.now_s), ()
-    check_alive(session)
+    admission.check_alive(session)
     match event:
         case events.Joined():
             return _joined(session, event)
@@ -114,7 +114,7 @@ def _membership(
         case events.Left():
             return members.left(session, event.worker, event.epoch, event.now_s), ()
         case events.Read():
-            return members.having(session, event.worker, session.step), ()
+            return members.having(session, [event.worker], session.step), ()
 
 
 def _joined(session: Session, event: events.Joined) -> Outcome:
@@ -142,87 +142,9 @@ def _going_on(session: Session, todo: tuple[effects.Effect, ...], now_s: float) 
     return applying, (*todo, gathering.apply(applying))
 
 
-def admit(session: Session, key: sessions.PushKey) -> None:
-    """Raises what ``Pushed`` would raise for this key whatever its bytes: at its begin, before the bytes come."""
-    check_alive(session)
-    check_incarnation(session, key.incarnation)
-    members.check_worker(session, key.worker)
-    members.check_epoch(session, key.worker, key.epoch)
-    last = session.workers.get(key.worker)
-    if last and key.seq == last.seq:
-        return  # a retry: its digest decides
-    if last and key.seq < last.seq:
-        raise errors.StalePushError(
-            f"session {session.name!r}: push {key.seq} of this worker is older than its last applied push, {last.seq}",
-            subject="seq",
-            expected=str(last.seq + 1),
-            got=str(key.seq),
-            step=session.step,
-        )
-    if last and key.seq > last.seq + 1:
-        raise errors.FuturePushError(
-            f"session {session.name!r}: push {key.seq} of this worker, expected {last.seq + 1}",
-            subject="seq",
-            expected=str(last.seq + 1),
-            got=str(key.seq),
-            step=session.step,
-        )
-    members.check_room(session, key.worker)
-    _check_base(session, key)
-    if session.step >= limits.STEP_MAX:
-        raise errors.LimitError(
-            f"session {session.name!r}: is at step {session.step}, the last there is; load a state of an earlier one",
-            subject="step",
-            expected=f"a step before {limits.STEP_MAX}",
-            got=str(session.step),
-            step=session.step,
-        )
-
-
-def admit_load(session: Session, event: events.Loaded) -> None:
-    """Raises what ``Loaded`` would raise: at its begin, before the bytes come, and their digest with them."""
-    check_alive(session)
-    if loads.is_retry(session.loaded, event):
-        loads.check_same(session.name, session.step, session.loaded, event)
-        return
-    check_incarnation(session, event.incarnation)
-    if event.base_step is not None:
-        _must_be_at(session, event.base_step)
-    loads.check_counts(session.name, session.step, event)
-
-
-def check_incarnation(session: Session, incarnation: int) -> None:
-    """Raises IncarnationError where a client knows another incarnation."""
-    if incarnation != session.incarnation:
-        raise errors.IncarnationError(
-            f"session {session.name!r}: incarnation {incarnation}, expected {session.incarnation}: its history was "
-            "rewritten; attach again",
-            subject=session.name,
-            expected=str(session.incarnation),
-            got=str(incarnation),
-            step=session.step,
-        )
-
-
-def admit_extension(session: Session, extends: sessions.Extension) -> None:
-    """Raises unless a session is where the client that wants to extend it saw it."""
-    check_alive(session)
-    check_incarnation(session, extends.incarnation)
-    if extends.step != session.step:
-        kind = errors.StaleStepError if extends.step < session.step else errors.FutureStepError
-        raise kind(
-            f"session {session.name!r}: is to be extended at step {extends.step}, but is at {session.step}; read the "
-            "parameters and try again",
-            subject="step",
-            expected=str(session.step),
-            got=str(extends.step),
-            step=session.step,
-        )
-
-
 def _loaded(session: Session, event: events.Loaded) -> Outcome:
     assert session.phase is not Phase.APPLYING, "one executor does one thing at a time"
-    admit_load(session, event)
+    admission.admit_load(session, event)
     if loads.is_retry(session.loaded, event):
         return session, ()
     step, skipped = loads.counts_after(session.step, session.skipped, event)
@@ -252,11 +174,11 @@ def _loaded(session: Session, event: events.Loaded) -> Outcome:
 def _pushed(session: Session, event: events.Pushed) -> Outcome:
     assert session.phase is not Phase.APPLYING, "one executor applies one push at a time"
     key, mode = event.key, session.aggregation.mode
-    admit(session, key)
+    admission.admit(session, key)
     last = session.workers.get(key.worker)
     if last and key.seq == last.seq:
         if event.digest != last.digest or event.options.meaning != last.options.meaning:
-            raise _divergent(session, last, event)
+            raise admission.divergent(session, last, event)
         return session, (effects.Reply(last.seq, last.step, True, last.learning_rate, last.metrics),)
     others = {worker: pushed for worker, pushed in session.gathered.items() if worker != key.worker}
     if session.aggregation.gathers:
@@ -312,6 +234,13 @@ def _replaced(session: Session, event: events.Pushed) -> tuple[effects.Effect, .
 def _updated(session: Session, event: events.Updated) -> Outcome:
     assert session.phase is Phase.APPLYING, "an update ends that did not begin"
     step, pending = session.step + 1, session.pending
+    pushes = [session.gathered[worker] for worker in session.taken] + ([pending] if pending else [])
+    workers = dict(session.workers)
+    answers: list[effects.Effect] = []
+    for one in pushes:
+        reply = effects.Reply(one.key.seq, step, False, event.learning_rate, event.metrics)
+        answers.append(reply if one is pending else effects.Answer(one.key.worker, reply))
+        _count(workers, one, reply)
     advanced = dataclasses.replace(
         session,
         phase=Phase.OPEN,
@@ -319,37 +248,35 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
         skipped=session.skipped + event.skipped,
         changes=_with(session.changes, event.change) if event.change else session.changes,
         changed=session.changed + (event.change is not None),
+        workers=workers,
         gathered={worker: pushed for worker, pushed in session.gathered.items() if worker not in session.taken},
         buffered=(),
         pending=None,
         taken=(),
     )
-    answers: list[effects.Effect] = []
-    for one in (*(session.gathered[worker] for worker in session.taken), *((pending,) if pending else ())):
-        reply = effects.Reply(one.key.seq, step, False, event.learning_rate, event.metrics)
-        answers.append(reply if one is pending else effects.Answer(one.key.worker, reply))
-        advanced = _counted(advanced, one, reply)
-    return advanced, tuple(answers)
+    return members.having(advanced, [one.key.worker for one in pushes], step), tuple(answers)
 
 
 def _added(session: Session, event: events.Added) -> Outcome:
     pushed = session.pending
     assert session.phase is Phase.APPLYING and pushed is not None, "a sum grew to which nothing was added"
     reply = effects.Reply(pushed.key.seq, session.step + 1, False, event.learning_rate)
-    added = dataclasses.replace(session, phase=Phase.OPEN, pending=None, buffered=(*session.buffered, pushed))
-    return _counted(added, pushed, reply), (reply,)
+    workers = dict(session.workers)
+    _count(workers, pushed, reply)
+    buffered = (*session.buffered, pushed)
+    added = dataclasses.replace(session, phase=Phase.OPEN, pending=None, buffered=buffered, workers=workers)
+    return members.having(added, [pushed.key.worker], session.step), (reply,)
 
 
-def _counted(session: Session, pushed: events.Pushed, reply: effects.Reply) -> Session:
-    """The session in which a push counts as applied, and its worker has the newest parameters."""
-    key, workers = pushed.key, dict(session.workers)
+def _count(workers: dict[str, Applied], pushed: events.Pushed, reply: effects.Reply) -> None:
+    """Makes a push the last one of its worker that counts as applied."""
+    key = pushed.key
     workers.pop(key.worker, None)  # so that it moves to the end
     if len(workers) >= WORKERS_MAX:
         del workers[next(iter(workers))]
     workers[key.worker] = Applied(
         key.seq, pushed.digest, reply.applied_step, reply.learning_rate, pushed.options, reply.metrics, key.epoch
     )
-    return members.having(dataclasses.replace(session, workers=workers), key.worker, session.step)
 
 
 def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
@@ -362,7 +289,7 @@ def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:
         )
         return _ended(session, error)
     failed = dataclasses.replace(session, failure=event.problem, taken=tuple(session.gathered))
-    failed, told = _ended(failed, _failure(failed))
+    failed, told = _ended(failed, admission.failure(failed))
     return dataclasses.replace(failed, phase=Phase.FAILED), (*told, effects.Free())
 
 
@@ -376,13 +303,13 @@ def _ended(session: Session, error: errors.OptwireError) -> Outcome:
 
 
 def _deleted(session: Session) -> Outcome:
-    _must_exist(session)
+    admission.must_exist(session)
     deleted = dataclasses.replace(session, phase=Phase.DELETED, gathered={}, buffered=(), pending=None)
-    return deleted, (*gathering.told(session.gathered, _gone(session)), effects.Free())
+    return deleted, (*gathering.told(session.gathered, admission.gone(session)), effects.Free())
 
 
 def _changed(session: Session, change: sessions.Change) -> Outcome:
-    check_alive(session)
+    admission.check_alive(session)
     if change.from_step < session.step:
         raise errors.InvalidArgumentError(
             f"session {session.name!r}: from_step {change.from_step}, but the next step is {session.step}",
@@ -398,92 +325,3 @@ def _changed(session: Session, change: sessions.Change) -> Outcome:
 def _with(changes: tuple[sessions.Change, ...], change: sessions.Change) -> tuple[sessions.Change, ...]:
     """The newest changes, one more among them."""
     return (*changes, change)[-limits.HYPERPARAM_CHANGES_MAX :]
-
-
-def _divergent(session: Session, last: Applied, event: events.Pushed) -> errors.OptwireError:
-    """What a push hears that has the number of one that was applied, and is another one."""
-    if event.key.epoch > last.epoch:
-        return _too_late(session, event.key.base_step, "a push of the process before this one counted")
-    before = {"bytes": last.digest, **last.options.meaning}
-    now = {"bytes": event.digest, **event.options.meaning}
-    what = next(name for name in before if before[name] != now[name])
-    return errors.DivergentRetryError(
-        f"session {session.name!r}: push {event.key.seq} of this worker was applied as step {last.step} with other "
-        f"{what}; read the parameters and go on from there",
-        subject=what,
-        expected=str(before[what])[:200],
-        got=str(now[what])[:200],
-        step=session.step,
-    )
-
-
-def _must_exist(session: Session) -> None:
-    if session.phase is Phase.DELETED:
-        raise _gone(session)
-
-
-def _gone(session: Session) -> errors.SessionNotFoundError:
-    return errors.SessionNotFoundError(f"session {session.name!r} was deleted", subject=session.name)
-
-
-def check_alive(session: Session) -> None:
-    """Raises SessionNotFoundError or SessionFailedError where a session has no parameters any more."""
-    _must_exist(session)
-    if session.phase is Phase.FAILED:
-        raise _failure(session)
-
-
-def _failure(session: Session) -> errors.SessionFailedError:
-    return errors.SessionFailedError(
-        f"session {session.name!r} failed at step {session.step} and lost its state: {session.failure}; delete it and "
-        "create it anew",
-        subject=session.name,
-        step=session.step,
-    )
-
-
-def _check_base(session: Session, key: sessions.PushKey) -> None:
-    """Raises unless gradients of a step can be taken now."""
-    aggregation, staleness = session.aggregation, session.step - key.base_step
-    if staleness < 0 or not aggregation.takes_stale:
-        if staleness > 0 and aggregation.gathers:
-            raise _too_late(session, key.base_step, "that step was made without this push")
-        _must_be_at(session, key.base_step)
-        return
-    if aggregation.staleness_max is not None and staleness > aggregation.staleness_max:
-        raise _too_late(session, key.base_step, f"{staleness} steps ago, more than {aggregation.staleness_max}")
-    waits = aggregation.policy is aggregations.Policy.WAIT
-    if waits and not pacing.keeps(session, key.worker, key.base_step):
-        raise _too_late(session, key.base_step, "others would be too late after this one")
-
-
-def _too_late(session: Session, base_step: int, why: str) -> errors.StaleStepError:
-    kind = errors.StepClosedError if session.aggregation.gathers else errors.StaleStepError
-    return kind(
-        f"session {session.name!r}: gradients of step {base_step}, but the session is at {session.step}: {why}; read "
-        "the parameters and compute again",
-        subject="base_step",
-        expected=str(session.step),
-        got=str(base_step),
-        step=session.step,
-    )
-
-
-def _must_be_at(session: Session, base_step: int) -> None:
-    if base_step < session.step:
-        raise errors.StaleStepError(
-            f"session {session.name!r}: gradients of step {base_step}, but the session is at {session.step}: another "
-            "push was faster; read the parameters and compute again",
-            subject="base_step",
-            expected=str(session.step),
-            got=str(base_step),
-            step=session.step,
-        )
-    if base_step > session.step:
-        raise errors.FutureStepError(
-            f"session {session.name!r}: gradients of step {base_step}, but the session is at {session.step}",
-            subject="base_step",
-            expected=str(session.step),
-            got=str(base_step),
-            step=session.step,
-        )

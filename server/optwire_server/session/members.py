@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from optwire_proto import aggregations, errors, limits, sessions
 from optwire_server.session import pacing, records
@@ -57,14 +57,14 @@ def check_room(session: records.Session, worker: str) -> None:
     if (member is not None and member.is_live) or worker in session.gathered:
         return
     aggregation = session.aggregation
-    there = {name for name, other in session.members.items() if other.is_live} | set(session.gathered)
+    if not aggregation.waits:
+        return  # nobody waits for anybody: who was quiet longest is forgotten
     most = limits.WORKERS_MAX
     if aggregation.mode is _MODE.QUORUM:
         most = aggregation.workers
     elif aggregation.policy is aggregations.Policy.WAIT and aggregation.staleness_max is not None:
         most = min(most, aggregation.staleness_max + 1)
-    elif aggregation.takes_stale or aggregation.mode is _MODE.SINGLE:
-        return  # nobody waits for anybody: who was quiet longest is forgotten
+    there = {name for name, other in session.members.items() if other.is_live} | set(session.gathered)
     if len(there - {worker}) >= most:
         raise errors.LimitError(
             f"session {session.name!r}: {len(there)} workers are there, the most for steps of {aggregation}",
@@ -137,13 +137,13 @@ def after(old: records.Session, aggregation: aggregations.Aggregation) -> Mappin
     return {worker: dataclasses.replace(member, state=_LEFT) for worker, member in old.members.items()}
 
 
-def having(session: records.Session, worker: str, base_step: int) -> records.Session:
-    """The session with a worker that has the parameters of a step, if it is one."""
-    member = session.members.get(worker)
-    if member is None or not member.is_live:
+def having(session: records.Session, workers: Iterable[str], base_step: int) -> records.Session:
+    """The session with those of some workers that are there having the parameters of a step."""
+    there = [worker for worker in workers if worker in session.members and session.members[worker].is_live]
+    if not there:
         return session
-    members = {**session.members, worker: dataclasses.replace(member, base_step=base_step)}
-    return dataclasses.replace(session, members=members)
+    newer = {worker: dataclasses.replace(session.members[worker], base_step=base_step) for worker in there}
+    return dataclasses.replace(session, members={**session.members, **newer})
 
 
 def expired(session: records.Session, now_s: float) -> records.Session:

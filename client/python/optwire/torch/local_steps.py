@@ -20,7 +20,7 @@ class LocalSteps:
     Example:
       >>> from optwire.torch import LocalSteps, tree_of
       >>> session = client.create_session(  # doctest: +SKIP
-      ...     tree_of(model.named_parameters()), opt.torch_sgd(0.7, momentum=0.9, nesterov=True), aggregation="sync(4)"
+      ...     tree_of(model.named_parameters()), opt.nesterov(0.7, 0.9), aggregation="sync(4)"
       ... )
       >>> local = LocalSteps(model.named_parameters(), session, every=50)  # doctest: +SKIP
       >>> for batch in batches:  # doctest: +SKIP
