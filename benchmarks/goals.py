@@ -45,8 +45,9 @@ class Found:
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
     def crew(self, count: int, case: str, over: str) -> str:
-        """A step of so many workers over another's; raises LookupError."""
-        for row in self.by_kind["workers"]["scaling"]["rows"]:
+        """A step of so many workers over another's, on 25 million parameters; raises LookupError."""
+        scaling = self.by_kind["workers"]["scaling"]
+        for row in scaling["rows"] if scaling["model"] == "25M" else ():
             if (row["workers"], row["of"], row["case"]) == (count, count, case) and over in row["over"]:
                 ratio = row["over"][over]
                 return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"

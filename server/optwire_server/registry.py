@@ -113,7 +113,9 @@ class Registry:
         elif how != codecs.RAW:
             kind = functools.partial(decoding.Decoding, how)
             lent = self._landings.land_as(kind, tree, layout, codecs.scratch_bytes(how, tree.leaves))
-        elif claim is not None and claim.in_place:
+        elif claim is not None and _may_lie(live) and live.machine.aggregation.waits:
+            lent = self._landings.land_as(landing.Lying, tree, layout, 0)
+        elif claim is not None and _may_lie(live):
             lent = landing.Landing.filled(claim.grads, tree, layout)
         else:
             lent = self._landings.land(tree, layout)
@@ -182,7 +184,7 @@ class Registry:
             self._engine.served(push.session.held)
             return outcome if isinstance(outcome, Waiting) else answers.encoded(push, outcome)
         segments.check_token(digest, push.landing.payload_bytes)
-        if not push.claim.in_place:
+        if not push.landing.has_come and not isinstance(push.landing, landing.Lying):
             with push.claim.using():
                 push.landing.copy(push.claim.grads)
         outcome = self._engine.work(self._apply_shared(push.claim, push, digest), push.session.held)
@@ -217,24 +219,23 @@ class Registry:
         live = self._table.find(id_=session_id)
         admission.check_alive(live.machine)
         where = live.held.layout
-        # What waits for other workers, or is summed with theirs, is not left where its client can write to it, and what
-        # is written over must not be the client's own. Nor is left there what a program of the client's own reads: it
-        # may take an element for an index, which must not change between the check and the use.
-        inside = (found for _, found in specs.places(live.plan.spec) if isinstance(found, specs.Spec))
-        in_place = self._reads_once(live) and not any(found.name == "exported" for found in inside)
-        return self.segments.make(session_id, worker, where.nbytes, in_place=in_place), where
-
-    @staticmethod
-    def _reads_once(live: LiveSession) -> bool:
-        """Whether gradients are read for their own update, and nothing else is done with them."""
-        aggregation = live.machine.aggregation
-        is_alone = not aggregation.waits and aggregation.mode is not aggregations.Mode.BUFFERED
-        return is_alone and not aggregation.compensation
+        return self.segments.make(session_id, worker, where.nbytes), where
 
     def _apply_shared(self, claim: segments.Claim, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
         """As ``Runner.pushed``, for as long as the segment is this push's."""
+        lent = push.landing
         with claim.using():
-            return (yield from self._runner.pushed(push, digest))
+            if isinstance(lent, landing.Lying):
+                lent.lie(claim.grads, claim.keep(functools.partial(self._move, push.session, lent)))
+            outcome = yield from self._runner.pushed(push, digest)
+            if not isinstance(outcome, Waiting):
+                lent.used()
+            return outcome
+
+    def _move(self, live: LiveSession, lent: landing.Lying) -> None:
+        """Moves a payload that waits away from where it lies, as its client wants the memory back."""
+        with contextlib.suppress(errors.UnavailableError):  # the server ends
+            self._engine.run(lent.move, live.held)
 
     # --------------------------------------------------------------------------------------------------- workers
 
@@ -481,3 +482,15 @@ def check_incarnation(session: machine.Session, incarnation: int) -> None:
     """Raises IncarnationError where a caller knows another incarnation; 0 stands for any."""
     if incarnation:
         admission.check_incarnation(session, incarnation)
+
+
+def _may_lie(live: LiveSession) -> bool:
+    """Whether gradients may be read where their client can write to them; a client that does hurts its own session.
+
+    What is written over must not be the client's own. Nor is left there what a program of the client's own reads: it
+    may take an element for an index, which must not change between the check and the use.
+    """
+    aggregation = live.machine.aggregation
+    is_written = aggregation.mode is aggregations.Mode.BUFFERED or aggregation.compensation
+    inside = (found for _, found in specs.places(live.plan.spec) if isinstance(found, specs.Spec))
+    return not is_written and not any(found.name == "exported" for found in inside)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from optwire_proto import aggregations, codecs, errors, rows, sessions, tensors
-from optwire_server.engine import device, landing, lazy, program
+from optwire_server.engine import device, landing, lazy, mean, program
 from optwire_server.engine import engine as engines
 from optwire_server.engine import rows as sparse
 from optwire_server.live import LiveSession, Params
@@ -82,10 +82,12 @@ def joined(
     return sparse.joined(live.tree, list(map(_sparse, lent)), factors, divisor)
 
 
-def grads(lent: landing.Landing | sparse.Sparse) -> Sequence[tensors.Array]:
+def grads(lent: landing.Landing | mean.Gathered | sparse.Sparse) -> Iterable[tensors.Array]:
     """The gradients of a push, or of several, one array for each leaf that has any."""
     if isinstance(lent, sparse.Sparse):
         return lent.values
+    if isinstance(lent, mean.Gathered):
+        return lent.arrays()
     return _sparse(lent).values if isinstance(lent, sparse.RowLanding) else lent.arrays()
 
 

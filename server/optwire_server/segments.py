@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -52,14 +52,13 @@ class Segments:
         """Bytes of all segments that are handed over, or used still."""
         return self._bytes
 
-    def make(self, session_id: str, worker: str, payload_bytes: int, *, in_place: bool = True) -> Segment:
+    def make(self, session_id: str, worker: str, payload_bytes: int) -> Segment:
         """A new segment for the pushes of one worker; whoever holds it must ``drop`` it.
 
         Args:
           session_id: of the session it is for.
           worker: whose pushes may lie in it.
           payload_bytes: room for gradients, and as much for parameters.
-          in_place: whether gradients are read where they lie; otherwise they are copied first.
 
         Raises:
           LimitError: all segments together would exceed the limit, or the machine has no memory for it.
@@ -68,7 +67,7 @@ class Segments:
         with self._lock:
             self._count(2 * half)
         try:
-            made = Segment(self, session_id, worker, half, in_place=in_place)
+            made = Segment(self, session_id, worker, half)
         except BaseException:
             self.free(2 * half)
             raise
@@ -145,21 +144,20 @@ class Segment:
       worker: whose pushes may lie in it.
       nbytes: its size.
       params_offset: where its second half starts.
-      in_place: whether gradients are read where they lie, and not copied first.
       file: descriptor of the anonymous file, to be handed over and closed; -1 afterwards.
     """
 
-    def __init__(self, owner: Segments, session_id: str, worker: str, half: int, *, in_place: bool) -> None:
+    def __init__(self, owner: Segments, session_id: str, worker: str, half: int) -> None:
         self.slot = 0
         self.session_id = session_id
         self.worker = worker
         self.nbytes = 2 * half
         self.params_offset = half
-        self.in_place = in_place
         self._owner = owner
         self._changed = threading.Condition()
         self._users = 0
         self._era = 0  # claims of an earlier one are of no use any more
+        self._evictions: list[Callable[[], object]] = []
         self.file = -1
         self._memory: np.ndarray | None = None
         try:
@@ -195,6 +193,10 @@ class Segment:
         """Ends all claims: those that have not begun never will, the others are waited for. See ``Segments.quiet``."""
         with self._changed:
             self._era += 1
+            evictions = list(self._evictions)
+        for evict in evictions:
+            evict()
+        with self._changed:
             return self._changed.wait_for(lambda: not self._users, timeout_s)
 
     def release(self) -> None:
@@ -206,6 +208,19 @@ class Segment:
             is_over = dropped and self._users == 0
         if is_over:
             self._owner.free(self.nbytes)
+
+    def keep(self, era: int, evict: Callable[[], object]) -> Callable[[], None]:
+        """Begins the use of a claim until what this returns is called; see ``Claim.keep``."""
+        self.enter(era)
+        with self._changed:
+            self._evictions.append(evict)
+
+        def leave() -> None:
+            with self._changed:
+                self._evictions.remove(evict)
+            self.leave()
+
+        return leave
 
     def enter(self, era: int) -> None:
         """Begins the use of a claim; raises UnavailableError where it is outdated."""
@@ -230,7 +245,6 @@ class Claim:
     Attributes:
       grads: the first half. uint8
       params: the second half. uint8
-      in_place: whether gradients are read where they lie, and not copied first.
     """
 
     def __init__(self, segment: Segment, era: int, grads: np.ndarray, params: np.ndarray) -> None:
@@ -238,7 +252,6 @@ class Claim:
         self._era = era
         self.grads = grads
         self.params = params
-        self.in_place = segment.in_place
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
@@ -252,6 +265,15 @@ class Claim:
             yield
         finally:
             self._segment.leave()
+
+    def keep(self, evict: Callable[[], object]) -> Callable[[], None]:
+        """As ``using``, until what this returns is called once; a client that takes its memory back waits for that.
+
+        Args:
+          evict: called, from another thread, when the client wants the memory back: what is returned is to be called
+            soon.
+        """
+        return self._segment.keep(self._era, evict)
 
 
 def check_token(digest: sessions.Digest, payload_bytes: int) -> None:

@@ -233,8 +233,8 @@ def _out(push: Push | None) -> np.ndarray | departure.Departure | None:
 
 def _gradients(
     engine: engines.Engine, live: LiveSession, apply: effects.Apply, push: Push | None
-) -> device.Work[landing.Landing | rows.Sparse]:
-    """What the update takes: the gradients of a push, or the mean of several, in the place of the first of them."""
+) -> device.Work[landing.Landing | mean.Gathered | rows.Sparse]:
+    """What the update takes: the gradients of a push, or of several, whose mean is taken as it is read."""
     if not apply.workers:
         assert push is not None, "an update of a push that was not made"
         if apply.completes_sum:
@@ -247,10 +247,10 @@ def _gradients(
     if live.machine.aggregation.gathers and apply.options.rows:
         return (yield from row_pushes.joined(live, lent, apply.factors, apply.divisor))
     if live.machine.aggregation.gathers:
-        yield from mean.into_first([each.arrays() for each in lent], apply.factors, apply.divisor)
-    else:
-        waited = live.machine.gathered[apply.workers[0]]
-        yield from compensation.compensate(engine, live, waited.key, lent[0], waited.options)
+        is_one = len(lent) == 1 and not apply.factors and apply.divisor in (0.0, 1.0)
+        return lent[0] if is_one else mean.Gathered(lent, apply.factors, apply.divisor)
+    waited = live.machine.gathered[apply.workers[0]]
+    yield from compensation.compensate(engine, live, waited.key, lent[0], waited.options)
     return lent[0]
 
 
@@ -276,7 +276,7 @@ def _metrics(
 
 
 def _not_finite(
-    live: LiveSession, lent: landing.Landing | rows.Sparse, absent: Sequence[int]
+    live: LiveSession, lent: landing.Landing | mean.Gathered | rows.Sparse, absent: Sequence[int]
 ) -> device.Work[errors.NonFiniteError]:
     """The refusal of a push, with the name of the first leaf at fault; yields between leaves."""
     there = live.tree.without(absent).leaves if absent else live.tree.leaves

@@ -85,6 +85,8 @@ class WaitingRoom:
 
     def _let_go(self, worker: str) -> landing.Landing | None:
         lent = self._kept.pop(worker, None)
+        if lent is not None:
+            lent.used()
         if lent is not None and lent in self._left:
             self._left.discard(lent)
             lent.close()

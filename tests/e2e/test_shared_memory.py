@@ -650,8 +650,10 @@ def test_a_program_of_the_clients_own_never_reads_what_its_client_can_write_to()
         with connected(serving.target) as client:
             session = client.create_session(params, spec)
             assert (session.step(params)["w"] == 0.5).all()
-            claim = serving.server.registry.segments.claim(session._route.sharing._segment.slot, key_of(session))
-            assert not claim.in_place
+            slot = session._route.sharing._segment.slot
+            with serving.server.registry.pushing(key_of(session), slot=slot) as push:
+                assert push.claim is not None
+                assert not np.shares_memory(push.landing.memory, push.claim.grads)
 
 
 def key_of(session: Any) -> sessions.PushKey:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optwire_proto import checks, entries, errors, specs, tensors, trees
-from optwire_server.engine import admission, ahead, build, cache, departure, device, held, landing, program, rows
+from optwire_server.engine import admission, ahead, build, cache, departure, device, held, landing, mean, program, rows
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Engine:
         holding: Held,
         variant: program.Variant,
         operands: program.Operands,
-        lent: landing.Landing | rows.Sparse,
+        lent: landing.Landing | mean.Gathered | rows.Sparse,
         out: np.ndarray | departure.Departure | None = None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, yielding between blocks. In the session's turn only.
@@ -121,7 +121,7 @@ class Engine:
           holding: the session's arrays.
           variant: which of its program's updates to run; prepared.
           operands: what it takes beside gradients.
-          lent: holds the gradients, in the session's layout or by rows; is read until this returns.
+          lent: holds the gradients, in the session's layout, of several pushes, or by rows; is read until this returns.
           out: where the new parameters go, each block as soon as it is there: memory that they are written to in the
             session's layout, shape=(layout.nbytes,), uint8; a departure, which none goes to where the program rejects
             the gradients; None: nowhere.
@@ -139,7 +139,7 @@ class Engine:
         holding: Held,
         variant: program.Variant,
         operands: program.Operands,
-        lent: landing.Landing | rows.Sparse,
+        lent: landing.Landing | mean.Gathered | rows.Sparse,
     ) -> device.Work[Mapping[str, float]]:
         """As ``update``, of those elements only that have gradients, which come by rows; gives notes alone."""
         sparse = rows.given(lent)

@@ -14,7 +14,19 @@ import jax
 import numpy as np
 
 from optwire_proto import limits, tensors
-from optwire_server.engine import cut, departure, device, division, kernel, lazy, reductions, rows, slots, telemetry
+from optwire_server.engine import (
+    cut,
+    departure,
+    device,
+    division,
+    kernel,
+    lazy,
+    mean,
+    reductions,
+    rows,
+    slots,
+    telemetry,
+)
 from optwire_server.engine import program as programs
 from optwire_server.engine.layout import Layout
 
@@ -36,7 +48,7 @@ class _Given(NamedTuple):
 
     operands: list[Any]
     reduced: list[Any]
-    memory: np.ndarray | rows.Sparse
+    memory: np.ndarray | mean.Gathered | rows.Sparse
     gone: frozenset[int]
 
 
@@ -102,7 +114,7 @@ class Held:
         self,
         variant: programs.Variant,
         operands: programs.Operands,
-        memory: np.ndarray | rows.Sparse,
+        memory: np.ndarray | mean.Gathered | rows.Sparse,
         out: np.ndarray | departure.Departure | None,
     ) -> device.Work[tuple[Mapping[str, float], list[np.ndarray]]]:
         """Replaces the state by the next one, block by block, yielding between them.
@@ -110,7 +122,8 @@ class Held:
         Args:
           variant: which of the program's updates to run; prepared.
           operands: what it takes beside gradients.
-          memory: the gradients, in the session's layout, or some rows of them; read until this returns.
+          memory: the gradients, in the session's layout, those of several pushes, or some rows of them; read until this
+            returns.
           out: where new parameters go, each block as soon as it is there: memory that they are written to in the
             session's layout, a departure, which none goes to if the update is refused, or None.
 
@@ -235,6 +248,8 @@ class Held:
             return np.zeros(part.shape, part.dtype)
         if isinstance(given.memory, rows.Sparse):
             return self._sparse_grad(given.memory, job, at)
+        if isinstance(given.memory, mean.Gathered):
+            return self._gathered_grad(given.memory, job, at)
         if part.offset is not None:
             stop = part.offset + part.size * part.dtype.itemsize
             return given.memory[part.offset : stop].view(part.dtype).reshape(part.shape)
@@ -244,6 +259,18 @@ class Held:
             gathered[run.start : run.stop] = given.memory[run.offset : stop].view(part.dtype)
         gathered[job.block.valid :] = 0
         return gathered
+
+    def _gathered_grad(self, pushes: mean.Gathered, job: division.Job, at: int) -> np.ndarray:
+        """A gradient that several pushes make together."""
+        part = job.block.parts[at]
+        is_flat, size = self.program.cut.is_flat, part.size * part.dtype.itemsize
+        gathered = (self._memory(size) if is_flat else _aligned(size)).view(part.dtype)
+        for run in job.block.runs:
+            if run.part == at:
+                pushes.read(run.offset, gathered[run.start : run.stop])
+        if is_flat:
+            gathered[job.block.valid :] = 0
+        return gathered.reshape(part.shape)
 
     def _sparse_grad(self, sparse: rows.Sparse, job: division.Job, at: int) -> np.ndarray:
         """A gradient that is zero where no rows came."""

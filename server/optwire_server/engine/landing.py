@@ -293,6 +293,11 @@ class Landing:
         self._received = self._tree.payload_bytes
 
     @property
+    def has_come(self) -> bool:
+        """Whether all bytes are there."""
+        return self._received == self.payload_bytes
+
+    @property
     def is_open(self) -> bool:
         """Whether its memory is still lent."""
         return self._memory is not None
@@ -310,12 +315,57 @@ class Landing:
             views.append(flat.reshape(leaf.shape))
         return views
 
+    def used(self) -> None:
+        """To be told when nobody will read the payload any more; the memory stays lent."""
+
     def close(self) -> None:
         """Gives the memory back; may be called more than once."""
         memory, self._memory = self._memory, None
         if memory is not None:
             give_back, self._give_back = self._give_back, lambda: None  # which holds the buffer
             give_back()
+
+
+class Lying(Landing):
+    """A payload that is read where it lies, until that memory is wanted back: then it is moved to the landing's own.
+
+    Thread-safe; ``lie`` and ``move`` in the session's turn only.
+    """
+
+    def __init__(self, tree: trees.TreeSpec, layout: Layout, memory: np.ndarray, give_back: Callable[[], None]) -> None:
+        super().__init__(tree, layout, memory, give_back)
+        self._lock = threading.Lock()
+        self._where: np.ndarray | None = None
+        self._leave: Callable[[], object] = lambda: None
+
+    def lie(self, where: np.ndarray, leave: Callable[[], object]) -> None:
+        """Has the payload lie in memory of the same layout; ``leave`` is called once it does no more."""
+        self._where, self._leave = where, leave
+        self._received = self._tree.payload_bytes
+
+    @property
+    def memory(self) -> np.ndarray:
+        where = self._where
+        return super().memory if where is None else where
+
+    def move(self) -> None:
+        """Copies the payload from where it lies, if it still does."""
+        with self._lock:
+            if (where := self._where) is not None:
+                self._where = None
+                self.copy(where)
+                self._leave()
+
+    def used(self) -> None:
+        with self._lock:
+            if self._where is not None:
+                self._where = None
+                self._leave()
+
+    def close(self) -> None:
+        self.used()
+        with self._lock:
+            super().close()
 
 
 # (start, stop) of what is zero in a buffer beside the leaves; None: nothing is known to be.

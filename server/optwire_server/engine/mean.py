@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from optwire_proto import tensors, trees
+from optwire_server.engine import landing
 
 # Elements that are summed at once: small enough that they stay in the cache while each worker's are added.
 _BLOCK = 32_768
@@ -37,16 +38,38 @@ def into_first(
     if len(pushes) == 1 and not factors and divisor == 1.0:
         return
     for done, blocks in enumerate(_blocks(*pushes), 1):
-        first = blocks[0]
-        with np.errstate(all="ignore"):  # what is not finite, the update will see
-            total = first.astype(_wide(first.dtype))
-            if factors:
-                total *= factors[0]
-            for index, block in enumerate(blocks[1:], 1):
-                total += _times(block, factors[index]) if factors else block
-            first[:] = total / divisor
+        _combine(blocks, factors, divisor, blocks[0])
         if done % _BLOCKS_A_TURN == 0:
             yield
+
+
+class Gathered:
+    """Gradients of several pushes, whose sum, divided, is taken where it is read: block by block, into the cache.
+
+    Args:
+      pushes: in the order in which they are added; of the same leaves in the same layout. Nothing is written to them.
+      factors: as those of ``into_first``.
+      divisor: as that of ``into_first``.
+    """
+
+    def __init__(self, pushes: Sequence[landing.Landing], factors: Sequence[float] = (), divisor: float = 0.0) -> None:
+        self._pushes = pushes
+        self._factors = factors
+        self._divisor = divisor or float(len(pushes))
+
+    def read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
+        """Writes the elements that lie in a payload from a byte on to ``out``, as many as it has; flat."""
+        memories = [push.memory[offset : offset + out.nbytes].view(out.dtype) for push in self._pushes]
+        for blocks in _blocks([out], *([memory] for memory in memories)):
+            _combine(blocks[1:], self._factors, self._divisor, blocks[0])
+
+    def arrays(self) -> Iterator[tensors.Array]:
+        """The sum of each leaf, one after the other, in new memory."""
+        for leaf in zip(*(push.arrays() for push in self._pushes), strict=True):
+            out = np.empty(leaf[0].shape, leaf[0].dtype)
+            for blocks in _blocks([out], *([array] for array in leaf)):
+                _combine(blocks[1:], self._factors, self._divisor, blocks[0])
+            yield out
 
 
 class Sum:
@@ -112,6 +135,20 @@ def _blocks(*pushes: Sequence[tensors.Array]) -> Iterator[list[np.ndarray[Any, A
         arrays = [_numbers(array) for array in leaf]
         for start in range(0, arrays[0].size, _BLOCK):
             yield [array[start : start + _BLOCK] for array in arrays]
+
+
+def _combine(
+    blocks: Sequence[np.ndarray[Any, Any]], factors: Sequence[float], divisor: float, out: np.ndarray[Any, Any]
+) -> None:
+    """Writes the sum of blocks, divided, to ``out``, which may be one of them; rounded once to its type."""
+    with np.errstate(all="ignore"):  # what is not finite, the update will see
+        total = blocks[0].astype(_wide(out.dtype))
+        if factors:
+            total *= factors[0]
+        for index, block in enumerate(blocks[1:], 1):
+            total += _times(block, factors[index]) if factors else block
+        total /= divisor
+        out[:] = total
 
 
 def _times(block: np.ndarray[Any, Any], factor: float) -> np.ndarray[Any, Any]:

@@ -271,8 +271,8 @@ class RowLanding(landing.Landing):
         super().close()
 
 
-def given(lent: landing.Landing | Sparse) -> np.ndarray[Any, Any] | Sparse:
-    """What holds gradients: memory in the session's layout, or some rows."""
-    if isinstance(lent, Sparse):
+def given(lent: landing.Landing | mean.Gathered | Sparse) -> np.ndarray[Any, Any] | mean.Gathered | Sparse:
+    """What holds gradients: memory in the session's layout, several of these, or some rows."""
+    if isinstance(lent, Sparse | mean.Gathered):
         return lent
     return lent.sparse if isinstance(lent, RowLanding) else lent.memory
