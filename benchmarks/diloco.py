@@ -66,23 +66,21 @@ class Case:
 CASES = {
     "every step": Case(every=0),
     "DiLoCo": Case(),
-    "DiLoCo, int8": Case(codec="int8"),
+    "DiLoCo int8": Case(codec="int8"),
     "Streaming DiLoCo": Case(fragments=4, delay=5, mixing=0.5),
-    "Streaming DiLoCo, int8": Case(fragments=4, delay=5, mixing=0.5, codec="int8"),
+    "Streaming DiLoCo int8": Case(fragments=4, delay=5, mixing=0.5, codec="int8"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of every worker")
+    parser.add_argument("--steps", type=int, default=3000, metavar="N", help="of every worker")
     parser.add_argument("--before", type=int, default=500, metavar="N", help="steps of one process, before all cases")
-    parser.add_argument("--rate", type=float, default=3e-3, metavar="R", help="the highest learning rate")
-    parser.add_argument("--cases", default=",".join(f"{name}" for name in CASES if "," not in name), metavar="NAMES")
-    parser.add_argument("--all", action="store_true", help="all cases")
+    parser.add_argument("--rate", type=float, default=5e-3, metavar="R", help="the highest learning rate")
+    parser.add_argument("--cases", default=",".join(CASES), metavar="NAMES")
     parser.add_argument("--outer", metavar="SPEC", help="another optimizer of the session, where there are local steps")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also writes the figures to this file")
     options = parser.parse_args()
-    chosen = list(CASES) if options.all or options.json else options.cases.split(",")
     torch.set_num_threads(1)
     figures: dict[str, dict[str, Any]] = {}
     data, alphabet = diloco_worker.text()
@@ -91,7 +89,7 @@ def main() -> None:
     before = evaluated(model, start, data)
     print(f"after {options.before} steps of one process: loss {before:.4f}", flush=True)
     with processes.server() as server:
-        for name in chosen:
+        for name in options.cases.split(","):
             figures[name] = measured(server.target, CASES[name], options, model, start, data)
             show(name, figures)
     if options.json:

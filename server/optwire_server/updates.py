@@ -103,6 +103,9 @@ def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
         if options.rows and variant.closing:
             row_pushes.prepare(live, options, variant)
     if aggregation.gathers:
+        live.plan.program.prepare_means(
+            aggregation.k if aggregation.is_ranked and aggregation.k else aggregation.workers
+        )
         # Others of its step may ask for something else; whoever is second to come here sees both.
         for variant, other in itertools.product(own, live.variants):
             live.prepare(

@@ -577,6 +577,31 @@ def test_a_gathered_push_is_what_was_pushed_whatever_its_client_writes_then(serv
         client.delete_session("gathered")
 
 
+_WAITING = """
+import sys, numpy as np, optwire
+client = optwire.connect(sys.argv[1], transport="shared_memory", timeout=60)
+session = client.attach("killed", worker=1)
+buffers = session.grad_buffers()
+for buffer in buffers.values():
+    buffer[...] = 3.0
+session.step(buffers)
+"""
+
+
+def test_what_a_killed_process_had_pushed_counts_and_its_memory_is_let_go_of(serving: testing.Serving) -> None:
+    with connected(serving.target) as client:
+        first = client.create_session(tree(0), opt.sgd(1.0), name="killed", aggregation="sync(2)", worker=0)
+        process = subprocess.Popen([sys.executable, "-c", _WAITING, serving.target])
+        try:
+            wire.until(lambda: any(worker.has_pushed for worker in first.workers()), "a push waits")
+        finally:
+            process.kill()
+            process.wait(10)
+        out = first.step({name: np.ones(shape, np.float32) for name, shape in SHAPES.items()})
+        assert_same(out, {name: np.asarray(tree(0)[name] - np.float32(2)) for name in SHAPES})
+        client.delete_session("killed")
+
+
 def together(calls: list[Callable[[], Any]]) -> list[Any]:
     results: list[Any] = [None] * len(calls)
 

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from optwire import optimizers as opt
 from optwire_proto import tensors, trees
-from optwire_server.engine import mean
+from optwire_server.engine import engine, mean
 
 RNG = np.random.default_rng(3)
 
@@ -165,3 +166,17 @@ def test_delays_are_compensated_as_the_paper_says(dtype: Any) -> None:
     list(mean.compensate([grad], [(old, new)], 0.3))
     wanted = wide[0] + 0.3 * wide[0] ** 2 * (wide[2] - wide[1])
     np.testing.assert_allclose(grad, wanted, rtol=0, atol=20 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("pushes", [2, 3, 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=str)
+def test_what_is_compiled_for_blocks_has_the_bits_of_numpy(pushes: int, dtype: Any) -> None:
+    running = engine.Engine()
+    tree = trees.flatten({"w": np.zeros(4096, dtype)}).spec
+    program = running.compile(running.check(opt.sgd(0.1)), tree)
+    grads = [(RNG.standard_normal(4096) * 10.0 ** RNG.integers(-3, 4, 4096)).astype(dtype) for _ in range(pushes)]
+    assert program.means.take(grads, pushes) is None
+    program.means.prepare(4096, np.dtype(dtype), pushes)
+    taken = np.asarray(program.means.take(grads, pushes))
+    list(mean.into_first([[each] for each in grads]))
+    assert taken.tobytes() == grads[0].tobytes()

@@ -30,6 +30,7 @@ class _Push:
     Attributes:
       leaves: positions.
       due: the local step after which its new parameters are taken.
+      base_step: of the session, which it is for; None: any.
       grads: its pseudo-gradients in the session's nest; kept, as a push of unknown outcome is made again.
       arguments: of ``Session.step``.
       future: of its parameters; None: it is to be made, or made again.
@@ -37,6 +38,7 @@ class _Push:
 
     leaves: tuple[int, ...]
     due: int
+    base_step: int | None
     grads: Any
     arguments: dict[str, Any]
     future: concurrent.futures.Future[Any] | None = None
@@ -86,34 +88,48 @@ class Exchange:
         self._mixing = _options.finite("mixing", mixing)
         if not 0 <= self._mixing <= 1:
             raise _options.wrong("mixing", "a number from 0 to 1", mixing)
+        self._began = 0  # the local step that `every` is counted from
+        self._pushes = 0
         self._global: list[tensors.Array] = []
         self._under_way: list[_Push] = []
         self.reset()
 
     def reset(self) -> list[tensors.Array]:
-        """Reads the session's newest parameters and goes on from them; what is under way is of no further use.
+        """Reads the session's newest parameters and goes on from them, as from the first local step.
+
+        What is under way ends first, as others may wait for it, and its answers are of no further use.
 
         Returns:
           Copies of all of them, in the tree's order.
         """
-        for push in self._under_way:
-            if push.future is not None:
-                push.future.cancel()
         newest = trees.match(self._tree, self.session.params(), "params")
         self._under_way.clear()
-        self._global = newest
+        self._global, self._began = newest, self.local_steps
         return self.params()
 
     def params(self) -> list[tensors.Array]:
         """Copies of the session's parameters as they were last received, in the tree's order."""
         return [array.copy() for array in self._global]
 
-    def fragment_after(self, step: int) -> tuple[int, ...]:
-        """Positions of the leaves that are pushed after a local step, counted from 1; none after most."""
-        for index, leaves in enumerate(self._fragments):
-            if step % self._every == (index + 1) * self._every // len(self._fragments) % self._every:
-                return leaves
-        return ()
+    def _is_due(self, step: int) -> bool:
+        """Whether a fragment is pushed after a local step."""
+        at, count = step - self._began, len(self._fragments)
+        return any(at % self._every == (index + 1) * self._every // count % self._every for index in range(count))
+
+    def _next(self) -> tuple[int | None, tuple[int, ...]]:
+        """The step of the session that the next push is for, None if any will do, and the leaves that it brings.
+
+        Those who make a step together must bring the same leaves, however many local steps each of them has made. So
+        the step says which, and there must be no doubt of what step a push is for.
+        """
+        if not self.session._gathers:
+            return None, self._fragments[self._pushes % len(self._fragments)]
+        base = self.session.step_count
+        if self._under_way:
+            last = self._under_way[-1].base_step
+            assert last is not None, "every push of such a session is for one step"
+            base = last + 1
+        return base, self._fragments[base % len(self._fragments)]
 
     def advance(self, read: Read, **arguments: Any) -> Received:
         """One local step was made: pushes what is to be pushed after it, and takes what has come.
@@ -128,8 +144,10 @@ class Exchange:
           What changes of one's own parameters, by position: arrays that nobody else has.
         """
         step = self.local_steps + 1
-        if (leaves := self.fragment_after(step)) and not any(push.leaves == leaves for push in self._under_way):
-            self._under_way.append(self._pushed(leaves, step + self._delay, read(leaves), arguments))
+        due = step + self._delay
+        if self._is_due(step) and not any(push.due == due for push in self._under_way):
+            self._under_way.append(self._pushed(due, read, arguments))
+            self._pushes += 1
         received: Received = {}
         try:
             for push in [push for push in self._under_way if push.due <= step]:
@@ -137,38 +155,47 @@ class Exchange:
         except (errors.StaleStepError, errors.DivergentRetryError) as exc:
             # Of a step that was made without us, or of a push that counts already: either way the newest are ahead.
             newest = self.reset()
+            self._began = step
             self.late_count += isinstance(exc, errors.StaleStepError)
             received = dict(enumerate(newest))
         self.local_steps = step
         return received
 
-    def _pushed(
-        self, leaves: tuple[int, ...], due: int, own: Sequence[tensors.Array], arguments: dict[str, Any]
-    ) -> _Push:
+    def _pushed(self, due: int, read: Read, arguments: dict[str, Any]) -> _Push:
+        base_step, leaves = self._next()
         values: list[tensors.Array | None] = [None] * len(self._tree.leaves)
-        for index, array in zip(leaves, own, strict=True):
+        for index, array in zip(leaves, read(leaves), strict=True):
             values[index] = _difference(self._global[index], array, self._tree.leaves[index].dtype)
-        push = _Push(leaves, due, trees.unflatten(self._tree, values, self.session._types), arguments)
+        push = _Push(leaves, due, base_step, trees.unflatten(self._tree, values, self.session._types), arguments)
         # Behind a push of unknown outcome, which has to be made again first, it waits until it is due.
         if self._delay and not any(_has_failed(earlier) for earlier in self._under_way):
-            push.future = self.session.step_async(push.grads, reply="present", **arguments)
+            push.future = self.session.step_async(push.grads, base_step, reply="present", **arguments)
         return push
 
     def _take(self, push: _Push, read: Read, received: Received) -> None:
         """Waits for a push, and mixes what comes of it with one's own parameters."""
-        future, push.future = push.future, None  # where it fails, it is made again, and not asked again
-        if future is None:
-            answer = self.session.step(push.grads, reply="present", **push.arguments)
-        else:
-            answer = future.result()
-        arrays = trees.leaf_values(self._tree, answer)
-        assert arrays is not None, "a reply has the session's structure"
         own = read(push.leaves) if self._mixing else [None] * len(push.leaves)
+        arrays = trees.leaf_values(self._tree, self._answer(push))
+        assert arrays is not None, "a reply has the session's structure"
         for index, mine in zip(push.leaves, own, strict=True):
             dtype = self._tree.leaves[index].dtype
             self._global[index] = tensors.wire_array(arrays[index], self._tree.leaves[index].name)[1]
             received[index] = _mixed(mine, self._global[index], self._mixing, dtype)
         self._under_way.remove(push)
+
+    def _answer(self, push: _Push) -> Any:
+        """What comes of a push, which is made if it is not under way. One that has failed is made again next time."""
+        if push.future is not None:
+            try:
+                return push.future.result()
+            except (concurrent.futures.CancelledError, errors.DivergentRetryError, errors.FutureStepError):
+                pass  # its turn came behind one of unknown outcome, in whose place it was taken for: it has no part
+            except BaseException:
+                if _has_failed(push):  # else it is the wait that was interrupted
+                    push.future = None
+                raise
+            push.future = None
+        return self.session.step(push.grads, push.base_step, reply="present", **push.arguments)
 
 
 class LocalSteps:
@@ -291,11 +318,14 @@ def _divided(tree: trees.TreeSpec, fragments: int | Sequence[str], every: int) -
       SpecError: patterns that mean no leaf, or leave one out.
     """
     names = [leaf.name for leaf in tree.leaves]
-    if isinstance(fragments, Sequence) and not isinstance(fragments, str):
-        of: Sequence[int] = patterns.groups(tuple(fragments), names, "fragments")
-        count = len(fragments)
+    given = fragments if isinstance(fragments, Sequence) and not isinstance(fragments, str) else None
+    count = len(given) if given is not None else _options.whole("fragments", fragments)
+    if not 1 <= count <= min(every, len(names)):
+        expected = f"from 1 to {min(every, len(names))}: no more than leaves, nor than local steps between two pushes"
+        raise _options.wrong("fragments", expected, fragments)
+    if given is not None:
+        of: Sequence[int] = patterns.groups(tuple(given), names, "fragments")
     else:
-        count = _options.whole("fragments", fragments)
         total = sum(leaf.nbytes for leaf in tree.leaves) or 1
         ends = itertools.accumulate(leaf.nbytes for leaf in tree.leaves)
         # By the middle of a leaf, so that one that lies across a border goes to where most of it is.
@@ -303,12 +333,8 @@ def _divided(tree: trees.TreeSpec, fragments: int | Sequence[str], every: int) -
             min(int((end - leaf.nbytes / 2) * count / total), count - 1)
             for end, leaf in zip(ends, tree.leaves, strict=True)
         ]
-    found = tuple(tuple(index for index, part in enumerate(of) if part == each) for each in range(count))
-    found = tuple(part for part in found if part)  # of a large leaf, a part may be all of its neighbours'
-    if not 1 <= count <= min(every, len(names)):
-        expected = f"from 1 to {min(every, len(names))}: no more than leaves, nor than local steps between two pushes"
-        raise _options.wrong("fragments", expected, fragments)
-    return found
+    found = (tuple(index for index, part in enumerate(of) if part == each) for each in range(count))
+    return tuple(part for part in found if part)  # of a large leaf, a part may be all of its neighbours'
 
 
 def _difference(start: tensors.Array, own: tensors.Array, dtype: str) -> tensors.Array:

@@ -63,6 +63,7 @@ class Session:
         self._state_bytes = info.state_bytes
         self._tree = tree
         self._types = types
+        self._gathers = info.aggregation.gathers  # whether a step is made of pushes that were computed on it
         self._worker = worker
         self._seq = seq  # of this worker's last push known to be applied
         self._step = info.step  # of the parameters last received

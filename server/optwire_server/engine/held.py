@@ -241,7 +241,7 @@ class Held:
         arguments = call.arguments(given.operands, given.reduced, job.block.valid, grad, common, own)
         return self.program.run(call, arguments)
 
-    def _grad(self, given: _Given, job: division.Job, at: int) -> np.ndarray:
+    def _grad(self, given: _Given, job: division.Job, at: int) -> Any:
         """A gradient, or parameters at first: a view where they lie in memory as the block has them."""
         part = job.block.parts[at]
         if job.is_gone or (given.gone and self.program.is_tree and at in given.gone):
@@ -260,9 +260,13 @@ class Held:
         gathered[job.block.valid :] = 0
         return gathered
 
-    def _gathered_grad(self, pushes: mean.Gathered, job: division.Job, at: int) -> np.ndarray:
+    def _gathered_grad(self, pushes: mean.Gathered, job: division.Job, at: int) -> Any:
         """A gradient that several pushes make together."""
         part = job.block.parts[at]
+        if part.offset is not None and (blocks := pushes.plain(part.offset, part.size, part.dtype)):
+            taken = self.program.means.take(blocks, pushes.divisor)
+            if taken is not None:
+                return taken.reshape(part.shape) if len(part.shape) != 1 else taken
         is_flat, size = self.program.cut.is_flat, part.size * part.dtype.itemsize
         gathered = (self._memory(size) if is_flat else _aligned(size)).view(part.dtype)
         for run in job.block.runs:

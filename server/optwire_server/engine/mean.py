@@ -57,9 +57,20 @@ class Gathered:
         self._factors = factors
         self._divisor = divisor or float(len(pushes))
 
+    @property
+    def divisor(self) -> float:
+        """What the sum is divided by."""
+        return self._divisor
+
+    def plain(self, offset: int, size: int, dtype: np.dtype[Any]) -> list[np.ndarray[Any, Any]]:
+        """The elements of each push that lie in its payload from a byte on, flat; none where they have factors."""
+        if self._factors:
+            return []
+        return [push.memory[offset : offset + size * dtype.itemsize].view(dtype) for push in self._pushes]
+
     def read(self, offset: int, out: np.ndarray[Any, Any]) -> None:
         """Writes the elements that lie in a payload from a byte on to ``out``, as many as it has; flat."""
-        memories = [push.memory[offset : offset + out.nbytes].view(out.dtype) for push in self._pushes]
+        memories = (push.memory[offset : offset + out.nbytes].view(out.dtype) for push in self._pushes)
         for blocks in _blocks([out], *([memory] for memory in memories)):
             _combine(blocks[1:], self._factors, self._divisor, blocks[0])
 

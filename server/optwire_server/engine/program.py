@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from optwire_proto import checks, errors, patterns, specs, trees
-from optwire_server.engine import build, cut, executables, kernel, movers, rates, recipe, slots
+from optwire_server.engine import build, cut, executables, kernel, means, movers, rates, recipe, slots
 from optwire_server.engine.granularity import Granularity
 from optwire_server.engine.kernel import LEAF, Call, Kernel
 from optwire_server.engine.layout import Layout
@@ -100,6 +100,7 @@ class Program:
         self._lock = threading.Lock()
         self._named = slots.Known()
         self._ready: set[Variant] = set()
+        self._meant: set[int] = set()
         self._state_bytes_max = state_bytes_max
         self.cut, self._kernels = self._fitting(finest)
         if not self.is_tree:  # which may start from random numbers, and has as many small arrays as leaves
@@ -169,6 +170,19 @@ class Program:
         with self.precision():
             made = call.run(*arguments)
             return made
+
+    @functools.cached_property
+    def means(self) -> means.Means:
+        """What takes the mean of several pushes, block by block."""
+        return means.Means(self._recipe)
+
+    def prepare_means(self, pushes: int) -> None:
+        """Compiles the mean of so many pushes' flat blocks, unless it is; on the calling thread."""
+        if self.cut.is_flat and pushes not in self._meant:
+            for span in self.cut.spans:
+                for part in {block.parts[0] for block in span.blocks}:
+                    self.means.prepare(part.size, part.dtype, pushes)
+            self._meant.add(pushes)
 
     @functools.cached_property
     def movers(self) -> movers.Movers:
