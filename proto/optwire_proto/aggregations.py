@@ -109,6 +109,15 @@ class Aggregation:
     def __post_init__(self) -> None:
         if self.lease_s == 0 and self.mode is not Mode.SINGLE:
             object.__setattr__(self, "lease_s", LEASE_S)
+        for name, modes in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not _DEFAULTS[name] and self.mode not in modes:
+                raise errors.InvalidArgumentError(
+                    f"aggregation.{name}: {value}, expected {_DEFAULTS[name]} in mode {self.mode}",
+                    subject=f"aggregation.{name}",
+                    expected=str(_DEFAULTS[name]),
+                    got=str(value),
+                )
         for name, (least, most) in self._bounds().items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
@@ -117,15 +126,6 @@ class Aggregation:
                     f"aggregation.{name}: {value}, expected {expected} in mode {self.mode}",
                     subject=f"aggregation.{name}",
                     expected=expected,
-                    got=str(value),
-                )
-        for name, modes in _CHOICES.items():
-            value = getattr(self, name)
-            if value is not _DEFAULTS[name] and self.mode not in modes:
-                raise errors.InvalidArgumentError(
-                    f"aggregation.{name}: {value}, expected {_DEFAULTS[name]} in mode {self.mode}",
-                    subject=f"aggregation.{name}",
-                    expected=str(_DEFAULTS[name]),
                     got=str(value),
                 )
 
@@ -138,8 +138,7 @@ class Aggregation:
         else:
             found["k"] = (1, most) if mode is Mode.BUFFERED else (0, 0)
         if mode is Mode.BOUNDED_STALENESS or self.staleness_max is not None:
-            stale = mode in (Mode.BOUNDED_STALENESS, Mode.BUFFERED)
-            found["staleness_max"] = (0, limits.STEP_MAX) if stale else (math.inf, math.inf)
+            found["staleness_max"] = (0, limits.STEP_MAX)
         found["deadline_s"] = (0, limits.LEASE_S_MAX) if mode is Mode.QUORUM else (0, 0)
         found["lease_s"] = (0, 0) if mode is Mode.SINGLE else (limits.LEASE_S_MIN, math.inf)
         found["compensation"] = (0, 1e6) if mode in (Mode.ASYNC, Mode.BOUNDED_STALENESS) else (0, 0)
@@ -202,6 +201,7 @@ _DEFAULTS: Final[Mapping[str, Any]] = {
 }
 # Modes in which a choice may be another one than its default.
 _CHOICES: Final[Mapping[str, frozenset[Mode]]] = {
+    "staleness_max": frozenset({Mode.BOUNDED_STALENESS, Mode.BUFFERED}),
     "policy": frozenset({Mode.BOUNDED_STALENESS}),
     "damping": frozenset({Mode.ASYNC, Mode.BOUNDED_STALENESS, Mode.BUFFERED}),
     "combine": frozenset(Mode) - {Mode.SINGLE},

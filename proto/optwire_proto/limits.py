@@ -46,8 +46,6 @@ TURNS_MAX = 64
 WORKERS_MAX = 1024
 # Of those that a step waits for, so many are named to a worker that is heard of.
 AWAITED_MAX = 64
-# Of those that a step waits for, so many are told.
-AWAITED_MAX = 64
 # Seconds that a worker's lease may last, unless it lasts for ever, and a step may wait for more pushes.
 LEASE_S_MIN = 0.1
 LEASE_S_MAX = 86_400.0
@@ -57,6 +55,9 @@ SPEC_TEXT_BYTES_MAX = 4 * KIB
 SPEC_NUMBER_MAX = 3.4028234663852886e38
 # Smaller ones are 0 where the update divides by them.
 GRAD_SCALE_MIN = 1.1754943508222875e-38
+# What a push counts among others: products with gradients, and sums of a thousand, stay far from where 32 bits end.
+WEIGHT_MIN = 1e-12
+WEIGHT_MAX = 1e12
 SPEC_DEPTH_MAX = 16
 # On the wire a chain counts twice, as a spec and as a list; a guard against bombs, the rule is the one above.
 SPEC_WIRE_DEPTH_MAX = 40

@@ -12,6 +12,9 @@ from optwire_server.live import LiveSession
 
 _log = logging.getLogger("optwire.clock")
 
+# After how many seconds what was due is tried again, where it was not done.
+_AGAIN_S = 1.0
+
 
 class Clock:
     """Calls ``tick`` for sessions whose time has come, each call on a thread of its own. Thread-safe.
@@ -70,3 +73,4 @@ class Clock:
             pass  # the server is shutting down
         except Exception:  # noqa: BLE001  nobody else would hear of it
             _log.exception("session %s: what was due was not done", live.machine.name)
+            self.watch(live, time.monotonic() + _AGAIN_S)

@@ -104,4 +104,5 @@ def take_over(
         step=old.machine.step,
         skipped=_skipped(old, new.plan.program),
         members=members.after(old.machine, new.machine.aggregation),
+        forgotten_epoch=old.machine.forgotten_epoch,
     )

@@ -12,9 +12,33 @@ from optwire_proto import aggregations, codecs, sessions, specs, trees
 from optwire_server import plans as planning
 from optwire_server import replicas, segments, waiting
 from optwire_server.engine import departure, engine, landing, mean, program
-from optwire_server.session import effects, machine
+from optwire_server.session import effects, events, machine
 
 Params = list[np.ndarray[Any, Any]]
+
+
+class Heard:
+    """Which workers were heard of, for the next event of their session. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: dict[str, events.Beat] = {}  # by worker
+
+    def note(self, beat: events.Beat) -> None:
+        """A worker that the session knows was heard of."""
+        with self._lock:
+            self._last[beat.worker] = beat
+
+    def seen(self) -> list[events.Beat]:
+        """What was noted, in the order in which it came."""
+        with self._lock:
+            return list(self._last.values())
+
+    def take(self) -> list[events.Beat]:
+        """As ``seen``, and nothing is noted any more."""
+        with self._lock:
+            beats, self._last = list(self._last.values()), {}
+        return beats
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -27,7 +51,8 @@ class LiveSession:
     to the parameters, kept until the next one for a retry of a push that asked for it. In ``room`` are the pushes that
     wait for those of other workers, and in ``brought`` what they change of the hyperparameters. ``replica`` is there
     where replies carry differences, ``total`` where pushes are summed as they come; in ``given`` is, for each worker, a
-    step and its parameters, those it was given last, where delays are compensated.
+    step and its parameters, those it was given last, where delays are compensated. ``heard`` is of workers that were
+    heard of since the last event.
     """
 
     machine: machine.Session
@@ -48,6 +73,7 @@ class LiveSession:
     brought: dict[str, PushedChange | None] = dataclasses.field(default_factory=dict)
     total: mean.Sum | None = None
     given: dict[str, tuple[int, np.ndarray[Any, Any]]] = dataclasses.field(default_factory=dict)
+    heard: Heard = dataclasses.field(default_factory=Heard)
 
     @property
     def plan(self) -> planning.Plan:
@@ -126,7 +152,7 @@ class LiveSession:
     def held_bytes(self) -> int:
         """As ``state_bytes``, and padding of blocks, memory to encode replies with, and what is kept beside."""
         kept = self.tree.payload_bytes if self.added else 0
-        given = sum(memory.nbytes for _, memory in self.given.values())
+        given = len(self.given) * self.held.layout.nbytes  # its items are for the session's turn
         is_summed = self.machine.aggregation.mode is aggregations.Mode.BUFFERED
         total = mean.sum_bytes(self.tree) if is_summed else 0
         return self.held.held_bytes + replicas.held_bytes(self.params_codec, self.tree) + kept + given + total

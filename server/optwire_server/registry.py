@@ -180,14 +180,16 @@ class Registry:
         """
         if push.claim is None:
             push.landing.finish(digest)
-            outcome = self._engine.work(self._runner.pushed(push, digest), push.session.held)
+            outcome = self._engine.work(self._runner.pushed(push, digest, time.monotonic()), push.session.held)
             self._engine.served(push.session.held)
             return outcome if isinstance(outcome, Waiting) else answers.encoded(push, outcome)
         segments.check_token(digest, push.landing.payload_bytes)
         if not push.landing.has_come and not isinstance(push.landing, landing.Lying):
             with push.claim.using():
                 push.landing.copy(push.claim.grads)
-        outcome = self._engine.work(self._apply_shared(push.claim, push, digest), push.session.held)
+        outcome = self._engine.work(
+            self._apply_shared(push.claim, push, digest, time.monotonic()), push.session.held
+        )
         self._engine.served(push.session.held)
         return outcome
 
@@ -221,13 +223,15 @@ class Registry:
         where = live.held.layout
         return self.segments.make(session_id, worker, where.nbytes), where
 
-    def _apply_shared(self, claim: segments.Claim, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
+    def _apply_shared(
+        self, claim: segments.Claim, push: Push, digest: sessions.Digest, now_s: float
+    ) -> device.Work[Reply | Waiting]:
         """As ``Runner.pushed``, for as long as the segment is this push's."""
         lent = push.landing
         with claim.using():
             if isinstance(lent, landing.Lying):
                 lent.lie(claim.grads, claim.keep(functools.partial(self._move, push.session, lent)))
-            outcome = yield from self._runner.pushed(push, digest)
+            outcome = yield from self._runner.pushed(push, digest, now_s)
             if not isinstance(outcome, Waiting):
                 lent.used()
             return outcome
@@ -265,9 +269,10 @@ class Registry:
         sessions.check_id(worker, "worker")
         sessions.check_id(join_key, "join_key")
         live = self._table.find(id_=id_, name=name)
+        event = events.Joined(worker, join_key, time.monotonic())
 
         def joined() -> device.Work[tuple[sessions.SessionInfo, int, int, float]]:
-            yield from self._runner.told(live, events.Joined(worker, join_key, time.monotonic()))
+            yield from self._runner.told(live, event)
             epoch = live.machine.members[worker].epoch
             return live.info(), live.worker_seq(worker), epoch, live.machine.aggregation.lease_s or math.inf
 
@@ -276,20 +281,25 @@ class Registry:
     def beat(self, session_id: str, worker: str, epoch: int) -> tuple[int, int, tuple[str, ...]]:
         """Renews a worker's lease; gives the session's step and incarnation, and the first workers it waits for.
 
+        Waits for nobody's turn, unless the worker was lost: what is due is done when time has passed, or with the next
+        event.
+
         Raises:
           SessionNotFoundError, SessionFailedError: the session is no more.
           ReplacedError: another process has joined as this worker, or it has left.
           LimitError: it was lost, and no more workers may be there.
         """
         sessions.check_id(worker, "worker")
-        live = self._table.find(id_=session_id)
-
-        def beaten() -> device.Work[tuple[int, int, tuple[str, ...]]]:
-            yield from self._runner.told(live, events.Beat(worker, epoch, time.monotonic()))
+        live, beat = self._table.find(id_=session_id), events.Beat(worker, epoch, time.monotonic())
+        now = live.machine
+        admission.check_alive(now)
+        members.heard(now, worker, epoch, beat.now_s)
+        if now.members[worker].is_live:
+            live.heard.note(beat)
+        else:
+            self._engine.work(self._runner.told(live, beat), live.held)
             now = live.machine
-            return now.step, now.incarnation, members.awaited(now)[: limits.AWAITED_MAX]
-
-        return self._engine.work(beaten(), live.held)
+        return now.step, now.incarnation, members.awaited(now)[: limits.AWAITED_MAX]
 
     def leave(self, session_id: str, worker: str, epoch: int) -> None:
         """Lets a worker go, that nobody waits for any more; what it has pushed still counts.
@@ -300,15 +310,16 @@ class Registry:
         """
         sessions.check_id(worker, "worker")
         live = self._table.find(id_=session_id)
-
-        def left() -> device.Work[None]:
-            yield from self._runner.told(live, events.Left(worker, epoch, time.monotonic()))
-
-        self._engine.work(left(), live.held)
+        self._engine.work(self._runner.told(live, events.Left(worker, epoch, time.monotonic())), live.held)
 
     def workers(self, *, id_: str = "", name: str = "") -> tuple[sessions.WorkerInfo, ...]:
         """The workers that a session knows, in the order of their ids; of ranks, also those never heard of."""
-        return members.infos(self._table.find(id_=id_, name=name).machine, time.monotonic())
+        live = self._table.find(id_=id_, name=name)
+        now = live.machine
+        for beat in live.heard.seen():
+            with contextlib.suppress(errors.OptwireError):
+                now = members.heard(now, beat.worker, beat.epoch, beat.now_s)
+        return members.infos(now, time.monotonic())
 
     # ------------------------------------------------------------------------------------------------ other verbs
 
@@ -319,6 +330,7 @@ class Registry:
         id_: str = "",
         name: str = "",
         worker: str = "",
+        epoch: int = 0,
         which: str = "",
         wanted: rows.Wanted = (),
     ) -> Iterator[Read]:
@@ -331,6 +343,7 @@ class Registry:
         admission.check_alive(live.machine)
         live.prepare_view(which)
         selected = row_pushes.selected(live, wanted)
+        event = events.Read(worker, epoch, time.monotonic())
 
         def look() -> device.Work[Read]:
             admission.check_alive(live.machine)
@@ -345,8 +358,8 @@ class Registry:
             else:
                 params = yield from self._engine.read(live.held, which, selected)
             read = Read(live.info(), live.worker_seq(worker), params)
-            if worker and not which and selected is None:
-                yield from self._runner.read(live, worker)
+            if worker:
+                yield from self._runner.read(live, event, is_all=not which and selected is None)
             return read
 
         size = live.tree.payload_bytes if selected is None else row_pushes.nbytes(live, selected)

@@ -5,6 +5,7 @@ Everything here is done in the session's turn: one event at a time, with all tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ class _Outcome:
     """What became of the push just made, if there is one."""
 
     answer: Reply | Waiting | None = None
-    failure: errors.OptwireError | None = None
+    failure: Exception | None = None
     is_written: bool = False  # whether its update has given its parameters away
 
 
@@ -44,15 +45,20 @@ class Runner:
         """Takes no notice of time any more."""
         self._clock.close()
 
-    def pushed(self, push: Push, digest: sessions.Digest) -> device.Work[Reply | Waiting]:
-        """Applies a push, keeps it until its step is made, or answers it from state; yields between blocks."""
+    def pushed(self, push: Push, digest: sessions.Digest, now_s: float) -> device.Work[Reply | Waiting]:
+        """Applies a push, keeps it until its step is made, or answers it from state; yields between blocks.
+
+        ``now_s`` is the time at which it began to wait for its turn, as it is in all events.
+        """
         live = push.session
-        event = events.Pushed(push.key, digest, push.options, time.monotonic())
-        after, todo = machine.advance(live.machine, event)
+        yield from self._hear(live)
+        after, todo = machine.advance(live.machine, events.Pushed(push.key, digest, push.options, now_s))
         for effect in todo:
-            if isinstance(effect, effects.Apply) and updates.is_of(effect, push):
-                # A push that is refused here was never made: others were changed, or have grown, while it was coming.
-                updates.check_ready(live, effect, push)
+            # A push that is refused here was never made.
+            if isinstance(effect, effects.Add) or (isinstance(effect, effects.Apply) and effect.completes_sum):
+                yield from updates.check_finite(live, push)
+            if isinstance(effect, effects.Apply) and updates.is_of(after, push):
+                updates.check_ready(live, effect, push)  # others were changed, or have grown, while it was coming
                 self.check_growth(live, effect.options)
         live.machine = after
         outcome = yield from self._done(live, todo, push)
@@ -63,12 +69,26 @@ class Runner:
 
     def told(self, live: LiveSession, event: events.Event) -> device.Work[None]:
         """Tells a session of what is no push; raises what the machine does, and nothing has changed then."""
+        yield from self._hear(live)
         yield from self._done(live, self._advance(live, event))
 
-    def read(self, live: LiveSession, worker: str) -> device.Work[None]:
-        """Tells a session that a worker is given its parameters."""
-        yield from compensation.keep(self._engine, live, worker)
-        yield from self.told(live, events.Read(worker))
+    def _hear(self, live: LiveSession) -> device.Work[None]:
+        """Tells a session of the workers that were heard of meanwhile; those that were replaced since are no matter."""
+        for beat in live.heard.take():
+            with contextlib.suppress(errors.OptwireError):
+                yield from self._done(live, self._advance(live, beat))
+
+    def read(self, live: LiveSession, read: events.Read, *, is_all: bool) -> device.Work[None]:
+        """Tells a session that a worker is given its parameters, all of them or some.
+
+        Raises:
+          LimitError: no memory to keep them in, where they are kept for the worker.
+        """
+        member = live.machine.members.get(read.worker)
+        if is_all and member is not None and member.epoch == read.epoch:
+            self.check_growth(live, sessions.PLAIN, read.worker)
+            yield from compensation.keep(self._engine, live, read.worker)
+        yield from self.told(live, read)
 
     def check_growth(self, live: LiveSession, options: sessions.PushOptions, worker: str = "") -> None:
         """Raises LimitError where there is no memory for what a session holds after a push beyond what it holds now."""
@@ -81,25 +101,35 @@ class Runner:
     ) -> device.Work[_Outcome]:
         """Does what must follow, and what follows from that."""
         outcome = _Outcome()
-        while todo:
-            effect, *todo = todo
-            match effect:
-                case effects.Apply():
-                    mine = push if push and updates.is_of(effect, push) else None
-                    outcome.is_written |= mine is not None
-                    todo += self._advance(live, (yield from self._update(live, effect, mine)))
-                case effects.Answer():
-                    yield from answers.tell(self._engine, live, effect)
-                    if isinstance(effect.outcome, effects.Reply):
-                        content = live.machine.workers[effect.worker].options.reply
-                        yield from compensation.keep(self._engine, live, effect.worker, content)
-                case effects.Free():
-                    live.held.state, live.total = None, None
-                case _:
-                    assert push is not None, f"{type(effect).__name__} without a push"
-                    todo += yield from self._answered(push, effect, outcome)
-        self._clock.watch(live, machine.next_deadline(live.machine))
+        try:
+            while todo:
+                effect, *todo = todo
+                todo += yield from self._one(live, effect, push, outcome)
+        finally:
+            self._clock.watch(live, machine.next_deadline(live.machine))
         return outcome
+
+    def _one(
+        self, live: LiveSession, effect: effects.Effect, push: Push | None, outcome: _Outcome
+    ) -> device.Work[Sequence[effects.Effect]]:
+        """Does one thing that must follow; gives what follows from it."""
+        match effect:
+            case effects.Apply():
+                mine = push if push and updates.is_of(live.machine, push) else None
+                outcome.is_written |= mine is not None
+                return self._advance(live, (yield from self._update(live, effect, mine)))
+            case effects.Answer():
+                yield from answers.tell(self._engine, live, effect)
+                if isinstance(effect.outcome, effects.Reply):
+                    content = live.machine.workers[effect.worker].options.reply
+                    yield from compensation.keep(self._engine, live, effect.worker, content)
+            case effects.Free():
+                live.held.state = live.total = live.added = None
+                live.given.clear()
+            case _:
+                assert push is not None, f"{type(effect).__name__} without a push"
+                return (yield from self._answered(push, effect, outcome))
+        return ()
 
     def _answered(self, push: Push, effect: effects.Effect, outcome: _Outcome) -> device.Work[Sequence[effects.Effect]]:
         """Does what bears on the push just made; gives what follows from it."""
@@ -113,10 +143,13 @@ class Runner:
             case effects.Reply():
                 has_departed = push.departure is not None and push.departure.has_begun
                 is_written = has_departed or (push.claim is not None and outcome.is_written)
-                outcome.answer = yield from answers.reply(
-                    self._engine, live, push.options, effect, push.landing, push.claim, is_written=is_written
-                )
-                yield from compensation.keep(self._engine, live, push.key.worker, push.options.reply)
+                try:
+                    outcome.answer = yield from answers.reply(
+                        self._engine, live, push.options, effect, push.landing, push.claim, is_written=is_written
+                    )
+                    yield from compensation.keep(self._engine, live, push.key.worker, push.options.reply)
+                except Exception as exc:  # noqa: BLE001  this call's own; what else is to be done, must be
+                    outcome.failure = exc
             case effects.Fail():
                 outcome.failure = effect.error
         return ()
@@ -135,7 +168,5 @@ class Runner:
         return todo
 
     def _tick(self, live: LiveSession) -> None:
-        def now() -> device.Work[None]:
-            yield from self.told(live, events.Ticked(time.monotonic()))
-
-        self._engine.work(now(), live.held)
+        # The time before the turn: what comes before it in the queue, is before it in time.
+        self._engine.work(self.told(live, events.Ticked(time.monotonic())), live.held)

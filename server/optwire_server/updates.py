@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from optwire_proto import aggregations, errors, sessions
+from optwire_proto import aggregations, errors, limits, sessions
 from optwire_server import compensation, plans, row_pushes
 from optwire_server.engine import departure, device, landing, mean, program, rows
 from optwire_server.engine import engine as engines
 from optwire_server.live import LiveSession, Push
-from optwire_server.session import effects, events
+from optwire_server.session import effects, events, machine
 
 _log = logging.getLogger("optwire.updates")
 
@@ -30,6 +30,14 @@ def check_options(live: LiveSession, options: sessions.PushOptions) -> None:
             subject="reply",
             expected="params or none",
             got="updates",
+        )
+    if live.machine.aggregation.compensation and options.reply is sessions.ReplyContent.PRESENT:
+        raise errors.UnsupportedError(
+            f"session {live.machine.name!r}: reply 'present', but its steps are of {live.machine.aggregation}: delays "
+            "are compensated from all parameters that a worker was given; ask for params",
+            subject="reply",
+            expected="params",
+            got="present",
         )
     if options.codec not in (None, live.grads_codec.kind):
         raise errors.UnsupportedError(
@@ -85,9 +93,12 @@ def _check_extras(live: LiveSession, options: sessions.PushOptions) -> None:
 
 
 def kept_bytes(live: LiveSession, options: sessions.PushOptions) -> int:
-    """Bytes of memory that a session takes more for what its update adds, which is kept for a retry of the push."""
+    """Bytes of memory that a session takes more for what its update adds, which is kept for a retry of the push.
+
+    Where the update may turn out to be none, also beside what the last one added: that is asked for then.
+    """
     is_kept = options.reply is sessions.ReplyContent.UPDATES
-    return live.tree.payload_bytes if is_kept and live.added is None else 0
+    return live.tree.payload_bytes if is_kept and (live.added is None or live.plan.program.rejects) else 0
 
 
 def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
@@ -97,7 +108,8 @@ def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
     own = [_variant(options, closing=closes) for closes in closing]
     is_multiplied = aggregation.combine is aggregations.Combine.SUM and options.weight != 1.0
     if aggregation.damping is not aggregations.Damping.NONE or is_multiplied:
-        own += [variant._replace(scaled=True) for variant in own]
+        # What the gradients are multiplied by may make up for the scale.
+        own = [variant._replace(scaled=scaled) for variant in own for scaled in (True, False)]
     for variant in own:
         live.prepare(variant)
         if options.rows and variant.closing:
@@ -115,16 +127,31 @@ def prepare(live: LiveSession, options: sessions.PushOptions) -> None:
             )
 
 
-def is_of(apply: effects.Apply, push: Push) -> bool:
-    """Whether an update is of the push just made, with others or alone; else it is of pushes that waited."""
-    return not apply.workers or push.key.worker in apply.workers
+def is_of(session: machine.Session, push: Push) -> bool:
+    """Whether the update that a session is at is of the push just made, with others or alone; else of some that waited.
+
+    One that waited, too, may be of this worker, and another one.
+    """
+    return session.pending is not None and session.pending.key == push.key
 
 
 def check_ready(live: LiveSession, apply: effects.Apply, push: Push | None) -> None:
-    """Raises UnavailableError where an update cannot be run, though its pushes were fit; in the session's turn.
+    """Raises where an update cannot be run, though its pushes were fit; in the session's turn.
 
-    Plans change while pushes are on their way, or wait; the push made again compiles what is missing.
+    Raises:
+      UnavailableError: plans have changed while pushes were on their way, or waited; the push made again compiles what
+        is missing.
+      InvalidArgumentError: what the gradients are divided by, less what they are multiplied by, is no such number.
     """
+    scale = apply.options.grad_scale
+    if not limits.GRAD_SCALE_MIN <= scale <= limits.SPEC_NUMBER_MAX:
+        raise errors.InvalidArgumentError(
+            f"session {live.machine.name!r}: grad_scale {scale:g} once weight and damping are part of it, expected "
+            f"{limits.GRAD_SCALE_MIN:g} to {limits.SPEC_NUMBER_MAX:g}",
+            subject="grad_scale",
+            expected=f"{limits.GRAD_SCALE_MIN:g} to {limits.SPEC_NUMBER_MAX:g}",
+            got=f"{scale:g}",
+        )
     plan = plans.at(_changed(live, apply, push)[0], apply.index)
     if not plan.program.has(_variant(apply.options, closing=_closes(plan, live, apply))):
         raise errors.UnavailableError(
@@ -183,11 +210,12 @@ def run(
       apply: says what the update is of.
       push: the one just made, if it is one of those; whose parameters leave while it is under way.
     """
-    live.added = None
     after, change = _changed(live, apply, push)
     plan = plans.at(after, apply.index)
     try:
         lent = yield from _gradients(engine, live, apply, push)
+        if not plan.program.rejects:
+            live.added = None  # there will be an update; else what the last one added may be asked for again
         rate = plan.learning_rate(apply.index, live.machine.skipped)
         live.held.program = plan.program
         operands = _operands(plan, apply, len(live.tree.leaves))
@@ -224,6 +252,12 @@ def add(live: LiveSession, push: Push, effect: effects.Add) -> device.Work[event
         _log.exception("session %s: gradients were not added", live.machine.name)
         return events.UpdateFailed(str(exc), state_lost=False)
     return events.Added(rate)
+
+
+def check_finite(live: LiveSession, push: Push) -> device.Work[None]:
+    """Raises NonFiniteError where gradients are to be added that the update would refuse, with all in the sum."""
+    if live.plan.program.rejects and (error := (yield from _fault(live, push.landing, push.options.absent))):
+        raise error
 
 
 def _out(push: Push | None) -> np.ndarray | departure.Departure | None:
@@ -282,6 +316,21 @@ def _not_finite(
     live: LiveSession, lent: landing.Landing | mean.Gathered | rows.Sparse, absent: Sequence[int]
 ) -> device.Work[errors.NonFiniteError]:
     """The refusal of a push, with the name of the first leaf at fault; yields between leaves."""
+    if error := (yield from _fault(live, lent, absent)):
+        return error
+    return errors.NonFiniteError(
+        "grads: finite, but the update would make the state infinite; nothing was applied",
+        subject="grads",
+        expected="gradients whose update is finite",
+        got="an update that overflows",
+        step=live.machine.step,
+    )
+
+
+def _fault(
+    live: LiveSession, lent: landing.Landing | mean.Gathered | rows.Sparse, absent: Sequence[int]
+) -> device.Work[errors.NonFiniteError | None]:
+    """What is wrong with gradients that are not finite, with the name of the first leaf; yields between leaves."""
     there = live.tree.without(absent).leaves if absent else live.tree.leaves
     for leaf, grad in zip(there, row_pushes.grads(lent), strict=True):
         bad = grad.size - np.count_nonzero(np.isfinite(np.asarray(grad, np.float64 if leaf.dtype == "f64" else None)))
@@ -295,10 +344,4 @@ def _not_finite(
                 step=live.machine.step,
             )
         yield
-    return errors.NonFiniteError(
-        "grads: finite, but the update would make the state infinite; nothing was applied",
-        subject="grads",
-        expected="gradients whose update is finite",
-        got="an update that overflows",
-        step=live.machine.step,
-    )
+    return None

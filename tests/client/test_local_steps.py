@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
+import signal
+import threading
 from typing import Any
 
 import jax
@@ -168,14 +171,17 @@ def test_fragments_leave_the_other_leaves_as_they_are(client: optwire.Client) ->
 
 @pytest.mark.parametrize(
     ("count", "parts"),
-    [(1, ["abcd"]), (2, ["a", "bcd"]), (3, ["a", "bc", "d"]), (4, ["a", "b", "d"])],
+    [(1, ["abcd"]), (2, ["abc", "d"]), (3, ["a", "bc", "d"]), (4, ["a", "bc", "d"])],
 )
 def test_leaves_are_divided_by_their_bytes(client: optwire.Client, count: int, parts: list[str]) -> None:
     session = client.create_session(params(), opt.per_leaf(opt.sgd(1.0)))
     local = optwire.LocalSteps(session, every=12, fragments=count)
-    pushed = [local._exchange.fragment_after(step) for step in range(1, 13)]
-    assert sorted(index for leaves in pushed for index in leaves) == [0, 1, 2, 3]
-    assert len([leaves for leaves in pushed if leaves]) == len(parts)
+    own, pushed = local.params(), []
+    for _ in range(12):
+        after = local.step(own)
+        pushed.append("".join(name for name in SHAPES if after[name] is not own[name]))
+        own = after
+    assert [part for part in pushed if part] == parts
 
 
 def test_a_push_that_comes_too_late_is_dropped_and_the_newest_parameters_are_taken(client: optwire.Client) -> None:
@@ -232,6 +238,118 @@ def test_a_push_of_unknown_outcome_counts_once_however_often_it_is_made(server: 
         assert all(np.allclose(after[name], array) for name, array in wanted.items())
 
 
+def together(*steps: Any) -> list[Any]:
+    """What several workers' steps return, made at the same time."""
+    with concurrent.futures.ThreadPoolExecutor(len(steps)) as threads:
+        return [done.result() for done in [threads.submit(step) for step in steps]]
+
+
+def test_a_worker_that_comes_back_pushes_the_fragment_that_the_others_push(client: optwire.Client) -> None:
+    first = client.create_session(params(), opt.per_leaf(opt.sgd(1.0)), aggregation="sync(2)", worker=0)
+    gone = client.attach(first.name, worker=1)
+    stays, goes = (optwire.LocalSteps(session, every=3, fragments=["a", "[bc]", "d"]) for session in (first, gone))
+    own, other = together(lambda: stays.step(stays.params()), lambda: goes.step(goes.params()))
+    gone.close()
+    own = stays.step(own)  # alone
+    back = optwire.LocalSteps(client.attach(first.name, worker=1), every=3, fragments=["a", "[bc]", "d"])
+    other = back.params()
+    for part in ("d", "a", "bc", "d"):
+        moved = inner(own, 0, 0)
+        own, after = together(lambda moved=moved: stays.step(moved), lambda other=other: back.step(other))
+        assert "".join(name for name in SHAPES if own[name] is not moved[name]) == part
+        assert "".join(name for name in SHAPES if after[name] is not other[name]) == part
+        other = after
+    assert first.step_count == 6
+    assert (stays.late_count, back.late_count) == (0, 0)
+
+
+def test_a_straggler_goes_on_with_the_fragment_of_the_newest_step(client: optwire.Client) -> None:
+    first = client.create_session(params(), opt.per_leaf(opt.sgd(1.0)), aggregation="k_of_n(2, 3)", worker=0)
+    handles = [first, client.attach(first.name, worker=1), client.attach(first.name, worker=2)]
+    locals_ = [optwire.LocalSteps(session, every=2, fragments=["[ab]", "*"]) for session in handles]
+    own = [local.params() for local in locals_]
+    for _ in range(3):
+        own[:2] = together(*(lambda rank=rank: locals_[rank].step(own[rank]) for rank in range(2)))
+    own[2] = locals_[2].step(own[2])
+    assert (locals_[2].late_count, handles[2].step_count) == (1, 3)
+    own[0], own[2] = together(*(lambda rank=rank: locals_[rank].step(own[rank]) for rank in (0, 2)))
+    assert (locals_[2].late_count, first.step_count, handles[2].step_count) == (1, 4, 4)
+
+
+def test_an_interrupted_wait_counts_a_push_once(client: optwire.Client) -> None:
+    first = client.create_session(params(), opt.sgd(1.0), aggregation="sync(2)", worker=0)
+    second = client.attach(first.name, worker=1)
+    local = optwire.LocalSteps(first, every=2, delay=1)
+    own = local.step(local.step({name: array - np.float32(1) for name, array in local.params().items()}))
+    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        local.step(own)
+    interrupt.join()
+    second.step({name: np.ones_like(array) for name, array in params().items()})
+    own = local.step(own)  # a second push would wait for ever
+    assert (local.local_steps, second.info().step) == (3, 1)
+    assert np.allclose(own["a"], params()["a"] - 1)
+
+
+def test_what_is_wrong_with_the_parameters_is_said_before_a_push_is_waited_for(client: optwire.Client) -> None:
+    session = client.create_session(params(), opt.sgd(1.0))
+    local = optwire.LocalSteps(session, every=2, delay=1, mixing=0.5)
+    own = local.step(local.step({name: array - np.float32(1) for name, array in local.params().items()}))
+    with pytest.raises(optwire.TreeMismatchError):
+        local.step({name: array.astype(np.float64) for name, array in own.items()})
+    local.step(own)
+    assert np.allclose(session.params()["a"], params()["a"] - 1)
+    assert (local.local_steps, session.step_count) == (3, 1)
+
+
+@pytest.mark.parametrize("codec", ["f32", "int8"])
+@pytest.mark.parametrize("aggregation", ["async", "sync(1)"])
+def test_a_fragment_behind_one_of_unknown_outcome_is_not_lost(
+    server: Any, relay: Any, aggregation: str, codec: str
+) -> None:
+    with optwire.connect(relay.target, timeout=0.6, transport="stream") as client:
+        session = client.create_session(
+            params(), opt.per_leaf(opt.sgd(1.0)), aggregation=aggregation, worker=0, grads_codec=codec
+        )
+        local = optwire.LocalSteps(session, every=4, fragments=["[ab]", "*"], delay=3)
+        own = local.step(local.params())
+        own = {name: array - np.float32(1) for name, array in own.items()}
+        relay.hold_replies()
+        for _ in range(3):  # pushes the first after the second step, and the other one behind it after the fourth
+            own = local.step(own)
+        with pytest.raises((optwire.DeadlineError, optwire.UnavailableError)):
+            local.step(own)
+        relay.cut()
+        for _ in range(3):
+            own = local.step(own)
+    assert (local.late_count, local.local_steps) == (0, 7)
+    with optwire.connect(server.target) as client:
+        newest = client.attach(session.name)
+        assert newest.step_count == 2
+        for name, array in newest.params().items():
+            np.testing.assert_allclose(array, params()[name] - 1, atol=0.02, err_msg=name)
+
+
+def test_a_reset_that_fails_changes_nothing(server: Any, relay: Any) -> None:
+    with optwire.connect(relay.target, timeout=0.6, transport="stream") as client:
+        session = client.create_session(params(), opt.per_leaf(opt.sgd(1.0)))
+        local = optwire.LocalSteps(session, every=4, fragments=2, delay=3)
+        relay.hold_replies()
+        own = {name: array - np.float32(1) for name, array in local.params().items()}
+        for _ in range(4):
+            own = local.step(own)
+        with pytest.raises((optwire.DeadlineError, optwire.UnavailableError)):
+            local.reset()
+        relay.cut()
+        for _ in range(4):
+            try:
+                own = local.step(own)
+            except (optwire.DeadlineError, optwire.UnavailableError):  # of the push; made again then
+                own = local.step(own)
+    assert (local.late_count, local.local_steps) == (0, 8)
+
+
 def test_reset_goes_on_from_the_newest_parameters(client: optwire.Client) -> None:
     session = client.create_session(params(), opt.sgd(1.0))
     local = optwire.LocalSteps(session, every=3, delay=2)
@@ -240,7 +358,7 @@ def test_reset_goes_on_from_the_newest_parameters(client: optwire.Client) -> Non
     client.attach(session.name).load_state({"params/a": np.full(40, 5, np.float32)})
     own = local.reset()
     assert (own["a"] == 5).all()
-    for _ in range(4):
+    for _ in range(5):  # a push after three of them, and two later what came of it
         own = local.step(own)
     assert np.allclose(own["a"], 5)
     assert session.step_count == 2
@@ -288,6 +406,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more fragments than steps": ({"every": 2, "fragments": 3}, "fragments: 3, expected from 1 to 2"),
     "patterns for more than the steps": ({"every": 1, "fragments": ["a", "*"]}, "fragments"),
     "patterns that leave one out": ({"every": 9, "fragments": ["a", "b"]}, "fragments"),
+    "far more fragments than leaves": ({"every": 10**12, "fragments": 10**12}, "fragments: 1000000000000, expected"),
     "no patterns": ({"every": 9, "fragments": []}, "fragments"),
 }
 
@@ -306,24 +425,25 @@ def test_fragments_of_an_optimizer_that_needs_all_leaves_are_refused_by_name(cli
         local.step(local.params())
 
 
-def test_int8_with_error_feedback_arrives_where_whole_numbers_do(server: testing.Serving) -> None:
-    """Both ways encoded, in fragments: what is left behind comes with the next push."""
+@pytest.mark.parametrize("codec", ["int8", "top_k(0.1)"])
+def test_codecs_with_error_feedback_arrive_where_whole_numbers_do(server: testing.Serving, codec: str) -> None:
+    """In fragments: what is left behind comes with the next push. Of ten values top_k sends one."""
 
     def trained(codec: str) -> Params:
         with optwire.connect(server.target) as client:
-            shapes = {"a": np.zeros(3000, np.float32), "b": np.zeros((40, 50), np.float32)}
+            shapes = {"a": np.zeros(300, np.float32), "b": np.zeros((10, 20), np.float32)}
             session = client.create_session(
-                shapes, opt.per_leaf(opt.sgd(1.0)), grads_codec=codec, params_codec=codec, aggregation="async"
+                shapes, opt.per_leaf(opt.sgd(1.0)), grads_codec=codec, params_codec="int8", aggregation="async"
             )
-            local = optwire.LocalSteps(session, every=4, fragments=2)
+            local = optwire.LocalSteps(session, every=2, fragments=2)
             goal = {name: np.random.default_rng(3).standard_normal(array.shape) for name, array in shapes.items()}
             own = local.params()
-            for _ in range(60):
-                own = {name: np.float32(array - 0.2 * (array - goal[name])) for name, array in own.items()}
+            for _ in range(400):
+                own = {name: np.float32(array - 0.05 * (array - goal[name])) for name, array in own.items()}
                 own = local.step(own)
             return {name: session.params()[name] - goal[name] for name in shapes}
 
-    whole, encoded = trained("f32"), trained("int8")
+    whole, encoded = trained("f32"), trained(codec)
     for name in whole:
-        assert float(np.abs(whole[name]).max()) < 1e-4
-        assert float(np.abs(encoded[name]).max()) < 2e-3
+        assert float(np.abs(whole[name]).max()) < 1e-5
+        assert float(np.abs(encoded[name]).max()) < 1e-4

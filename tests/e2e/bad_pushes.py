@@ -87,7 +87,10 @@ PUSHES = [
     *wrong_key(
         "no incarnation", "FAILED_PRECONDITION", "WRONG_INCARNATION", "incarnation 0, expected 1", incarnation=0
     ),
-    *wrong_key("a worker epoch", "UNIMPLEMENTED", "NOT_SERVED", "key.worker_epoch: 1 is not served", worker_epoch=1),
+    *wrong_key("a worker epoch that nobody was given", "FAILED_PRECONDITION", "REPLACED", "of epoch 1", worker_epoch=1),
+    *wrong_option("a weight that is not a number", "push.weight: nan, expected", weight=math.nan),
+    *wrong_option("a negative weight", "push.weight: -1.0, expected", weight=-1.0),
+    *wrong_option("an infinite weight", "push.weight: inf, expected", weight=math.inf),
     *wrong_option("an unknown hyperparameter", "'b3' is none of this session's", hyperparams=[argument("b3", 0.5)]),
     *wrong_option("a hyperparameter twice", "a name twice", hyperparams=[argument("b1", 0.5)] * 2),
     *wrong_option("a hyperparameter that is text", "expected a finite number", hyperparams=[argument("b1", "0.5")]),

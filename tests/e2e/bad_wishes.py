@@ -39,12 +39,11 @@ def not_created(name: str, fragment: str, **changes: Any) -> Any:
 
 RATE = pb.Argument(name="learning_rate", value=pb.Value(number=0.1))
 
+_CHOICES: dict[Any, Any] = {"wait": 2, "sqrt": 2, "sum": 2}  # as the message has them
+
 LATER = [
     *not_served("another codec than the session's", "codec bf16, expected f32", codec=tensor_pb.CODEC_BF16),
     *not_served("an unknown codec", "push.codec: 99", codec=99),
-    *not_served("a weight", "push.weight: 2.0", weight=2.0),
-    *not_served("a weight that is not a number", "push.weight: nan", weight=NAN),
-    *not_served("a negative weight", "push.weight: -1.0", weight=-1.0),
     refused(
         "a slot of shared memory that nobody was given",
         INVALID,
@@ -59,11 +58,39 @@ LATER = [
     ),
     *(
         not_created(f"aggregation mode {mode}", f"aggregation.mode: {mode}", aggregation=pb.Aggregation(mode=mode))
-        for mode in (*range(3, 9), 99)
+        for mode in (8, 99)
     ),
     *(
-        not_created(f"aggregation with {field}", f"aggregation.{field}: 1", aggregation=pb.Aggregation(**{field: 1}))
-        for field in ("workers", "k", "staleness_steps_max", "deadline_s")
+        refused(
+            f"aggregation mode {mode} with nothing that it needs",
+            INVALID,
+            "INVALID_ARGUMENT",
+            f"aggregation.{field}: {got}, expected",
+            lambda b, mode=mode: b.create(aggregation=pb.Aggregation(mode=mode)),
+        )
+        for mode, field, got in ((2, "workers", 0), (3, "workers", 0), (5, "staleness_max", None), (6, "k", 0))
+    ),
+    *(
+        refused(
+            f"aggregation with {field}",
+            INVALID,
+            "INVALID_ARGUMENT",
+            f"aggregation.{field.replace('_steps_', '_')}: {value}",
+            lambda b, field=field, value=value: b.create(
+                aggregation=pb.Aggregation(**{field: _CHOICES.get(value, value)})
+            ),
+        )
+        for field, value in (
+            ("workers", 1),
+            ("k", 1),
+            ("staleness_steps_max", 1),
+            ("deadline_s", 1.0),
+            ("policy", "wait"),
+            ("damping", "sqrt"),
+            ("combine", "sum"),
+            ("lease_s", 1.0),
+            ("compensation", 0.5),
+        )
     ),
     not_created("an unknown codec of gradients", "grads_codec: 7", grads_codec=7),
     not_created("an unknown codec of parameters", "params_codec: 99", params_codec=99),

@@ -177,3 +177,11 @@ def peer(server: testing.Serving) -> Iterator[wire.Peer]:
     peer = wire.Peer(server.target)
     yield peer
     peer.close()
+
+
+def test_where_delays_are_compensated_everything_must_come_back(client: optwire.Client) -> None:
+    session = client.create_session(tree(0), SPEC, aggregation="async(compensation=0.5)")
+    local = optwire.LocalSteps(session, every=2, fragments=2)
+    with pytest.raises(optwire.UnsupportedError, match="reply 'present', but its steps are of async"):
+        local.step(local.params())
+    assert session.info().step == 0

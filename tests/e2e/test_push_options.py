@@ -176,6 +176,17 @@ def test_a_retry_hears_the_same_updates_until_another_push(client: optwire.Clien
     client.delete_session("updates-again")
 
 
+def test_a_retry_hears_the_same_updates_after_a_push_that_was_refused(client: optwire.Client, peer: wire.Peer) -> None:
+    session = peer.create(PARAMS, opt.on_nonfinite(opt.sgd(0.1), "reject"), "updates-kept")
+    begin = wire.push(session, 1, 0, reply=pb.REPLY_CONTENT_UPDATES)
+    first = peer.step(begin, wire.payload_of(grads(0)))
+    other = client.attach("updates-kept")
+    with pytest.raises(optwire.NonFiniteError):
+        other.step({name: array * np.float32(np.nan) for name, array in grads(1).items()})
+    assert peer.step(begin, wire.payload_of(grads(0))).payload == first.payload
+    client.delete_session("updates-kept")
+
+
 def test_updates_that_nobody_asked_for_were_never_kept(client: optwire.Client, peer: wire.Peer) -> None:
     session = peer.create(PARAMS, opt.sgd(0.1), "never-kept")
     peer.step(wire.push(session, 1, 0), wire.payload_of(grads(0)))

@@ -216,7 +216,10 @@ def test_steps_by_rows_whole_steps_and_hyperparameters_may_alternate(plain: optw
     for step in range(6):
         sparse, whole = batch(step)
         options: dict[str, Any] = {"hyperparams": {"learning_rate": 0.1 / (step + 1)}, "grad_scale": 2.0**step}
-        by_rows.step(sparse if step % 2 else whole, rows="exact", **options)
+        if step % 2:
+            by_rows.step(sparse, rows="exact", **options)
+        else:
+            by_rows.step(whole, **options)
         dense.step(whole, **options)
     np.testing.assert_array_equal(by_rows.params()["table"], dense.params()["table"])
 
@@ -387,6 +390,55 @@ def test_two_calls_that_wait_with_one_push_both_get_its_rows(
     assert answers[0].payload == table[[4, 9]].tobytes()
     assert second.payload == table[[9, 11]].tobytes()
     np.testing.assert_array_equal(table[[4, 9, 11]], params()["table"][[4, 9, 11]] - np.float32([[0.5], [1], [0.5]]))
+
+
+def test_telemetry_of_an_exact_update_is_of_its_gradients(plain: optwire.Client) -> None:
+    rows, rng = 1 << 18, np.random.default_rng(0)
+    session = plain.create_session({"table": np.zeros((rows, 5), np.float32)}, opt.sgd(1.0))
+    for _ in range(20):
+        indices = np.sort(rng.choice(rows, 5000, replace=False))
+        grad = rng.standard_normal((5000, 5)).astype(np.float32)
+        session.step({"table": Rows(indices, grad)}, rows="exact", telemetry=True, reply="none")
+        assert session.last_ack is not None
+        assert session.last_ack.metrics["grad_norm"] == pytest.approx(np.linalg.norm(grad.astype(np.float64)), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
+def test_indices_and_rows_may_be_strided(plain: optwire.Client, dtype: Any) -> None:
+    session = plain.create_session({"table": np.zeros((ROWS, WIDTH), np.float32)}, opt.sgd(1.0))
+    indices, rows = np.arange(20, dtype=dtype)[::2], np.ones((10, 2 * WIDTH), np.float32)[:, ::2]
+    session.step({"table": Rows(indices, rows)})
+    assert np.flatnonzero(session.params()["table"][:, 0]).tolist() == indices.tolist()
+    assert (session.rows({"table": indices})["table"] == -1).all()
+
+
+def test_late_rows_that_are_too_many_to_ask_for_are_picked_from_all(plain: optwire.Client) -> None:
+    rows = 1_300_000
+    session = plain.create_session({"table": np.ones(rows, np.float32), "bias": np.zeros(3, np.float32)}, opt.sgd(1.0))
+    whole = {"table": np.arange(rows, dtype=np.float32), "bias": np.ones(3, np.float32)}
+    plain.attach(session.name).step(whole, reply="none")
+    indices = np.arange(1, rows, dtype=np.int32)
+    got = session.step({"table": Rows(indices, whole["table"][1:]), "bias": whole["bias"]}, late="params")
+    assert (session.late_count, session.step_count) == (1, 1)
+    np.testing.assert_array_equal(got["table"].rows, 1 - whole["table"][1:])
+    np.testing.assert_array_equal(got["bias"], -whole["bias"])
+
+
+def test_exact_without_any_rows_is_refused(plain: optwire.Client) -> None:
+    session = plain.create_session(params(), opt.sgd(0.1))
+    with pytest.raises(optwire.InvalidArgumentError, match=r"rows: 'exact', expected optwire\.Rows among"):
+        session.step(batch(0)[1], rows="exact")
+
+
+@pytest.mark.parametrize("where", ["indices", "rows", "read"])
+def test_lists_of_several_lengths_are_refused_by_name(plain: optwire.Client, where: str) -> None:
+    session = plain.create_session({"table": np.zeros((ROWS, 2), np.float32)}, opt.sgd(0.1))
+    ragged = [[0], [1, 2]]
+    with pytest.raises(optwire.InvalidArgumentError, match=r"\['table'\]\.(indices|rows): "):
+        if where == "read":
+            session.rows({"table": ragged})
+        else:
+            session.step({"table": Rows(ragged, [[1.0]]) if where == "indices" else Rows([0, 1], ragged)})
 
 
 def test_workers_of_one_step_agree_on_what_comes_by_rows(plain: optwire.Client) -> None:

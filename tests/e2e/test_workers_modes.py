@@ -15,7 +15,7 @@ from tests.e2e import wire
 
 import optwire
 from optwire import optimizers as opt
-from optwire_proto import errors
+from optwire_proto import errors, sessions
 from optwire_server import testing
 from optwire_server.engine import landing, mean
 
@@ -111,6 +111,22 @@ def test_a_weight_counts_where_pushes_are_summed(client: optwire.Client) -> None
     assert Run(client, "async", 1).step(0, 3.0, weight=2.0) == -3.0
 
 
+def test_what_gradients_are_multiplied_by_may_make_up_for_their_scale(client: optwire.Client) -> None:
+    run = Run(client, "async(combine=sum)", 1)
+    assert run.step(0, 3.0, weight=2.0, grad_scale=2.0, telemetry=True) == -3.0
+    damped = Run(client, "async(damping=inverse)", 2)
+    damped.step(0, 1.0)
+    assert damped.step(1, 3.0, grad_scale=0.5, telemetry=True) == -1.0 - 3.0, "halved, as it is late"
+
+
+def test_a_scale_that_is_none_once_the_weight_is_part_of_it_is_refused(client: optwire.Client) -> None:
+    run = Run(client, "async(combine=sum)", 1)
+    for scale, weight in ((2e-38, 1e12), (3e38, 1e-12)):
+        with pytest.raises(optwire.InvalidArgumentError, match="grad_scale .* once weight and damping are part of it"):
+            run.step(0, 1.0, grad_scale=scale, weight=weight)
+    assert run.step(0, 1.0) == -1.0
+
+
 def test_what_exceeds_the_bound_is_refused_and_the_worker_goes_on_once_it_has_read(client: optwire.Client) -> None:
     run = Run(client, "bounded_staleness(1)", 2)
     run.step(0, 1.0)
@@ -146,12 +162,13 @@ def test_a_worker_that_reads_or_leaves_lets_the_fast_ones_go_on(
 ) -> None:
     run = Run(client, "bounded_staleness(1, policy=wait)", 2)
     run.step(0, 1.0)
-    for let_go in (run.workers[1].params, run.workers[1].close):
+    slow = run.workers[1]
+    for let_go in (slow.params, lambda: slow.rows({"w": [0]}), slow.close):
         fast = pool.submit(run.step, 0, 1.0)
         waits(serving, run, 1)
         let_go()
         fast.result(10)
-    assert run.read(0) == -3.0
+    assert run.read(0) == -4.0
 
 
 def test_delays_are_compensated_with_the_parameters_that_the_worker_had(client: optwire.Client) -> None:
@@ -175,6 +192,19 @@ def test_what_a_worker_did_not_get_cannot_be_compensated(client: optwire.Client)
     assert (run.read(1), run.step(1, 1.0)) == (-1.0, -2.0)
     with pytest.raises(optwire.UnsupportedError, match=r"params\['w'\]: element type bf16, expected f32 or f64"):
         client.create_session({"w": np.zeros(3, BF16)}, opt.sgd(1.0), aggregation="async(compensation=0.5)")
+
+
+def test_what_another_process_reads_changes_nothing_for_a_worker(
+    serving: testing.Serving, client: optwire.Client
+) -> None:
+    run = Run(client, "async(compensation=0.5)", 2)
+    run.workers[1].params()
+    run.step(0, 2.0)
+    registry, worker = serving.server.registry, sessions.worker_id(1)
+    for epoch in (0, 2):
+        with registry.reading(name=run.name, worker=worker, epoch=epoch):
+            pass
+    assert run.step(1, 4.0) == -2.0 - (4.0 + 0.5 * 4.0 * 4.0 * -2.0)
 
 
 # ------------------------------------------------------------------------------------------ several pushes are a step
@@ -208,6 +238,17 @@ def test_buffered_gradients_of_sixteen_bits_are_summed_in_thirty_two(client: opt
     for value in values:
         params = session.step({"w": np.full(3, value, BF16)})["w"]
     assert params.tolist() == [float(BF16(-sum(values)))] * 3 != [-1.0] * 3
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["first", "between", "last"])
+def test_what_is_not_finite_is_kept_out_of_a_sum(client: optwire.Client, at: int) -> None:
+    run = Run(client, "buffered(3)", 2, spec=opt.on_nonfinite(opt.sgd(1.0)))
+    for push in range(3):
+        if push == at:
+            with pytest.raises(optwire.NonFiniteError, match=r"grads\['w'\]: 5 of 5 elements are not finite"):
+                run.step(1, float("nan"))
+        value = run.step(0, 1.0 + push)
+    assert value == -2.0, "what was answered counts"
 
 
 def test_a_sum_is_refused_where_its_pushes_do_not_agree(client: optwire.Client) -> None:
@@ -303,9 +344,18 @@ def test_a_sum_and_what_workers_were_given_count_as_held(serving: testing.Servin
         given.read(rank)
         given.step(rank, 1.0)
     assert live.held_bytes - held[2] == 2 * live.held.layout.nbytes
+    live.given = Unseen(live.given)
+    assert live.held_bytes - held[2] == 2 * live.held.layout.nbytes, "others ask while it changes"
     given.workers[0].close()
     given.step(1, 1.0)
     assert live.held_bytes - held[2] == live.held.layout.nbytes, "who has left needs none"
+
+
+class Unseen(dict[str, Any]):
+    """A dict as those see it out of turn: gone over, it may change under their eyes."""
+
+    def values(self) -> Any:
+        raise RuntimeError("dictionary changed size during iteration")
 
 
 def test_memory_for_what_workers_are_given_is_asked_for_before_anything_is_applied() -> None:
@@ -315,8 +365,27 @@ def test_memory_for_what_workers_are_given_is_asked_for_before_anything_is_appli
         contextlib.ExitStack() as stack,
     ):
         run = Run(client, "async(compensation=1)", 1, size=4096)
+        live = serving.server.registry._table.find(name=run.name)
         run.step(0, 1.0)
-        stack.enter_context(pytest.raises(errors.LimitError, match="state_bytes_max"))
-        for rank in range(1, 9):
-            client.attach(run.name, worker=rank).step(filled(1.0, 4096))
-    assert run.workers[0].step_count == 1
+        applied = 1
+        with pytest.raises(errors.LimitError, match="state_bytes_max"):
+            for rank in range(1, 20):
+                stack.enter_context(client.attach(run.name, worker=rank)).step(filled(1.0, 4096))
+                applied += 1
+        assert live.machine.step == applied > 1
+
+
+def test_memory_for_what_workers_read_is_asked_for() -> None:
+    with (
+        wire.served(state_bytes_max=300_000) as serving,
+        optwire.connect(serving.target) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        run = Run(client, "async(compensation=1)", 0, size=4096)
+        live = serving.server.registry._table.find(name=run.name)
+        stranger = stack.enter_context(client.attach(run.name))
+        with pytest.raises(errors.LimitError, match="state_bytes_max"):
+            for rank in range(20):
+                stack.enter_context(client.attach(run.name, worker=rank)).params()
+        assert live.held_bytes <= 300_000
+        stranger.params()

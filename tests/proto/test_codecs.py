@@ -398,11 +398,25 @@ def test_a_leaf_beyond_32_bits_of_positions_is_refused():
         codecs.TopK(0.01).encoded(trees.LeafSpec("w", (2**32 + 1,), "f32"))
 
 
+def _at_every(stride: int, here: float, elsewhere: float, size: int) -> np.ndarray:
+    large = np.where(np.arange(size) % stride == 0, here, elsewhere)
+    return (large * np.random.default_rng(5).uniform(1, 2, size)).astype(np.float32)
+
+
+# A sample of every 31st value, as top_k takes it of so many, says little of the last two.
+MISLEADING = {
+    "alike": lambda size: np.ones(size, np.float32),
+    "drawn": drawn,
+    "the sampled ones are large": lambda size: _at_every(31, 1.0, 1e-3, size),
+    "the sampled ones are small": lambda size: _at_every(31, 1e-3, 1.0, size),
+}
+
+
 @pytest.mark.parametrize("text", [*LOSSY, "top_k(0.5)"])
-@pytest.mark.parametrize("alike", [True, False])
-def test_encoding_takes_no_more_memory_than_it_says(text, alike):
+@pytest.mark.parametrize("kind", MISLEADING)
+def test_encoding_takes_no_more_memory_than_it_says(text, kind):
     how, size = codecs.parse(text), 2_000_000
-    values = np.ones(size, np.float32) if alike else drawn(size)
+    values = MISLEADING[kind](size)
     leaf = trees.LeafSpec("w", (size,), "f32")
     arrays = [np.empty(part.shape, tensors.numpy_dtype(part.dtype)) for part in how.encoded(leaf)]
     tracemalloc.start()
@@ -414,3 +428,15 @@ def test_encoding_takes_no_more_memory_than_it_says(text, alike):
     pieces = 24 * codec_module.PIECE  # what is worked on at once, whatever the size
     assert peak <= how.encoding_bytes(size) + pieces
     assert how.encoding_bytes(size) <= 2 * peak
+
+
+@pytest.mark.parametrize("fraction", [1e-4, 0.01, 0.3, 0.5])
+@pytest.mark.parametrize("kind", MISLEADING)
+def test_what_a_sample_says_of_the_largest_does_not_change_which_they_are(fraction, kind):
+    how, size = codecs.TopK(fraction), 2_000_003
+    values = MISLEADING[kind](size)
+    arrays = [np.empty(how.count(size), np.uint32), np.empty(how.count(size), np.float32)]
+    how.encode(size, codecs.reader(values), arrays)
+    wanted = np.sort(np.argsort(-np.abs(values), kind="stable")[: how.count(size)])
+    assert np.array_equal(arrays[0], wanted)
+    assert np.array_equal(arrays[1], values[wanted])

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 
-from optwire_proto import aggregations, errors
+from optwire_proto import aggregations, errors, limits
 
 Kind = type[errors.OptwireError]
 
@@ -70,6 +70,8 @@ class Simulator:
     def __init__(self, aggregation: aggregations.Aggregation, endings: list[str]) -> None:
         self.rule = aggregation
         self.endings = endings  # how the updates to come end, the next one last; none left: they are applied
+        self.most = limits.WORKERS_MAX  # workers, and last pushes of workers, that are known at a time
+        self.forgotten_step = self.forgotten_epoch = 0  # the highest of those that were forgotten
         self.step = 0
         self.incarnation = 1
         self.ended = ""
@@ -129,10 +131,23 @@ class Simulator:
         if epoch != (found.epoch if found else 0) or (found and found.state == "left" and epoch > 0):
             raise RefusedError(errors.ReplacedError)
 
-    def admitted(self, worker: int) -> None:
+    def has_room(self, worker: int) -> bool:
         there = self.live() | set(self.waiting)
-        if worker not in there and len(there) >= self.places():
+        return worker in there or len(there) < self.places()
+
+    def admitted(self, worker: int) -> None:
+        if not self.has_room(worker):
             raise RefusedError(errors.LimitError)
+
+    def put(self, name: int, worker: Worker) -> None:
+        """Notes a worker as the last one heard of; where there are too many, one is forgotten that is missed least."""
+        self.workers.pop(name, None)
+        self.workers[name] = worker
+        if len(self.workers) > self.most:
+            ranks = {"left": 0, "lost": 2, "live": 4}
+            least = min(ranks[one.state] + (one.epoch > 0) for one in self.workers.values())
+            gone = next(n for n, one in self.workers.items() if ranks[one.state] + (one.epoch > 0) == least)
+            self.forgotten_epoch = max(self.forgotten_epoch, self.workers.pop(gone).epoch)
 
     # ------------------------------------------------------------------------------------------------------- events
 
@@ -149,10 +164,12 @@ class Simulator:
         if last and push.seq > last.push.seq + 1:
             raise RefusedError(errors.FuturePushError)
         if last and push.seq == last.push.seq:
-            return self.again(last, push) + self.go_on(now)
+            return self.again(last, push)
         self.admitted(push.worker)
         if push.base > self.step:
             raise RefusedError(errors.FutureStepError)
+        if self.rule.takes_stale and last is None and push.base < self.forgotten_step:
+            raise RefusedError(errors.StaleStepError)
         self.check_base(push)
         return self.take(push, now)
 
@@ -177,10 +194,11 @@ class Simulator:
         return happened + self.go_on(now)
 
     def heard(self, name: int, now: float, push: Push | None = None) -> None:
-        worker = self.workers.setdefault(name, Worker())
+        worker = self.workers.get(name, Worker())
         if push is not None:
             worker.base = max(worker.base, push.base)
-        worker.state, worker.heard = "live", now
+        worker.state, worker.heard = "live", max(worker.heard, now)
+        self.put(name, worker)
 
     def join(self, name: int, key: int, now: float) -> list[Happening]:
         self.alive()
@@ -190,7 +208,10 @@ class Simulator:
         if found and found.key == key:
             return self.beat(name, found.epoch, now)
         self.admitted(name)
-        self.workers[name] = Worker("live", found.epoch + 1 if found else 1, key, self.step, now)
+        if len([other for other in self.live() - {name} if self.workers[other].epoch]) >= self.most:
+            raise RefusedError(errors.LimitError)
+        epoch = max(found.epoch if found else 0, self.forgotten_epoch) + 1
+        self.put(name, Worker("live", epoch, key, self.step, now))
         return self.replaced(name) + self.go_on(now)
 
     def replaced(self, name: int) -> list[Happening]:
@@ -219,15 +240,20 @@ class Simulator:
         found = self.workers.get(name)
         if not (found and found.state == "left" and found.epoch == epoch):
             self.known(name, epoch)
-        worker = self.workers.setdefault(name, Worker())
-        worker.state, worker.heard = "left", now
+        if found or self.rule.is_ranked:
+            worker = found or Worker()
+            worker.state, worker.heard = "left", max(worker.heard, now)
+            self.put(name, worker)
         return self.go_on(now)
 
-    def read(self, name: int) -> list[Happening]:
+    def read(self, name: int, epoch: int, now: float) -> list[Happening]:
         self.alive()
-        if name in self.live():
+        found = self.workers.get(name)
+        if found and found.epoch == epoch and found.state != "left" and self.has_room(name):
+            self.returned(name)
+            self.heard(name, now)
             self.workers[name].base = self.step
-        return self.go_on(-math.inf)
+        return self.go_on(now)
 
     def tick(self, now: float) -> list[Happening]:
         for name in self.live():
@@ -239,7 +265,7 @@ class Simulator:
     def load(self, step: int) -> list[Happening]:
         self.alive()
         gone, self.waiting = self.waiting, {}
-        self.step, self.sum, self.counted = step, [], {}
+        self.step, self.sum, self.counted, self.forgotten_step = step, [], {}, 0
         self.incarnation += 1
         for worker in self.workers.values():
             worker.base = step
@@ -281,6 +307,9 @@ class Simulator:
         return happened + [self.count(push, self.step) for push in mine]
 
     def count(self, push: Push, step: int) -> Happening:
+        self.counted.pop(push.worker, None)
+        if len(self.counted) >= self.most:
+            self.forgotten_step = max(self.forgotten_step, self.counted.pop(next(iter(self.counted))).step)
         self.counted[push.worker] = Counted(push, step)
         if push.worker in self.live():
             self.workers[push.worker].base = self.step

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.server import simulators
 from tests.server.simulators import Happening, Push
 
-from optwire_proto import aggregations, digests, errors, sessions
+from optwire_proto import aggregations, digests, errors, limits, sessions
 from optwire_server.session import effects, events, machine, members
 
 ID = "0" * 32
@@ -85,6 +85,12 @@ class World:
         self.now = 0.0
         self.pushes: dict[tuple[int, int], Push] = {}  # by worker and seq, the last that was made
         self.loads = 0
+        self.kept: dict[int, Push] = {}  # payloads that wait, by worker
+        self.calls: dict[int, int] = {}  # how many calls wait for what becomes of them
+        self.steps: list[list[Push]] = []  # whose gradients the machine had applied
+        self.sum: list[Push] = []
+        self.given_up: list[Push] = []  # what was in sums whose updates were not made, as documented
+        self.replied: list[Push] = []
 
     def move(self, what: str, name: int, number: int, passed: int, ending: str) -> None:
         """One event, to both; what comes of it must be the same."""
@@ -100,7 +106,9 @@ class World:
             call = getattr(self.simulator, what)
             self.both(lambda: call(name, epoch, self.now), kind(sessions.worker_id(name), epoch, self.now))
         elif what == "read":
-            self.both(lambda: self.simulator.read(name), events.Read(sessions.worker_id(name)))
+            epoch = max(self.processes[name].epoch - (number == 3), 0)
+            event = events.Read(sessions.worker_id(name), epoch, self.now)
+            self.both(lambda: self.simulator.read(name, epoch, self.now), event)
             self.processes[name].base = self.simulator.step
         elif what == "tick":
             self.both(lambda: self.simulator.tick(self.now), events.Ticked(self.now))
@@ -174,32 +182,69 @@ class World:
         before = self.session
         self.session, todo = machine.advance(before, event)
         happened: list[Happening] = []
-        worker = int(event.key.worker, 16) if isinstance(event, events.Pushed) else -1
+        mine = plain(event) if isinstance(event, events.Pushed) else None
+        worker = mine.worker if mine else -1
         while todo:
             effect, *rest = todo
             follows: Iterable[effects.Effect] = ()
             match effect:
                 case effects.Apply():
                     happened.append(("step", shares(self.session, effect)))
-                    self.session, follows = machine.advance(self.session, ended(endings.pop() if endings else ""))
+                    ending = ended(endings.pop() if endings else "")
+                    self.applied(effect, mine, is_made=isinstance(ending, events.Updated))
+                    self.session, follows = machine.advance(self.session, ending)
                 case effects.Add():
                     pushed = self.session.pending
                     assert pushed is not None
                     happened.append(("added", plain(pushed), effect.factor))
                     assert effect.is_first == (not self.session.buffered)
+                    self.sum = [*([] if effect.is_first else self.sum), plain(pushed)]
                     self.session, follows = machine.advance(self.session, events.Added(0.5))
                 case effects.Reply():
+                    assert mine is not None
                     happened.append(("told", worker, effect.seq, effect.applied_step))
+                    self.replied += [] if effect.duplicate else [mine]
                 case effects.Fail():
                     happened.append(("told", worker, type(effect.error)))
-                case effects.Answer(answered, effects.Reply() as reply):
-                    happened.append(("told", int(answered, 16), reply.seq, reply.applied_step))
-                case effects.Answer(answered, effects.Fail() as fail):
-                    happened.append(("told", int(answered, 16), type(fail.error)))
+                case effects.Answer(answered, outcome):
+                    happened.append(self.answered(int(answered, 16), outcome))
                 case effects.Hold():
-                    assert isinstance(event, events.Pushed)
+                    assert mine is not None
+                    assert self.kept.get(worker, mine).identity == mine.identity, "nobody heard of another push"
+                    self.kept[worker] = mine
+                    self.calls[worker] = self.calls.get(worker, 0) + 1
             todo = (*rest, *follows)
+        if isinstance(event, events.Loaded) and self.session is not before:
+            self.given_up, self.sum = [*self.given_up, *self.sum], []
+        assert {sessions.worker_id(name) for name in self.calls} == set(self.session.gathered), "a call is forgotten"
         return happened
+
+    def answered(self, worker: int, outcome: effects.Reply | effects.Fail) -> Happening:
+        """All calls that wait for what becomes of a worker's push are told."""
+        assert self.calls.pop(worker, 0) > 0, "nobody waits"
+        push = self.kept.pop(worker)
+        if isinstance(outcome, effects.Fail):
+            return "told", worker, type(outcome.error)
+        self.replied.append(push)
+        return "told", worker, outcome.seq, outcome.applied_step
+
+    def applied(self, apply: effects.Apply, mine: Push | None, *, is_made: bool) -> None:
+        """An update, with the payloads that the engine would take: those kept, and that of the push just made."""
+        pending = self.session.pending
+        assert pending is None or plain(pending) == mine
+        assert apply.workers or pending is not None, "an update of nobody's"
+        taken = [mine] if mine and pending and not apply.workers else []
+        for name in (int(worker, 16) for worker in apply.workers):
+            is_mine = pending is not None and mine is not None and name == mine.worker
+            taken.append(mine if mine and is_mine else self.kept[name])
+            meant = pending if is_mine else self.session.gathered[sessions.worker_id(name)]
+            assert meant is not None
+            assert taken[-1] == plain(meant), "the payload of another push"
+        summed, self.sum = (self.sum, []) if apply.completes_sum else ([], self.sum)
+        if is_made:
+            self.steps.append([*summed, *taken])
+        else:
+            self.given_up += summed
 
     def compare(self) -> None:
         """Both are in the same state, as far as anybody can see."""
@@ -223,9 +268,11 @@ class World:
         if not self.simulator.rule.takes_stale:
             bound = 0
         assert bound is None or all(0 <= late <= bound for late in self.simulator.staleness)
+        made = [identity(push) for step in self.steps for push in step]
+        waiting = {identity(push) for push in (*self.sum, *self.given_up)}
+        assert not {identity(push) for push in self.replied} - set(made) - waiting, "a push that counts is in no step"
         if not self.loads:  # a load takes steps back
-            applied = [(push.worker, push.seq) for step in self.simulator.log for push in step]
-            assert len(set(applied)) == len(applied), "a push was applied twice"
+            assert len(set(made)) == len(made), "a push was applied twice"
 
     def finish(self) -> None:
         """Nobody is stuck: those who are silent are lost, the others push, and whoever waited is told."""
@@ -245,6 +292,11 @@ class World:
                 self.move("join", name, 0, 0, "updated")
             self.move("newest", name, 0, 0, "updated")
         raise AssertionError(f"{stuck} are stuck: {self.session}")
+
+
+def identity(push: Push) -> tuple[int, int, int]:
+    """What no two pushes have in common; of a worker that was forgotten, the seq may come again, but not the step."""
+    return push.worker, push.seq, push.base
 
 
 def heard(simulated: Callable[[], list[Happening]]) -> tuple[list[Happening], type[errors.OptwireError] | None]:
@@ -329,6 +381,25 @@ def test_a_history_is_what_the_simulator_of_the_mode_says(mode: str) -> None:
     aggregation = aggregations.parse(mode)
 
     @settings(max_examples=100, deadline=None)
+    @given(history=st.lists(MOVE, max_size=40))
+    def run(history: list[Move]) -> None:
+        played(aggregation, history)
+
+    run()
+
+
+FEW = [mode for mode in MODES if mode.startswith(("async", "buffered", "bounded", "single")) and "wait" not in mode]
+
+
+@pytest.mark.parametrize("mode", FEW)
+def test_a_history_where_workers_are_forgotten_is_what_the_simulator_says(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aggregation = aggregations.parse(mode)
+    monkeypatch.setattr(limits, "WORKERS_MAX", WORKERS - 1)
+    monkeypatch.setattr(machine, "WORKERS_MAX", WORKERS - 1)
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(history=st.lists(MOVE, max_size=40))
     def run(history: list[Move]) -> None:
         played(aggregation, history)

@@ -112,6 +112,29 @@ def test_the_deadline_of_a_quorum_that_lacks_workers_is_over_with_the_push_that_
     assert play(session, push(2, epoch=1, now=9))[1] == ["apply 1 2", "answer 1: step 1", "reply: step 1"]
 
 
+def overdue() -> tuple[machine.Session, events.Pushed]:
+    """A quorum whose step could be made since time 4, which it has not heard of yet, and the push that waits."""
+    session, _ = play(opened("quorum(1, 3, deadline_s=4)"), joined(1), push(1, epoch=1), joined(2))
+    held = push(1, base=1, seq=2, epoch=1)
+    session, told = play(session, held)
+    assert told == ["hold"]
+    return session, held
+
+
+def test_a_retry_of_what_counts_does_not_make_the_step_that_is_due():
+    session, _ = overdue()
+    assert play(session, push(1, epoch=1, now=6)) == (session, ["reply: step 1"])
+    assert machine.next_deadline(session) == 4.0
+    assert play(session, events.Ticked(6.0))[1] == ["apply 1", "answer 1: step 2"]
+
+
+def test_a_retry_of_what_waits_makes_the_step_that_is_due_and_all_its_calls_are_answered():
+    session, held = overdue()
+    session, told = play(session, dataclasses.replace(held, now_s=6.0))
+    assert told == ["hold", "apply 1", "answer 1: step 2"]
+    assert (session.step, session.gathered) == (2, {})
+
+
 def test_a_quorum_has_no_more_workers_than_it_says_but_one_may_take_the_place_of_another():
     session, _ = play(opened("quorum(1, 2)"), joined(1), joined(2))
     refuses(session, joined(3), errors.LimitError, "2 workers are there, the most for steps of")
@@ -157,7 +180,7 @@ def test_where_staleness_is_bounded_by_waiting_the_fast_wait_for_the_slow():
 
 @pytest.mark.parametrize(
     "event",
-    [events.Read(sessions.worker_id(1)), events.Left(sessions.worker_id(1), 1, 1.0), events.Ticked(15.0)],
+    [events.Read(sessions.worker_id(1), 1, 1.0), events.Left(sessions.worker_id(1), 1, 1.0), events.Ticked(15.0)],
     ids=["reads", "leaves", "is lost"],
 )
 def test_a_fast_worker_goes_on_when_the_slow_one_needs_not_be_waited_for(event: events.Event):
@@ -336,6 +359,62 @@ def test_no_more_workers_are_known_than_the_limit_and_those_who_left_are_forgott
     assert states(play(session, push(4))[0]) == {2: LIVE, 3: LIVE, 4: LIVE}
     session, _ = play(opened("quorum(1, 3)"), joined(0), joined(1), joined(2))
     refuses(session, joined(3), errors.LimitError)
+
+
+def test_a_retry_of_a_push_is_refused_once_its_worker_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "WORKERS_MAX", 3)
+    for mode in ("async", "bounded_staleness(9)", "buffered(1)"):
+        session, _ = play(opened(mode), push(0), *(push(rank, base=rank) for rank in range(1, 4)))
+        refuses(session, push(0), errors.StaleStepError, "a push of this worker may have counted since, and be forgotten")
+        assert play(session, push(0, base=1))[1] == ["apply", "reply: step 5"], "none of it can be of that step"
+        assert play(session, push(1, base=1))[1] == ["reply: step 2"]
+        session, _ = machine.advance(session, events.Loaded(1, "1" * 32, step=0))
+        again = push(0)
+        again = dataclasses.replace(again, key=dataclasses.replace(again.key, incarnation=2))
+        assert play(session, again)[1] == ["apply", "reply: step 1"]
+
+
+def test_epochs_do_not_begin_anew_where_a_worker_was_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "WORKERS_MAX", 2)
+    session, _ = play(opened("async"), joined(0, 1), joined(0, 2), events.Left(sessions.worker_id(0), 2))
+    session, _ = play(session, joined(1), joined(2))
+    assert states(session) == {1: LIVE, 2: LIVE}
+    session, _ = play(session, events.Left(sessions.worker_id(1), 1), joined(0, 3))
+    assert session.members[sessions.worker_id(0)].epoch == 3
+    refuses(session, push(0, epoch=1), errors.ReplacedError)
+
+
+def test_nobody_who_has_joined_and_is_there_is_forgotten_for_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "WORKERS_MAX", 2)
+    session, _ = play(opened("async"), push(0), joined(1), joined(2))
+    assert states(session) == {1: LIVE, 2: LIVE}, "who never joined has nothing to lose"
+    refuses(session, joined(3), errors.LimitError, "2 workers are there, the most")
+    assert play(session, events.Left(sessions.worker_id(3), 0))[0] == session
+    session, told = play(session, push(3))
+    assert (states(session), told) == ({1: LIVE, 2: LIVE}, ["apply", "reply: step 2"])
+
+
+def test_a_read_counts_for_the_process_that_joined_last_and_for_no_other():
+    session, _ = play(opened("bounded_staleness(3, policy=wait)"), joined(1, 1), joined(1, 2), joined(0), push(0, epoch=1))
+    worker = sessions.worker_id(1)
+    for epoch in (0, 1, 3):
+        assert play(session, events.Read(worker, epoch, 5.0))[0] == session
+    read = play(session, events.Read(worker, 2, 5.0))[0].members[worker]
+    assert (read.base_step, read.heard_s) == (1, 5.0)
+    lost, _ = play(session, events.Ticked(LEASE_S))
+    assert states(play(lost, events.Read(worker, 2, 12.0))[0])[1] == LIVE
+    gone, _ = play(session, events.Left(worker, 2))
+    assert play(gone, events.Read(worker, 2, 5.0))[0] == gone
+
+
+def test_what_is_heard_of_a_worker_late_takes_nothing_back():
+    session, _ = play(opened("sync(2)"), joined(0, now=5), push(0, epoch=1, now=3), events.Beat(sessions.worker_id(0), 1, 2))
+    assert session.members[sessions.worker_id(0)].heard_s == 5
+
+
+def test_while_an_update_runs_nobody_is_waited_for():
+    session, _ = play(opened("sync(2)"), push(0))
+    assert awaited(machine.advance(session, push(1))[0]) == []
 
 
 def test_what_is_told_of_workers():

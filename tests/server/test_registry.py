@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,10 @@ from tests.e2e import wire
 
 import optwire
 from optwire import optimizers as opt
-from optwire_proto import digests, errors, payloads, trees
-from optwire_server import config, testing
-from optwire_server.engine import engine
+from optwire_proto import digests, errors, payloads, sessions, trees
+from optwire_server import clock, config, live, testing
+from optwire_server.engine import engine, held
+from optwire_server.session import machine
 
 PARAMS = {"w": np.ones(5, np.float32)}
 BIG = {"w": np.ones(50_000, np.float32)}
@@ -69,6 +73,171 @@ def test_whatever_an_answer_raises_all_who_wait_are_told() -> None:
         for push in pushes:
             with pytest.raises(optwire.InternalError):
                 push.result(10)
+
+
+class Driven:
+    """A session whose workers call the registry itself, with pushes as they like."""
+
+    def __init__(self, serving: testing.Serving, name: str) -> None:
+        self.registry = serving.server.registry
+        self.live = self.registry._table.by_name[name]
+
+    def join(self, *ranks: int) -> None:
+        for rank in ranks:
+            self.registry.join(sessions.worker_id(rank), f"{rank + 1:032x}", name=self.live.machine.name)
+
+    def push(self, rank: int, seq: int, base: int, value: float) -> live.Reply:
+        key = sessions.PushKey(
+            session_id=self.live.machine.id,
+            incarnation=1,
+            worker=sessions.worker_id(rank),
+            seq=seq,
+            base_step=base,
+            epoch=1,
+        )
+        payload = np.full(5, value, np.float32).tobytes()
+        with self.registry.pushing(key) as push:
+            push.landing.write(0, payload)
+            outcome = self.registry.push(push, digests.digest(payload))
+            return outcome if isinstance(outcome, live.Reply) else self.registry.wait(push, outcome, lambda: True)
+
+    def beat(self, rank: int) -> None:
+        self.registry.beat(self.live.machine.id, sessions.worker_id(rank), 1)
+
+    def states(self) -> dict[int, str]:
+        infos = self.registry.workers(name=self.live.machine.name)
+        return {int(info.worker, 16): str(info.state) for info in infos}
+
+    def held(self, count: int) -> None:
+        """Waits until so many calls wait for other workers."""
+        waiting = self.live.room._waiting
+        wire.until(lambda: sum(map(len, list(waiting.values()))) == count, f"{count} calls wait")
+
+
+@contextlib.contextmanager
+def driven(aggregation: str) -> Iterator[tuple[Driven, concurrent.futures.ThreadPoolExecutor]]:
+    with (
+        wire.served() as serving,
+        optwire.connect(serving.target) as client,
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+    ):
+        client.create_session(PARAMS, opt.sgd(1.0), name="driven", aggregation=aggregation)
+        yield Driven(serving, "driven"), pool
+
+
+def test_a_retry_that_makes_the_step_answers_the_calls_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.Clock, "watch", lambda *_: None)  # time passes, and nobody says so
+    with driven("quorum(1, 2, deadline_s=0.3)") as (session, pool):
+        session.join(0, 1)
+        first = pool.submit(session.push, 0, 1, 0, 2.0)
+        session.held(1)
+        time.sleep(0.4)
+        assert session.push(0, 1, 0, 2.0).ack.applied_step == 1
+        reply = first.result(10)
+        assert (reply.ack.applied_step, reply.ack.step, reply.params[0][0]) == (1, 1, -1.0)
+        reply.params.clear()
+
+
+def test_a_retry_of_what_counts_takes_no_part_in_the_step_that_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock.Clock, "watch", lambda *_: None)
+    with driven("quorum(1, 2, deadline_s=0.3)") as (session, pool):
+        session.join(0)
+        session.push(0, 1, 0, 100.0)
+        session.join(1)
+        second = pool.submit(session.push, 0, 2, 1, 2.0)
+        session.held(1)
+        time.sleep(0.4)
+        assert session.push(0, 1, 0, 100.0).ack.duplicate
+        session.registry._runner._tick(session.live)
+        reply = second.result(10)
+        assert (reply.ack.applied_step, reply.params[0][0]) == (2, 1.0 - 100.0 - 2.0)
+        reply.params.clear()
+
+
+def test_what_follows_an_answer_is_done_though_the_answer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    with driven("bounded_staleness(1, policy=wait)") as (session, pool):
+        session.join(0, 1)
+        session.push(0, 1, 0, 1.0).params.clear()
+        fast = pool.submit(session.push, 0, 2, 1, 1.0)
+        session.held(1)
+        params, failing = session.registry._engine.params, [fail]
+        monkeypatch.setattr(session.registry._engine, "params", lambda *given: (failing.pop() if failing else params)(*given))
+        with pytest.raises(MemoryError):
+            session.push(1, 1, 0, 1.0)
+        fast.result(10).params.clear()
+        assert (session.live.machine.step, session.live.machine.phase) == (3, machine.Phase.OPEN)
+
+
+def test_heartbeats_count_though_the_session_is_busy_for_longer_than_a_lease() -> None:
+    with driven("sync(2, lease_s=0.3)") as (session, pool):
+        session.join(0, 1)
+        is_over = threading.Event()
+
+        def busy() -> Iterator[None]:
+            while not is_over.is_set():
+                time.sleep(0.005)
+                yield
+
+        working = pool.submit(session.registry._engine.work, busy(), session.live.held)
+        for _ in range(10):
+            began_s = time.monotonic()
+            session.beat(0)
+            assert time.monotonic() - began_s < 0.3, "it waits for nobody's turn"
+            time.sleep(0.1)
+        assert session.registry.workers(name="driven")[0].silent_s < 0.3
+        is_over.set()
+        working.result(10)
+        wire.until(lambda: session.states()[1] == "lost", "its lease is over")
+        session.beat(0)
+        assert session.states()[0] == "live"
+        wire.until(lambda: session.states()[0] == "lost", "now its own is")
+        session.beat(0)
+        assert session.states()[0] == "live"
+
+
+def test_the_time_of_a_push_is_when_it_came_and_not_its_turn() -> None:
+    with driven("quorum(1, 3, deadline_s=60)") as (session, pool):
+        session.join(0, 1)
+        is_over = threading.Event()
+
+        def busy() -> Iterator[None]:
+            while not is_over.wait(0.005):
+                yield
+
+        working = pool.submit(session.registry._engine.work, busy(), session.live.held)
+        waiting = pool.submit(session.push, 0, 1, 0, 1.0)
+        time.sleep(0.5)
+        is_over.set()
+        working.result(10)
+        session.held(1)
+        assert time.monotonic() - session.live.machine.opened_s >= 0.4
+        session.push(1, 1, 0, 1.0).params.clear()
+        waiting.result(10).params.clear()
+
+
+def test_what_was_due_and_went_wrong_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_AGAIN_S", 0.01)
+    calls, is_done = [fail], threading.Event()
+    watch = clock.Clock(lambda _: calls.pop()() if calls else is_done.set())
+    with driven("async") as (session, _):
+        watch.watch(session.live, time.monotonic())
+        assert is_done.wait(10)
+    watch.close()
+
+
+def test_a_session_that_fails_holds_no_memory_of_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with driven("async(compensation=1)") as (session, _):
+        session.join(0)
+        session.push(0, 1, 0, 1.0).params.clear()
+        assert session.live.given
+
+        def lost(*_: Any) -> Any:
+            raise held.UpdateError("the device is lost", state_lost=True)
+
+        monkeypatch.setattr(session.registry._engine, "update", lost)
+        with pytest.raises(errors.SessionFailedError):
+            session.push(0, 2, 1, 1.0)
+        assert (session.live.given, session.live.added, session.live.held.state) == ({}, None, None)
 
 
 def test_a_creation_tried_again_on_a_full_server_finds_its_session() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ class _Push:
       base_step: of the session, which it is for; None: any.
       grads: its pseudo-gradients in the session's nest; kept, as a push of unknown outcome is made again.
       arguments: of ``Session.step``.
-      future: of its parameters; None: it is to be made, or made again.
+      future: of its parameters, or of None where it was not made; None: it is to be made, or made again.
     """
 
     leaves: tuple[int, ...]
@@ -167,10 +168,15 @@ class Exchange:
         for index, array in zip(leaves, read(leaves), strict=True):
             values[index] = _difference(self._global[index], array, self._tree.leaves[index].dtype)
         push = _Push(leaves, due, base_step, trees.unflatten(self._tree, values, self.session._types), arguments)
-        # Behind a push of unknown outcome, which has to be made again first, it waits until it is due.
-        if self._delay and not any(_has_failed(earlier) for earlier in self._under_way):
-            push.future = self.session.step_async(push.grads, base_step, reply="present", **arguments)
+        if self._delay:
+            push.future = self.session._later(functools.partial(self._made, push, tuple(self._under_way)))
         return push
+
+    def _made(self, push: _Push, earlier: Sequence[_Push]) -> Any:
+        """What comes of a push; None: one before it has failed, and must be made again first."""
+        if any(map(_has_failed, earlier)):
+            return None
+        return self.session.step(push.grads, push.base_step, reply="present", **push.arguments)
 
     def _take(self, push: _Push, read: Read, received: Received) -> None:
         """Waits for a push, and mixes what comes of it with one's own parameters."""
@@ -184,18 +190,18 @@ class Exchange:
         self._under_way.remove(push)
 
     def _answer(self, push: _Push) -> Any:
-        """What comes of a push, which is made if it is not under way. One that has failed is made again next time."""
+        """What comes of a push, which is made now if it was not; one that has failed is made again the next time."""
+        answer = None
         if push.future is not None:
             try:
-                return push.future.result()
-            except (concurrent.futures.CancelledError, errors.DivergentRetryError, errors.FutureStepError):
-                pass  # its turn came behind one of unknown outcome, in whose place it was taken for: it has no part
+                answer = push.future.result()
+            except concurrent.futures.CancelledError:
+                pass
             except BaseException:
                 if _has_failed(push):  # else it is the wait that was interrupted
                     push.future = None
                 raise
-            push.future = None
-        return self.session.step(push.grads, push.base_step, reply="present", **push.arguments)
+        return self._made(push, ()) if answer is None else answer
 
 
 class LocalSteps:
@@ -306,8 +312,11 @@ class LocalSteps:
 
 
 def _has_failed(push: _Push) -> bool:
+    """Whether a push is over without an answer, or was never begun."""
     future = push.future
-    return future is None or (future.done() and (future.cancelled() or future.exception() is not None))
+    if future is None:
+        return True
+    return future.done() and (future.cancelled() or future.exception() is not None or future.result() is None)
 
 
 def _divided(tree: trees.TreeSpec, fragments: int | Sequence[str], every: int) -> tuple[tuple[int, ...], ...]:

@@ -140,6 +140,14 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def weight(value: object) -> float:
+    """What a push may count; raises InvalidArgumentError."""
+    number = finite("weight", value)
+    if not limits.WEIGHT_MIN <= number <= limits.WEIGHT_MAX:
+        raise wrong("weight", f"a number from {limits.WEIGHT_MIN:g} to {limits.WEIGHT_MAX:g}", value)
+    return number
+
+
 def wrong(name: str, expected: str, value: object) -> errors.InvalidArgumentError:
     """The error for an argument that has a value it cannot take."""
     try:

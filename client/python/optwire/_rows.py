@@ -14,6 +14,7 @@ Rows = rows.Rows
 Sent = rows.Wanted
 # Of the bytes of a request to read rows, those that are not indices.
 _AROUND_BYTES = 64 * limits.KIB
+_INDEX_BYTES_MAX = limits.MESSAGE_BYTES_MAX - _AROUND_BYTES
 
 
 class Gradients:
@@ -46,11 +47,18 @@ class Gradients:
         """(position of a leaf, number of its rows) pairs."""
         return tuple((position, indices.size) for position, indices in self._indices.items())
 
-    @property
-    def wanted(self) -> rows.Wanted:
-        """What is to be read in the place of a reply."""
+    def newest(self, read: Callable[..., list[tensors.Array]], filled: list[tensors.Array]) -> list[tensors.Array]:
+        """The newest parameters in the place of a reply, which ``Session._read`` reads: all of them, where the indices
+        do not fit one call.
+        """
+        if sum(indices.nbytes for indices in self._indices.values()) > _INDEX_BYTES_MAX:
+            whole = read(_payload.fresh(self._tree))
+            return [
+                array[self._indices[position]] if position in self._indices else array
+                for position, array in enumerate(whole)
+            ]
         sent = {position: indices.tobytes() for position, indices in self._indices.items()}
-        return tuple((position, sent.get(position)) for position in range(len(self._tree.leaves)))
+        return read(filled, wanted=tuple((position, sent.get(position)) for position in range(len(self._tree.leaves))))
 
     def receiving(self, filled: Sequence[tensors.Array]) -> Callable[[object], _payload.Incoming]:
         """Where a reply goes; it comes whole, whatever its ack says."""
@@ -105,12 +113,12 @@ class Wanted:
         found = [(position, tree.leaves[position], read[position]) for position in sorted(read)]
         self.sent: rows.Wanted = tuple((at, None if chosen is None else chosen.tobytes()) for at, _, chosen in found)
         self._leaves = [leaf if chosen is None else rows.part(leaf, chosen.size) for _, leaf, chosen in found]
-        most, length = limits.MESSAGE_BYTES_MAX - _AROUND_BYTES, sum(len(data or b"") for _, data in self.sent)
-        if length > most:
+        length = sum(len(data or b"") for _, data in self.sent)
+        if length > _INDEX_BYTES_MAX:
             raise errors.LimitError(
-                f"rows: {length} bytes of indices, expected at most {most} in one call",
+                f"rows: {length} bytes of indices, expected at most {_INDEX_BYTES_MAX} in one call",
                 subject="rows",
-                expected=f"at most {most} bytes",
+                expected=f"at most {_INDEX_BYTES_MAX} bytes",
                 got=str(length),
             )
 
@@ -124,10 +132,16 @@ class Wanted:
         return {name: found[name][places] for name, places in self._places.items()}
 
 
-def exactness(name: object) -> bool:
-    """Whether an update of rows is to be exact; raises InvalidArgumentError for a name of neither kind."""
+def exactness(name: object, grads: Gradients | None) -> bool:
+    """Whether an update of rows is to be exact.
+
+    Raises:
+      InvalidArgumentError: a name of neither kind; there are no rows that it could be said of.
+    """
     if name not in ("lazy", "exact"):
         raise _options.wrong("rows", "one of lazy, exact", name)
+    if name == "exact" and grads is None:
+        raise _options.wrong("rows", "optwire.Rows among the gradients: without them every update is exact", name)
     return name == "exact"
 
 
@@ -141,9 +155,19 @@ def _dtype(leaf: trees.LeafSpec) -> np.dtype[Any]:
     return tensors.numpy_dtype(rows.index_dtype(leaf))
 
 
+def _array(value: Any, leaf: trees.LeafSpec, where: str) -> tensors.Array:
+    try:
+        return np.asarray(value)
+    except ValueError as exc:  # of lists that are not of one length
+        expected, got = "an array, or lists of one length", type(value).__name__
+        raise errors.InvalidArgumentError(
+            f"{where}: {exc}; expected {expected}", subject=leaf.name, expected=expected, got=got
+        ) from exc
+
+
 def _checked(leaf: trees.LeafSpec, indices: Any, what: str) -> tensors.Array:
     """Indices as whole numbers in a row."""
-    found = np.asarray(indices)
+    found = _array(indices, leaf, f"{what}[{leaf.name!r}].indices")
     where = f"{what}[{leaf.name!r}]"
     if not leaf.shape:
         raise _options.wrong(where, "the whole leaf, which has no axis", Rows)
@@ -160,7 +184,8 @@ def _checked(leaf: trees.LeafSpec, indices: Any, what: str) -> tensors.Array:
 def _summed(leaf: trees.LeafSpec, given: Rows) -> tuple[tensors.Array, tensors.Array]:
     """Indices, ascending, and the sum of the rows that came for each; the arrays given, where they are so already."""
     indices = _checked(leaf, given.indices, "grads")
-    dtype, values = tensors.wire_array(np.asarray(given.rows), f"grads[{leaf.name!r}].rows")
+    where = f"grads[{leaf.name!r}].rows"
+    dtype, values = tensors.wire_array(_array(given.rows, leaf, where), where)
     expected = (indices.size, *leaf.shape[1:])
     if values.shape != expected or dtype != leaf.dtype:
         came, wanted = f"{dtype} of shape {values.shape}", f"{leaf.dtype} of shape {expected}"
@@ -174,7 +199,7 @@ def _summed(leaf: trees.LeafSpec, given: Rows) -> tuple[tensors.Array, tensors.A
         if starts.size < indices.size:
             indices, values = indices[starts], _sums(values, starts, dtype)
     rows.check_indices(leaf, indices)
-    return indices.astype(_dtype(leaf), copy=False), values
+    return np.ascontiguousarray(indices, _dtype(leaf)), values
 
 
 def _sums(values: tensors.Array, starts: tensors.Array, dtype: str) -> tensors.Array:

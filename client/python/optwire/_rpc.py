@@ -193,13 +193,18 @@ class Channel:
         *,
         id: str,
         worker: str,
+        epoch: int,
         incoming: _payload.Incoming,
         which: str,
         wanted: rows.Wanted = (),
     ) -> tuple[sessions.SessionInfo, int, list[tensors.Array]]:
         """The session without its tree, the seq of the worker's last applied push, and the newest parameters."""
         request = pb.ReadParamsRequest(
-            session=convert.ref_to_proto(id=id), worker=worker, which=which, rows=convert.wanted_to_proto(wanted)
+            session=convert.ref_to_proto(id=id),
+            worker=worker,
+            worker_epoch=epoch,
+            which=which,
+            rows=convert.wanted_to_proto(wanted),
         )
         with self.translated():
             call = self._stub.ReadParams(request, timeout=deadline.remaining_s)

@@ -10,7 +10,7 @@ import inspect
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -195,9 +195,9 @@ class Session:
             absent=tuple(index for index, array in enumerate(arrays) if array is None),
             telemetry=bool(telemetry),
             reply=content,
-            weight=_options.positive("weight", weight),
+            weight=_options.weight(weight),
             rows=sparse.counts if sparse else (),
-            rows_exact=_rows.exactness(rows) and sparse is not None,
+            rows_exact=_rows.exactness(rows, sparse),
         )
         wanted = options.reply is not sessions.ReplyContent.NONE
         may_drop = _options.late(late, options.reply)
@@ -218,7 +218,7 @@ class Session:
             except errors.StaleStepError:
                 if not may_drop:
                     raise
-                answer = self._read(filled, wanted=sparse.wanted if sparse else ()) if wanted else []
+                answer = [] if not wanted else sparse.newest(self._read, filled) if sparse else self._read(filled)
                 self._late += 1
         if not wanted:
             return None
@@ -308,13 +308,17 @@ class Session:
           TypeError: ``step`` has no such argument.
         """
         _STEP.bind(self, grads, base_step, **arguments)
+        return self._later(functools.partial(self.step, grads, base_step, **arguments))
+
+    def _later(self, task: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        """Does a task in its turn; as ``step_async``."""
         with self._asking:
             self._check_open()
             if self._pushing is None:
                 self._pushing = _background.Background(f"optwire-{self._name}")
                 weakref.finalize(self, self._pushing.end)
         # Not inside: it may wait for room, and a callback of what is waited for may ask as well.
-        return self._pushing.submit(functools.partial(self.step, grads, base_step, **arguments))
+        return self._pushing.submit(task)
 
     def grad_buffers(self) -> Any:
         """Arrays to write gradients to, in the structure given at creation; always the same ones. Zeros at first.
@@ -395,6 +399,7 @@ class Session:
                 deadline,
                 id=self._id,
                 worker=self._worker,
+                epoch=self._membership.epoch,
                 incoming=_payload.Incoming(filled),
                 which=which,
                 wanted=wanted,

@@ -19,11 +19,11 @@ ELEMENTS_MAX: Final = 2**32
 _MAGNITUDE: Final = np.uint32(0x7FFF_FFFF)
 # Elements that the threshold is guessed from.
 _SAMPLES: Final = 65_536
-# How much lower than the sample suggests the threshold is guessed, in standard deviations: the first guess is nearly
-# always low enough, and then few candidates are too many.
-_SPREADS: Final = (4, 64)
-# Of memory for each value that is sent, at most: positions as they are found and joined, magnitudes, flags.
-_CANDIDATE_BYTES: Final = 28
+# How much lower than the sample suggests the threshold is guessed, in standard deviations: it is nearly always low
+# enough, and then few candidates are too many.
+_SPREAD: Final = 4
+# Of memory for each candidate, at most: positions as they are found and joined, magnitudes, flags.
+_CANDIDATE_BYTES: Final = 24
 
 
 class TopK(codec.Codec):
@@ -70,7 +70,7 @@ class TopK(codec.Codec):
 
     def encoding_bytes(self, size: int) -> int:
         """All values together, and several times the positions of those that may be the largest."""
-        return 4 * size + _CANDIDATE_BYTES * self.count(size)
+        return 4 * size + _CANDIDATE_BYTES * _candidates_max(size, self.count(size))
 
     def _encode(self, size: int, read: codec.Read, arrays: Sequence[tensors.Array], left: codec.Floats | None) -> None:
         if not size:
@@ -113,20 +113,28 @@ def _check(indices: npt.NDArray[np.uint32], size: int, where: str) -> None:
 def _largest(bits: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.intp]:
     """Positions, ascending, of the ``count`` largest magnitudes, by the bits of 32-bit numbers.
 
-    A threshold guessed from a sample picks candidates; the exact one is found among those. What the guess was has no
-    influence on the result.
+    A threshold guessed from a sample picks candidates; the exact one is found among those. Where they are too few or
+    too many, the exact one is found first. What the guess was has no influence on the result.
     """
-    for spread in _SPREADS:
-        threshold = _guess(bits, count, spread)
-        above = _positions(bits, operator.gt, threshold)
-        if len(above) >= count:
-            break
+    for find in (_guess, _exact):
+        found = _beyond(bits, count, find(bits, count))
+        if found is not None:
+            return found
+    raise AssertionError("fewer values than are to be sent")
+
+
+def _beyond(bits: npt.NDArray[np.uint32], count: int, threshold: np.uint32) -> npt.NDArray[np.intp] | None:
+    """As ``_largest``; None: it would take too much memory, as too many exceed the threshold, or too few are there."""
+    most = _candidates_max(len(bits), count)
+    above = _positions(bits, operator.gt, threshold, enough=most + 1)
+    if len(above) > most:
+        return None
+    if len(above) < count:
         # Whatever there is of equal ones, as where most values are 0, no more of them is looked for than is taken.
         equal = _positions(bits, operator.eq, threshold, enough=count - len(above))
-        if len(above) + len(equal) >= count:
-            return np.sort(np.concatenate([above, equal[: count - len(above)]]))
-    else:
-        above = np.arange(len(bits))
+        if len(above) + len(equal) < count:
+            return None
+        return np.sort(np.concatenate([above, equal[: count - len(above)]]))
     magnitudes = bits[above] & _MAGNITUDE
     exact = np.partition(magnitudes, len(above) - count)[len(above) - count]
     chosen = magnitudes > exact
@@ -135,14 +143,37 @@ def _largest(bits: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.intp]:
     return found
 
 
-def _guess(bits: npt.NDArray[np.uint32], count: int, spread: int) -> np.uint32:
+def _candidates_max(size: int, count: int) -> int:
+    """How many candidates are looked at: as many more than the guess is meant to give as it is meant to give more."""
+    expected = count / max(size, 1) * min(size, _SAMPLES)
+    return min(size, math.ceil(count * (1 + 2 * _SPREAD * (math.sqrt(expected) + 1) / max(expected, 1e-9))))
+
+
+def _guess(bits: npt.NDArray[np.uint32], count: int) -> np.uint32:
     """A magnitude that probably somewhat more than ``count`` others exceed."""
     stride = max(1, len(bits) // _SAMPLES) | 1  # odd, so that it meets all columns of a matrix
     sample = bits[::stride] & _MAGNITUDE
     expected = count / len(bits) * len(sample)
-    wanted = min(len(sample), math.ceil(expected + spread * math.sqrt(expected) + spread))
+    wanted = min(len(sample), math.ceil(expected + _SPREAD * math.sqrt(expected) + _SPREAD))
     threshold: np.uint32 = np.partition(sample, len(sample) - wanted)[len(sample) - wanted]
     return threshold
+
+
+def _exact(bits: npt.NDArray[np.uint32], count: int) -> np.uint32:
+    """The ``count``-th largest magnitude: its upper half, and then its lower one, by counting."""
+    left, found = count, 0
+    for shift in (16, 0):
+        counts = np.zeros(1 << 16, np.int64)
+        for piece in codec.pieces(len(bits)):
+            magnitudes = bits[piece] & _MAGNITUDE
+            if not shift:
+                magnitudes = magnitudes[magnitudes >> 16 == found] & 0xFFFF
+            counts += np.bincount(magnitudes >> shift, minlength=1 << 16)
+        exceeding = np.cumsum(counts[::-1])
+        half = int(np.searchsorted(exceeding, left))
+        left -= int(exceeding[half - 1]) if half else 0
+        found = found << 16 | (1 << 16) - 1 - half
+    return np.uint32(found)
 
 
 def _positions(

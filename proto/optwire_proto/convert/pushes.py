@@ -101,7 +101,7 @@ def _options(message: pb.PushBegin) -> sessions.PushOptions:
         reply=_REPLIES_OF[message.reply],
         codec=codec_from_proto(message.codec, "push.codec"),
         view_step=message.view_step if message.HasField("view_step") else None,
-        weight=_positive("weight", message.weight or 1.0),
+        weight=_weight(message.weight or 1.0),
         rows=_rows(message),
         rows_exact=message.rows_exact,
     )
@@ -112,6 +112,15 @@ def _positive(name: str, value: float) -> float:
     if not limits.GRAD_SCALE_MIN <= value <= limits.SPEC_NUMBER_MAX:  # NaN is neither
         raise errors.InvalidArgumentError(
             f"push.{name}: {value}, expected {expected}", subject=name, expected=expected, got=str(value)
+        )
+    return value
+
+
+def _weight(value: float) -> float:
+    expected = f"{limits.WEIGHT_MIN:g} to {limits.WEIGHT_MAX:g}"
+    if not limits.WEIGHT_MIN <= value <= limits.WEIGHT_MAX:
+        raise errors.InvalidArgumentError(
+            f"push.weight: {value}, expected {expected}", subject="weight", expected=expected, got=str(value)
         )
     return value
 

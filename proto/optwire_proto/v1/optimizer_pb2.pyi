@@ -1526,6 +1526,7 @@ class ReadParamsRequest(google.protobuf.message.Message):
     WHICH_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    WORKER_EPOCH_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """Whose push position to report in the answer: 32 hexadecimal digits, or empty for none."""
     which: builtins.str
@@ -1534,6 +1535,8 @@ class ReadParamsRequest(google.protobuf.message.Message):
     """
     step: builtins.int
     """Reserved for durability: read this step instead of the newest."""
+    worker_epoch: builtins.int
+    """What joining gave the worker, if it has joined; with another one the worker is not taken for one that reads."""
     @property
     def session(self) -> global___SessionRef:
         """Which."""
@@ -1550,9 +1553,10 @@ class ReadParamsRequest(google.protobuf.message.Message):
         which: builtins.str = ...,
         step: builtins.int | None = ...,
         rows: collections.abc.Iterable[global___LeafIndices] | None = ...,
+        worker_epoch: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_step", b"_step", "session", b"session", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_step", b"_step", "rows", b"rows", "session", b"session", "step", b"step", "which", b"which", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_step", b"_step", "rows", b"rows", "session", b"session", "step", b"step", "which", b"which", "worker", b"worker", "worker_epoch", b"worker_epoch"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_step", b"_step"]) -> typing.Literal["step"] | None: ...
 
 global___ReadParamsRequest = ReadParamsRequest

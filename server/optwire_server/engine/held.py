@@ -227,7 +227,8 @@ class Held:
 
     def _applied(self, job: division.Job, step: kernel.Step, given: _Given) -> list[Any]:
         """Updates a block; what ``kernel.Step.apply`` gives, sums included."""
-        sums = self._call(step.figures, job, given) if step.figures else []
+        # Over before gradients are gathered again, into the same memory.
+        sums = jax.block_until_ready(self._call(step.figures, job, given)) if step.figures else []
         made = self._call(step.apply, job, given)
         first = len(job.kernel.own) + len(job.kernel.common) + len(step.notes)
         made[first:first] = sums

@@ -137,6 +137,8 @@ def _check_base(session: records.Session, key: sessions.PushKey) -> None:
             raise _too_late(session, key.base_step, "that step was made without this push")
         _must_be_at(session, key.base_step)
         return
+    if key.worker not in session.workers and key.base_step < session.forgotten_step:
+        raise _too_late(session, key.base_step, "a push of this worker may have counted since, and be forgotten")
     if aggregation.staleness_max is not None and staleness > aggregation.staleness_max:
         raise _too_late(session, key.base_step, f"{staleness} steps ago, more than {aggregation.staleness_max}")
     waits = aggregation.policy is aggregations.Policy.WAIT

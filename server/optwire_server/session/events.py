@@ -128,9 +128,11 @@ class Left:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Read:
-    """A worker was given the newest parameters."""
+    """A worker, known by its epoch, was given the newest parameters."""
 
     worker: str
+    epoch: int = 0
+    now_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

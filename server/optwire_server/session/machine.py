@@ -15,7 +15,9 @@ The whole promise of exactly-once stands here. A push carries (worker, seq, base
                                   or added to a sum of which step S + 1 will be     Add, then Reply
 
 A refused push changes nothing: it raises, and the caller keeps the session it had. A worker that the table does not
-know may start at any seq; `base_step` still admits each step once, so forgetting a worker applies no push twice.
+know may start at any seq; `base_step` still admits each step once, so forgetting a worker applies no push twice. Where
+stale gradients are taken, those of a worker that is not known are, from the newest step on that a forgotten push is
+part of.
 
 Loading a state rewrites history: a new incarnation begins, so that no push of the old one fits, and the workers start
 anew. A retry of the last load, told by its key, is answered and loads nothing; the key with another load is refused.
@@ -37,7 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from optwire_proto import aggregations, errors, limits, sessions
 from optwire_server.session import admission, effects, events, gathering, loads, members, pacing, records
@@ -62,7 +64,8 @@ def advance(session: Session, event: events.Event) -> Outcome:
       OptwireError: the event is not legal now; nothing has changed.
     """
     after, todo = _taken(session, event)
-    if after.phase is not Phase.OPEN or not after.gathered:
+    is_retry = after is session and isinstance(event, events.Pushed)  # of what counts: it is not its part to go on
+    if after.phase is not Phase.OPEN or not after.gathered or is_retry:
         return after, todo
     return _going_on(after, todo, getattr(event, "now_s", -math.inf))
 
@@ -114,7 +117,7 @@ def _membership(
         case events.Left():
             return members.left(session, event.worker, event.epoch, event.now_s), ()
         case events.Read():
-            return members.having(session, [event.worker], session.step), ()
+            return members.reading(session, event.worker, event.epoch, event.now_s), ()
 
 
 def _joined(session: Session, event: events.Joined) -> Outcome:
@@ -163,6 +166,7 @@ def _loaded(session: Session, event: events.Loaded) -> Outcome:
         skipped=skipped,
         changes=tuple(changes),
         workers={},
+        forgotten_step=0,
         members={worker: dataclasses.replace(member, base_step=step) for worker, member in session.members.items()},
         gathered={},
         buffered=(),
@@ -188,7 +192,10 @@ def _pushed(session: Session, event: events.Pushed) -> Outcome:
     if mode is aggregations.Mode.BUFFERED and len(session.buffered) + 1 < session.aggregation.k:
         adding = dataclasses.replace(after, phase=Phase.APPLYING, pending=event)
         return adding, (effects.Add(gathering.factor(session, event), is_first=not session.buffered),)
-    if session.aggregation.waits and not _applies_now(after, event, others):
+    before = session.gathered.get(key.worker)
+    # The same one again waits with the calls that made it before, if only until what waits goes on: all are answered.
+    is_again = before is not None and gathering.same(before, event)
+    if session.aggregation.waits and (is_again or not _applies_now(after, event, others)):
         return _gathered(after, event, others)
     taken = tuple(sorted(others)) if session.aggregation.gathers else ()
     applying = dataclasses.replace(after, phase=Phase.APPLYING, gathered=others, pending=event, taken=taken)
@@ -235,48 +242,47 @@ def _updated(session: Session, event: events.Updated) -> Outcome:
     assert session.phase is Phase.APPLYING, "an update ends that did not begin"
     step, pending = session.step + 1, session.pending
     pushes = [session.gathered[worker] for worker in session.taken] + ([pending] if pending else [])
-    workers = dict(session.workers)
-    answers: list[effects.Effect] = []
-    for one in pushes:
-        reply = effects.Reply(one.key.seq, step, False, event.learning_rate, event.metrics)
-        answers.append(reply if one is pending else effects.Answer(one.key.worker, reply))
-        _count(workers, one, reply)
+    replies = [effects.Reply(one.key.seq, step, False, event.learning_rate, event.metrics) for one in pushes]
     advanced = dataclasses.replace(
-        session,
+        _counting(session, pushes, replies),
         phase=Phase.OPEN,
         step=step,
         skipped=session.skipped + event.skipped,
         changes=_with(session.changes, event.change) if event.change else session.changes,
         changed=session.changed + (event.change is not None),
-        workers=workers,
         gathered={worker: pushed for worker, pushed in session.gathered.items() if worker not in session.taken},
         buffered=(),
         pending=None,
         taken=(),
     )
-    return members.having(advanced, [one.key.worker for one in pushes], step), tuple(answers)
+    answers = tuple(
+        reply if one is pending else effects.Answer(one.key.worker, reply)
+        for one, reply in zip(pushes, replies, strict=True)
+    )
+    return members.having(advanced, [one.key.worker for one in pushes], step), answers
 
 
 def _added(session: Session, event: events.Added) -> Outcome:
     pushed = session.pending
     assert session.phase is Phase.APPLYING and pushed is not None, "a sum grew to which nothing was added"
     reply = effects.Reply(pushed.key.seq, session.step + 1, False, event.learning_rate)
-    workers = dict(session.workers)
-    _count(workers, pushed, reply)
-    buffered = (*session.buffered, pushed)
-    added = dataclasses.replace(session, phase=Phase.OPEN, pending=None, buffered=buffered, workers=workers)
+    counted = _counting(session, [pushed], [reply])
+    added = dataclasses.replace(counted, phase=Phase.OPEN, pending=None, buffered=(*session.buffered, pushed))
     return members.having(added, [pushed.key.worker], session.step), (reply,)
 
 
-def _count(workers: dict[str, Applied], pushed: events.Pushed, reply: effects.Reply) -> None:
-    """Makes a push the last one of its worker that counts as applied."""
-    key = pushed.key
-    workers.pop(key.worker, None)  # so that it moves to the end
-    if len(workers) >= WORKERS_MAX:
-        del workers[next(iter(workers))]
-    workers[key.worker] = Applied(
-        key.seq, pushed.digest, reply.applied_step, reply.learning_rate, pushed.options, reply.metrics, key.epoch
-    )
+def _counting(session: Session, pushes: Sequence[events.Pushed], replies: Sequence[effects.Reply]) -> Session:
+    """The session where pushes are the last ones of their workers that count as applied."""
+    workers, forgotten_step = dict(session.workers), session.forgotten_step
+    for pushed, reply in zip(pushes, replies, strict=True):
+        key = pushed.key
+        workers.pop(key.worker, None)  # so that it moves to the end
+        if len(workers) >= WORKERS_MAX:
+            forgotten_step = max(forgotten_step, workers.pop(next(iter(workers))).step)
+        workers[key.worker] = Applied(
+            key.seq, pushed.digest, reply.applied_step, reply.learning_rate, pushed.options, reply.metrics, key.epoch
+        )
+    return dataclasses.replace(session, workers=workers, forgotten_step=forgotten_step)
 
 
 def _update_failed(session: Session, event: events.UpdateFailed) -> Outcome:

@@ -58,19 +58,23 @@ def check_room(session: records.Session, worker: str) -> None:
         return
     aggregation = session.aggregation
     if not aggregation.waits:
-        return  # nobody waits for anybody: who was quiet longest is forgotten
+        return  # nobody waits for anybody, and who never joined can be forgotten
     most = limits.WORKERS_MAX
     if aggregation.mode is _MODE.QUORUM:
         most = aggregation.workers
     elif aggregation.policy is aggregations.Policy.WAIT and aggregation.staleness_max is not None:
         most = min(most, aggregation.staleness_max + 1)
     there = {name for name, other in session.members.items() if other.is_live} | set(session.gathered)
-    if len(there - {worker}) >= most:
+    _check_count(session, len(there - {worker}), most)
+
+
+def _check_count(session: records.Session, there: int, most: int) -> None:
+    if there >= most:
         raise errors.LimitError(
-            f"session {session.name!r}: {len(there)} workers are there, the most for steps of {aggregation}",
+            f"session {session.name!r}: {there} workers are there, the most for steps of {session.aggregation}",
             subject="workers",
             expected=f"at most {most} workers",
-            got=str(len(there) + 1),
+            got=str(there + 1),
             step=session.step,
         )
 
@@ -88,7 +92,9 @@ def joined(session: records.Session, worker: str, join_key: str, now_s: float) -
     if before.join_key == join_key:
         return heard(session, worker, before.epoch, now_s)
     check_room(session, worker)
-    epoch, base_step = before.epoch + 1, session.step
+    others = sum(member.is_live and member.epoch > 0 for name, member in session.members.items() if name != worker)
+    _check_count(session, others, limits.WORKERS_MAX)
+    epoch, base_step = max(before.epoch, session.forgotten_epoch) + 1, session.step
     return _with(session, worker, records.Member(_LIVE, epoch, join_key, base_step, now_s))
 
 
@@ -109,7 +115,20 @@ def heard(session: records.Session, worker: str, epoch: int, now_s: float) -> re
     if session.aggregation.policy is aggregations.Policy.WAIT and not before.is_live:
         # Others have gone on without it, and need not wait for parameters that are too old.
         base_step = base_step if pacing.keeps(session, worker, base_step) else session.step
-    return _with(session, worker, dataclasses.replace(before, state=_LIVE, base_step=base_step, heard_s=now_s))
+    heard_s = max(before.heard_s, now_s)
+    return _with(session, worker, dataclasses.replace(before, state=_LIVE, base_step=base_step, heard_s=heard_s))
+
+
+def reading(session: records.Session, worker: str, epoch: int, now_s: float) -> records.Session:
+    """The session with a worker that was given the newest parameters: the one that joined last, or nothing changes."""
+    before = session.members.get(worker)
+    if before is None or before.epoch != epoch or before.state is _LEFT:
+        return session
+    try:
+        there = heard(session, worker, epoch, now_s)
+    except errors.LimitError:
+        return session  # it was lost, and others have its place
+    return having(there, [worker], session.step)
 
 
 def pushing(session: records.Session, worker: str, epoch: int, base_step: int, now_s: float) -> records.Session:
@@ -117,8 +136,8 @@ def pushing(session: records.Session, worker: str, epoch: int, base_step: int, n
     if session.aggregation.mode is _MODE.SINGLE and worker not in session.members:
         return session
     before = session.members.get(worker) or records.Member(epoch=epoch)
-    base_step = max(before.base_step, base_step)
-    return _with(session, worker, dataclasses.replace(before, state=_LIVE, base_step=base_step, heard_s=now_s))
+    base_step, heard_s = max(before.base_step, base_step), max(before.heard_s, now_s)
+    return _with(session, worker, dataclasses.replace(before, state=_LIVE, base_step=base_step, heard_s=heard_s))
 
 
 def left(session: records.Session, worker: str, epoch: int, now_s: float) -> records.Session:
@@ -127,7 +146,9 @@ def left(session: records.Session, worker: str, epoch: int, now_s: float) -> rec
     before = session.members.get(worker) or records.Member()
     if (before.state, before.epoch) != (_LEFT, epoch):
         check_epoch(session, worker, epoch)
-    return _with(session, worker, dataclasses.replace(before, state=_LEFT, heard_s=now_s))
+    if worker not in session.members and not session.aggregation.is_ranked:
+        return session
+    return _with(session, worker, dataclasses.replace(before, state=_LEFT, heard_s=max(before.heard_s, now_s)))
 
 
 def after(old: records.Session, aggregation: aggregations.Aggregation) -> Mapping[str, records.Member]:
@@ -174,6 +195,8 @@ def missing(session: records.Session) -> int:
 def awaited(session: records.Session) -> tuple[str, ...]:
     """The workers that a step waits for, in the order of their ids."""
     aggregation, members = session.aggregation, session.members
+    if session.phase is records.Phase.APPLYING:
+        return ()
     if aggregation.policy is aggregations.Policy.WAIT:
         return tuple(sorted(pacing.slowest(session)))
     if not aggregation.gathers:
@@ -208,9 +231,10 @@ def infos(session: records.Session, now_s: float) -> tuple[sessions.WorkerInfo, 
 
 def _with(session: records.Session, worker: str, member: records.Member) -> records.Session:
     """The session with a worker as the one that was heard of last."""
-    members = dict(session.members)
+    members, epoch = dict(session.members), session.forgotten_epoch
     members.pop(worker, None)
-    while len(members) >= limits.WORKERS_MAX:
-        del members[min(members, key=lambda name: _GONE_FIRST.index(members[name].state))]
     members[worker] = member
-    return dataclasses.replace(session, members=members)
+    while len(members) > limits.WORKERS_MAX:
+        gone = min(members, key=lambda name: (_GONE_FIRST.index(members[name].state), members[name].epoch > 0))
+        epoch = max(epoch, members.pop(gone).epoch)
+    return dataclasses.replace(session, members=members, forgotten_epoch=epoch)

@@ -39,7 +39,7 @@ class Member:
 
     Attributes:
       state: where it stands: LIVE, LOST or LEFT.
-      epoch: how often a process has joined as this worker; 0: none has, and it has no lease.
+      epoch: greater with each process that joins as this worker; 0: none has, and it has no lease.
       join_key: of the process that joined last.
       base_step: of the newest parameters that it has.
       heard_s: when it was heard of last.
@@ -76,8 +76,10 @@ class Session:
       changes: of hyperparameters, in the order in which they were made; the newest of them.
       changed: how many there were in all.
       workers: each worker's last applied push, the longest quiet first.
+      forgotten_step: the newest step of those that are not known any more, since there were too many.
       aggregation: how pushes become steps.
       members: workers that have joined or pushed, the longest quiet first.
+      forgotten_epoch: the highest of workers that are not known any more.
       gathered: the pushes that wait, for others of their step or for slow workers, by worker, in the order of arrival.
       opened_s: when the first of them came, of the open step.
       buffered: the pushes whose gradients are in the sum, in the order in which they were added.
@@ -96,8 +98,10 @@ class Session:
     changes: tuple[sessions.Change, ...] = ()
     changed: int = 0
     workers: Mapping[str, Applied] = dataclasses.field(default_factory=dict)
+    forgotten_step: int = 0
     aggregation: aggregations.Aggregation = aggregations.SINGLE
     members: Mapping[str, Member] = dataclasses.field(default_factory=dict)
+    forgotten_epoch: int = 0
     gathered: Mapping[str, events.Pushed] = dataclasses.field(default_factory=dict)
     opened_s: float = 0.0
     buffered: tuple[events.Pushed, ...] = ()

@@ -173,6 +173,7 @@ class Servicer(pb_grpc.OptimizerServiceServicer):
                 id_=id_,
                 name=name,
                 worker=request.worker,
+                epoch=request.worker_epoch,
                 which=request.which,
                 wanted=convert.wanted_from_proto(request),
             ) as read,
