@@ -1,4 +1,4 @@
-"""One worker of a training with several: a character-level transformer in torch or in JAX, as ``06_diloco.py`` runs it.
+"""One worker of a training with several: a character-level transformer in torch or in JAX, as ``09_diloco.py`` runs it.
 
     python examples/diloco_worker.py TARGET SESSION RANK torch --steps 500 --every 50
 

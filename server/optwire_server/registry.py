@@ -187,9 +187,7 @@ class Registry:
         if not push.landing.has_come and not isinstance(push.landing, landing.Lying):
             with push.claim.using():
                 push.landing.copy(push.claim.grads)
-        outcome = self._engine.work(
-            self._apply_shared(push.claim, push, digest, time.monotonic()), push.session.held
-        )
+        outcome = self._engine.work(self._apply_shared(push.claim, push, digest, time.monotonic()), push.session.held)
         self._engine.served(push.session.held)
         return outcome
 

@@ -3,8 +3,9 @@
 A codec that loses much cannot send parameters, but it can send how they differ from what was sent before, if what it
 left behind goes out with the next difference. So the server keeps what a client has that decoded all of them: the
 replica. A difference is what parameters are beyond the replica, encoded; whoever has the replica of the step that it
-starts from is sent that, everybody else the replica as a whole. Of one step, all have the same bits, whatever way they
-came by them.
+starts from is sent that, everybody else the replica as a whole. Of one step, all who are sent the same set of leaves
+have the same bits, whatever way they came by them. A set that shares leaves with one that came before it has no
+replica: it is sent the parameters themselves, which a replica only follows.
 
 Works on the threads of calls, outside of the device's. Knows neither protobuf nor sessions.
 """

@@ -433,12 +433,10 @@ def test_exact_without_any_rows_is_refused(plain: optwire.Client) -> None:
 @pytest.mark.parametrize("where", ["indices", "rows", "read"])
 def test_lists_of_several_lengths_are_refused_by_name(plain: optwire.Client, where: str) -> None:
     session = plain.create_session({"table": np.zeros((ROWS, 2), np.float32)}, opt.sgd(0.1))
-    ragged = [[0], [1, 2]]
+    ragged: Any = [[0], [1, 2]]
+    grads = {"table": Rows(ragged, [[1.0]]) if where == "indices" else Rows([0, 1], ragged)}
     with pytest.raises(optwire.InvalidArgumentError, match=r"\['table'\]\.(indices|rows): "):
-        if where == "read":
-            session.rows({"table": ragged})
-        else:
-            session.step({"table": Rows(ragged, [[1.0]]) if where == "indices" else Rows([0, 1], ragged)})
+        session.rows({"table": ragged}) if where == "read" else session.step(grads)
 
 
 def test_workers_of_one_step_agree_on_what_comes_by_rows(plain: optwire.Client) -> None:

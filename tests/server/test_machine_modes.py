@@ -365,7 +365,9 @@ def test_a_retry_of_a_push_is_refused_once_its_worker_is_forgotten(monkeypatch: 
     monkeypatch.setattr(machine, "WORKERS_MAX", 3)
     for mode in ("async", "bounded_staleness(9)", "buffered(1)"):
         session, _ = play(opened(mode), push(0), *(push(rank, base=rank) for rank in range(1, 4)))
-        refuses(session, push(0), errors.StaleStepError, "a push of this worker may have counted since, and be forgotten")
+        refuses(
+            session, push(0), errors.StaleStepError, "a push of this worker may have counted since, and be forgotten"
+        )
         assert play(session, push(0, base=1))[1] == ["apply", "reply: step 5"], "none of it can be of that step"
         assert play(session, push(1, base=1))[1] == ["reply: step 2"]
         session, _ = machine.advance(session, events.Loaded(1, "1" * 32, step=0))
@@ -395,7 +397,9 @@ def test_nobody_who_has_joined_and_is_there_is_forgotten_for_others(monkeypatch:
 
 
 def test_a_read_counts_for_the_process_that_joined_last_and_for_no_other():
-    session, _ = play(opened("bounded_staleness(3, policy=wait)"), joined(1, 1), joined(1, 2), joined(0), push(0, epoch=1))
+    session, _ = play(
+        opened("bounded_staleness(3, policy=wait)"), joined(1, 1), joined(1, 2), joined(0), push(0, epoch=1)
+    )
     worker = sessions.worker_id(1)
     for epoch in (0, 1, 3):
         assert play(session, events.Read(worker, epoch, 5.0))[0] == session
@@ -408,7 +412,9 @@ def test_a_read_counts_for_the_process_that_joined_last_and_for_no_other():
 
 
 def test_what_is_heard_of_a_worker_late_takes_nothing_back():
-    session, _ = play(opened("sync(2)"), joined(0, now=5), push(0, epoch=1, now=3), events.Beat(sessions.worker_id(0), 1, 2))
+    session, _ = play(
+        opened("sync(2)"), joined(0, now=5), push(0, epoch=1, now=3), events.Beat(sessions.worker_id(0), 1, 2)
+    )
     assert session.members[sessions.worker_id(0)].heard_s == 5
 
 

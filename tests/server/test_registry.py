@@ -161,7 +161,9 @@ def test_what_follows_an_answer_is_done_though_the_answer_fails(monkeypatch: pyt
         fast = pool.submit(session.push, 0, 2, 1, 1.0)
         session.held(1)
         params, failing = session.registry._engine.params, [fail]
-        monkeypatch.setattr(session.registry._engine, "params", lambda *given: (failing.pop() if failing else params)(*given))
+        monkeypatch.setattr(
+            session.registry._engine, "params", lambda *given: (failing.pop() if failing else params)(*given)
+        )
         with pytest.raises(MemoryError):
             session.push(1, 1, 0, 1.0)
         fast.result(10).params.clear()

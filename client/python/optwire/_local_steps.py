@@ -266,7 +266,9 @@ class LocalSteps:
         return self._nest(self._exchange.params())
 
     def reset(self) -> Any:
-        """Reads the session's newest parameters, to go on from: new NumPy arrays. Drops what is under way.
+        """Reads the session's newest parameters, to go on from: new NumPy arrays. Counts ``every`` from here.
+
+        Pushes that are under way end first; what comes of them is dropped.
 
         For those who went on otherwise than by ``step``, or after ``load_state``.
         """

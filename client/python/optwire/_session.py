@@ -147,7 +147,7 @@ class Session:
           grad_scale: what the gradients were multiplied by (loss scaling); the update divides by it first.
           hyperparams: new values from this step on, as ``set_hyperparams`` takes them; applied with the push or not.
           weight: what the gradients count among those of their step, such as the number of samples behind them; a
-            positive number. Where a push is a step by itself, it counts only in ``combine=sum``.
+            number from 1e-12 to 1e12. Where a push is a step by itself, it counts only in ``combine=sum``.
           telemetry: whether ``last_ack.metrics`` reports norms and the like, at the price of computing them.
           reply: "params", "present" (those of the leaves that have a gradient here, and no others), "updates" (what the
             optimizer added to the parameters), or "none".
@@ -169,7 +169,7 @@ class Session:
         Raises:
           InvalidArgumentError: the loss is missing, or not wanted; a loss or scale that is no finite number; a gradient
             is absent that the optimizer needs; hyperparameters as in ``set_hyperparams``; ``out`` where nothing is
-            asked for.
+            asked for; "exact" without ``Rows``.
           SpecError: a value that a hyperparameter cannot take.
           NonFiniteError: the session rejects gradients that are not finite; nothing was applied.
           TreeMismatchError: the gradients, or ``out``, differ from the session's tree; nothing was sent.

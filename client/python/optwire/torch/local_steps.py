@@ -69,7 +69,7 @@ class LocalSteps:
         return self._exchange.local_steps
 
     def reset(self) -> None:
-        """Reads the session's newest parameters into the module. Drops what is under way."""
+        """Reads the session's newest parameters into the module; as ``optwire.LocalSteps.reset``."""
         self._write(dict(enumerate(self._exchange.reset())))
 
     def step(self, *, weight: float = 1.0, loss: float | None = None) -> bool:
