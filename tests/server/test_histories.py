@@ -46,12 +46,12 @@ MODES = [
 PUSHES = (
     ["fits"] * 12 + ["newest"] * 6 + ["again"] * 3 + ["older", "skips", "too early", "too late", "replaced", "other"]
 )
-WHATS = PUSHES + ["join"] * 5 + ["join again", "beat", "beat", "read", "read", "leave", "load", "tick", "tick", "tick"]
+KINDS = PUSHES + ["join"] * 5 + ["join again", "beat", "beat", "read", "read", "leave", "load", "tick", "tick", "tick"]
 ENDINGS = ["updated"] * 40 + ["refused", "broken"] * 2 + ["refused", "broken", "lost"]
 # (what, worker, a small number, seconds that have passed, how an update ends)
 Move = tuple[str, int, int, int, str]
 MOVE = st.tuples(
-    st.sampled_from(WHATS),
+    st.sampled_from(KINDS),
     st.integers(0, WORKERS - 1),
     st.integers(0, 3),
     st.sampled_from([0, 0, 0, 0, 1, 3, 11]),
@@ -451,4 +451,4 @@ def test_a_hundred_thousand_histories_are_what_the_simulators_say(capsys: pytest
 
 def drawn(source: random.Random) -> Move:
     passed = source.choice((0, 0, 0, 0, 0, 0, 1, 1, 3, 11))
-    return source.choice(WHATS), source.randrange(WORKERS), source.randrange(4), passed, source.choice(ENDINGS)
+    return source.choice(KINDS), source.randrange(WORKERS), source.randrange(4), passed, source.choice(ENDINGS)
