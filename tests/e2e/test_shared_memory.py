@@ -263,10 +263,9 @@ def test_a_step_survives_a_cut_before_and_after_its_message(road: Road, directio
 
 def test_the_same_gradients_again_are_the_same_push(road: Road) -> None:
     road.lose_an_answer(2)
-    slot = road.session._route.sharing._segment.slot
+    assert not road.session._route.sharing._segment.is_in_use  # it was taken back when the answer was given up
     road.step(2)
     assert road.session.last_ack.duplicate
-    assert road.session._route.sharing._segment.slot == slot  # it was taken back when the answer was given up
 
 
 def test_an_error_of_somebody_between_is_no_answer(road: Road) -> None:
@@ -381,6 +380,7 @@ def test_a_client_closed_during_a_push_takes_its_memory_back_first(serving: test
     with claim.using():
         thread.start()
         assert fault.done.wait(10)
+        wire.until(lambda: segment.is_in_use, "the push is under way")  # what was held may be a late frame of another
         client.close()
         wire.until(lambda: segment._asked, "the memory is asked for")
         assert segment.is_in_use
