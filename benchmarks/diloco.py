@@ -5,9 +5,9 @@
 
 Four workers, two in torch and two in JAX, train the character-level transformer of the examples, each on a quarter of
 Python's standard library and for as many steps in every case, from parameters that one process had trained for a while
-(``--before``), as DiLoCo's paper does. Bytes are those that passed through a forwarder in front
-of the server, both ways, all of them: the protocol's own, and the first parameters, too. The loss is that of the
-session's parameters at the end, on text that nobody trained on.
+(``--before``). Bytes are those that passed through a forwarder in front of the server, both ways, all of them: the
+protocol's own, and the first parameters, too. The loss is that of the session's parameters at the end, on text that
+nobody trained on.
 """
 
 from __future__ import annotations
