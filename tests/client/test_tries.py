@@ -72,7 +72,7 @@ def test_a_damaged_reply_is_asked_for_again():
     deadline = _deadlines.Deadline(10.0)
     (array,) = _deadlines.retried(
         lambda _: channel.read_params(
-            deadline, id="0" * 32, worker="", incoming=_payload.Incoming(_payload.fresh(TREE)), which=""
+            deadline, id="0" * 32, worker="", epoch=0, incoming=_payload.Incoming(_payload.fresh(TREE)), which=""
         ),
         deadline,
         "params",
