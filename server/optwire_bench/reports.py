@@ -110,6 +110,7 @@ def _workers_plot(result: Mapping[str, Any]) -> Any:
             values = [row["median_ms"] for _, row in rows]
             least, greatest = ([of(row["rounds_ms"]) for _, row in rows] for of in (min, max))
             axis.set_xscale("log")
+            axis.tick_params(axis="x", which="minor", labelbottom=False)
         else:
             axis.set_title(f"fast workers beside one {found['slower']}× slower: share of their pushes", fontsize=10)
             rows = [(row["mode"], row) for row in found["rows"]][::-1]
