@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -634,3 +636,44 @@ def test_short_calls_are_served_while_many_wait(pool: ThreadPoolExecutor) -> Non
         assert client.server_info().features[:3] == ("stream", "unary", "sync")
         assert_same(workers.handles[3].params(), filled(0.0))
         assert_same(workers.handles[3].step(filled(1.0)), filled(-1.0))
+
+
+# ---------------------------------------------------------------------------------------------- processes of their own
+
+_WORKER = """
+import sys
+import numpy as np
+import optwire
+target, name, rank, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+rng = np.random.default_rng(rank)
+with optwire.connect(target, timeout=60) as client:
+    session = client.attach(name, worker=rank)
+    for _ in range(steps):
+        params = session.step({"w": rng.standard_normal(5000, np.float32)})
+    sys.stdout.buffer.write(params["w"].tobytes())
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
+def test_four_processes_equal_one_with_their_mean(
+    serving: testing.Serving, client: optwire.Client, optimizer: str
+) -> None:
+    arguments, steps = ((0.01,) if optimizer == "adam" else (0.01, 0.9)), 5
+    init, update, get_params = getattr(seed, optimizer)(*arguments)
+    params = {"w": np.ones(5000, np.float32)}
+    state, update = init(params), jax.jit(update)
+    sources = [np.random.default_rng(rank) for rank in range(4)]
+    for step in range(steps):
+        state = update(step, mean([{"w": source.standard_normal(5000, np.float32)} for source in sources]), state)
+    name = f"processes-{optimizer}"
+    client.create_session(params, getattr(opt, optimizer)(*arguments), name=name, aggregation="sync(4)")
+    command = [sys.executable, "-c", _WORKER, serving.target, name]
+    workers = [subprocess.Popen([*command, str(rank), str(steps)], stdout=subprocess.PIPE) for rank in range(4)]
+    try:
+        outputs = [worker.communicate(timeout=60)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait(10)
+    assert outputs == [np.asarray(get_params(state)["w"]).tobytes()] * 4
+    client.delete_session(name)

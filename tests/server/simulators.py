@@ -6,6 +6,7 @@ may be applied is searched for by brute force, and nothing is kept that can be w
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -64,7 +65,7 @@ class Counted:
 Happening = tuple[object, ...]
 
 
-class Simulator:
+class Simulator(abc.ABC):
     """One session. Each method is an event; it gives what happened, or raises RefusedError and changes nothing."""
 
     def __init__(self, aggregation: aggregations.Aggregation, endings: list[str]) -> None:
@@ -93,13 +94,13 @@ class Simulator:
         """How many workers may be there at a time."""
         return math.inf
 
+    @abc.abstractmethod
     def check_base(self, push: Push) -> None:
         """Refuses gradients that are too old."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def ready(self, now: float) -> list[int]:
         """Whose waiting pushes are to be one step now; none: nothing is."""
-        raise NotImplementedError
 
     def awaited(self) -> set[int]:
         """Whom those who wait wait for."""
@@ -230,7 +231,7 @@ class Simulator:
         self.heard(name, now)
         return self.go_on(now)
 
-    def returned(self, name: int) -> None:
+    def returned(self, name: int) -> None:  # noqa: B027  only modes with a bound look
         """A worker that may have been lost is heard of."""
 
     def leave(self, name: int, epoch: int, now: float) -> list[Happening]:
